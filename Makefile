@@ -1,0 +1,36 @@
+# make demo   install (once) and run the main job: SFT warm start, R-AIRL, evaluation, result table
+# make test   everything that a laptop can test;  make test-slow: the long end-to-end cases
+# make lint   ruff and mypy
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+PYTEST_ARGS ?=
+
+.PHONY: install demo test test-slow gpu-test lint format clean
+
+install:
+	@PYTHON=$(PYTHON) bash requirements/install.sh
+
+demo: install
+	@$(BIN)/python experiments/demo/run.py
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+gpu-test: install
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,362 @@
+"""Every configuration key, its type, its bounds and its meaning: pydantic models, frozen, no extras.
+
+A variant is a ``type``, never a boolean. Units stand in the names. Rules across sections are in
+``rules.py``; YAML, ``base:``, overrides and suggestions are in ``load.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+# --- what runs -----------------------------------------------------------------------------------
+
+
+class Algorithm(Section):
+    type: Literal["airl", "grpo", "sft"] = "airl"
+
+
+class Lora(Section):
+    rank: PositiveInt | None = None
+    """None trains all weights."""
+    alpha: PositiveFloat | None = None
+    """None means 2 * rank, as in the paper."""
+    dropout: Fraction = 0.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class Build(Section):
+    """A small model made from a config and a character tokenizer, for runs without any download."""
+
+    architecture: Literal["llama", "qwen2"] = "llama"
+    hidden_size: PositiveInt = 128
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 384
+    max_length: PositiveInt = 256
+
+
+class Model(Section):
+    path: str | None = None
+    """Hub id or local folder; None: the model of `build` (policy), or the policy's (discriminator)."""
+    build: Build | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: Lora = Lora()
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    chat_template: str | None = None
+    """File with a Jinja chat template, for a tokenizer that ships none."""
+    trust_remote_code: bool = False
+
+
+class Models(Section):
+    policy: Model = Model()
+    discriminator: Model = Model()
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+class Arithmetic(Section):
+    """Difficulty of the generated `arithmetic` task."""
+
+    operands_min: PositiveInt = 4
+    operands_max: PositiveInt = 4
+    """Numbers in a problem; a problem with n numbers has n - 1 steps."""
+    digits: PositiveInt = 1
+    """Largest number of digits of an operand."""
+    operators: tuple[Literal["+", "-", "*"], ...] = ("+",)
+
+
+class Countdown(Section):
+    """Difficulty of the generated `countdown` task."""
+
+    numbers: Annotated[int, Field(ge=2, le=8)] = 4
+    largest: PositiveInt = 99
+
+
+class Fields(Section):
+    """Column names of a `jsonl` or `gsm8k` file, dotted for nested ones."""
+
+    prompt: str = "prompt"
+    demonstration: str | None = "target"
+    answer: str | None = "answer"
+    id: str | None = None
+
+
+class Data(Section):
+    task: str = "arithmetic"
+    path: str | None = None
+    """Folder or file (jsonl, json, parquet, csv) or hub id; None: the task's own hub id or generator."""
+    config_name: str | None = None
+    train_split: str = "train"
+    eval_split: str = "test"
+    demonstrations: str | None = None
+    """File of expert chains of thought that replace the task's own, matched by `fields.id` or prompt."""
+    fields: Fields = Fields()
+    grader: Literal["number", "math", "text", "choice"] = "math"
+    """How `jsonl` answers are compared."""
+    limit: PositiveInt | None = None
+    """Use only the first n training problems (after the keyed permutation's base order)."""
+    eval_limit: PositiveInt | None = 256
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    system_prompt: str | None = None
+    """None: the task's own."""
+    system_role: Literal["auto", "system", "user"] = "auto"
+    """Where the system prompt goes; auto asks the chat template."""
+    max_prompt_tokens: PositiveInt = 300
+    arithmetic: Arithmetic = Arithmetic()
+    countdown: Countdown = Countdown()
+
+
+# --- reward and discriminator --------------------------------------------------------------------
+
+
+class Density(Section):
+    type: Literal["sparse", "interval", "partial", "dense"] = "partial"
+    every: PositiveInt = 15
+    """Only for `interval`: a unit ends at every n-th completion token."""
+
+
+class Reward(Section):
+    type: Literal["discriminator", "correctness"] = "discriminator"
+    density: Density = Density()
+    temperature: PositiveFloat = 1.0
+    clip: tuple[float, float] | None = None
+    """(lower, upper) bound of a unit's reward, after the temperature."""
+    outcome_weight: NonNegativeFloat = 0.0
+    """Weight of the task's correctness mixed into the last unit's reward; 0 learns from experts alone."""
+
+
+class DiscriminatorLoss(Section):
+    type: Literal["bce", "wgan", "bradley_terry", "airl"] = "bce"
+    level: Literal["unit", "trace"] = "unit"
+    """`trace`: one logit a trace, the sum of its units (implicit head only)."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
+    gradient_penalty: NonNegativeFloat = 0.0
+    """R1 penalty on the input embeddings (scalar head); `wgan` needs this or weight_clip."""
+    weight_clip: PositiveFloat | None = None
+    """`wgan`: clamp of the trained weights after each update."""
+    gamma: Fraction = 1.0
+    """Discount of the shaping term of the `airl` loss."""
+
+
+class Perturbations(Section):
+    count: NonNegativeInt = 1
+    """Perturbed copies of each expert trace that serve as hard negatives."""
+    label: Literal["trace", "from_edit"] = "from_edit"
+    kinds: tuple[Literal["operator", "numbers", "answer", "swap_answer", "choice", "corrupted"], ...] = (
+        "operator",
+        "numbers",
+        "answer",
+        "swap_answer",
+    )
+
+
+class Replay(Section):
+    capacity: NonNegativeInt = 0
+    """Past policy traces kept as negatives; 0 switches replay off."""
+    share: Fraction = 0.0
+    """Share of the negatives of an update that come from the buffer."""
+
+
+class Optimizer(Section):
+    learning_rate: PositiveFloat = 1e-5
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: PositiveFloat = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_share: Fraction = 0.1
+    """Share of all updates in which the learning rate rises from zero."""
+
+
+class Discriminator(Optimizer):
+    head: Literal["scalar", "implicit"] = "scalar"
+    beta: PositiveFloat = 0.5
+    """Implicit head: f_t = beta * (log pi_phi - log pi_ref)."""
+    loss: DiscriminatorLoss = DiscriminatorLoss()
+    positives: Literal["expert", "expert_and_correct"] = "expert"
+    perturbations: Perturbations = Perturbations()
+    replay: Replay = Replay()
+    updates_per_policy_step: NonNegativeInt = 1
+    """Optimizer updates of the discriminator in each step; 0 freezes it."""
+    demonstrations_per_update: PositiveInt | None = None
+    """Expert traces in an update; None: those of the step's own prompts. `bradley_terry` needs None."""
+    warmup_steps: NonNegativeInt = 0
+    """Discriminator updates against the frozen policy before the first policy step (at least)."""
+    warmup_gate_auroc: Fraction | None = None
+    """Hold the policy until the AUROC on held-out right/wrong samples reaches this."""
+    warmup_max_steps: NonNegativeInt | None = None
+    """Give up waiting for the gate after so many updates (then warn and go on); None: 4 * warmup_steps."""
+    warmup_pool_prompts: PositiveInt | None = None
+    """Draw the warm-up's policy samples once, for so many prompts; None: fresh samples every update."""
+    warmup_samples_per_prompt: PositiveInt = 1
+    warmup_prompts_per_step: PositiveInt | None = None
+    """Prompts (each with its expert trace) in one warm-up update; None: trainer.prompts_per_step."""
+
+
+class Advantage(Section):
+    type: Literal["sequence", "discounted", "loo"] = "sequence"
+    gamma: Fraction = 0.9
+    """Discount of `discounted`; 0 switches discounting off (as in the official code)."""
+    normalise: bool = True
+    """Subtract the group's mean."""
+    scale: bool = True
+    """Divide by the group's standard deviation."""
+    expert: Literal["none", "single", "balanced"] = "none"
+    """Expert traces in the group: none, one, or as many as samples."""
+
+
+class Policy(Optimizer):
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    aggregation: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
+    kl_coefficient: NonNegativeFloat = 0.0
+    importance_cap: PositiveFloat | None = 2.0
+    """Truncated importance sampling of the rollout engine's log-probabilities; None: plain ratios to them."""
+    minibatches_per_step: PositiveInt = 1
+    """Optimizer updates over one step's samples."""
+
+
+# --- engines -------------------------------------------------------------------------------------
+
+
+class Rollout(Section):
+    engine: Literal["vllm", "hf"] = "vllm"
+    replicas: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1
+    samples_per_prompt: PositiveInt = 8
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_completion_tokens: PositiveInt = 256
+    memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """GPU: share of the device for vLLM."""
+    cpu_cache_gib: PositiveFloat = 1.0
+    """CPU: size of vLLM's key-value cache."""
+    max_sequences: PositiveInt = 256
+    """Sequences decoded at once by one replica."""
+    prefix_caching: bool = True
+    sleep: bool = False
+    """GPU, colocated: give the engine's memory back while the learners work."""
+
+
+class Learner(Section):
+    """Both learners; ZeRO stage 0-3 with `replicas` data-parallel ranks each."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    replicas: PositiveInt = 1
+    """Ranks of the policy learner."""
+    discriminator_replicas: PositiveInt | None = None
+    """Ranks of the discriminator learner; None: as `replicas`."""
+    tokens_per_micro_batch: PositiveInt = 16384
+    """Padded tokens (rows x longest row) in one forward pass of one rank."""
+    offload: Literal["none", "cpu"] = "none"
+
+
+class Trainer(Section):
+    steps: PositiveInt = 100
+    """Policy steps (SFT: optimizer updates)."""
+    prompts_per_step: PositiveInt = 16
+    """Prompts in one step over all ranks (SFT: demonstrations)."""
+    checkpoint_every: NonNegativeInt = 50
+    """0: only at the end."""
+    keep_checkpoints: PositiveInt = 2
+    max_staleness_steps: Annotated[int, Field(ge=0, le=0)] = 0
+    """Policy versions that rollouts may run ahead; only 0 (synchronous) for now."""
+    log_rollouts_every: NonNegativeInt = 10
+    """Write a sample of rollouts to the run folder every n steps; 0: never."""
+    max_seconds: PositiveFloat | None = None
+    """SFT: end after so much wall time in updates (equal-compute comparisons)."""
+    failure_retries: NonNegativeInt = 1
+
+
+class Eval(Section):
+    every: NonNegativeInt = 0
+    """Evaluate every n policy steps; 0: only at the end."""
+    at_start: bool = False
+    at_end: bool = True
+    prompts: PositiveInt = 256
+    samples_per_prompt: PositiveInt = 8
+    k: tuple[PositiveInt, ...] = (1,)
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    selector: Literal["mean", "sum", "last", "min"] = "mean"
+    """How a trace's unit rewards become the one number that reranks it."""
+    localisation_traces: NonNegativeInt = 256
+    """Held-out expert traces with one injected error, for localisation."""
+    bootstrap: PositiveInt = 1000
+
+
+class Placement(Section):
+    type: Literal["colocated", "disaggregated"] = "colocated"
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    cpus_per_actor: PositiveFloat = 0.5
+    threads_per_actor: PositiveInt | None = None
+    """Compute threads of an actor on a CPU; None: all cores of the machine."""
+    rollout_gpu_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    policy_gpu_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    discriminator_gpu_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    gpus_per_node: PositiveInt = 8
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = "PACK"
+
+
+class Cluster(Section):
+    address: str | None = None
+    """Ray address; None starts a private cluster on this machine; "auto" joins a running one."""
+
+
+class Timeouts(Section):
+    """Deadlines in seconds; no wait is without one."""
+
+    placement_seconds: PositiveFloat = 300
+    start_seconds: PositiveFloat = 600
+    rollout_seconds: PositiveFloat = 1800
+    update_seconds: PositiveFloat = 1800
+    score_seconds: PositiveFloat = 1800
+    sync_seconds: PositiveFloat = 600
+    checkpoint_seconds: PositiveFloat = 1800
+
+
+class Tracking(Section):
+    uri: str | None = None
+    """MLflow tracking URI; None: sqlite in the output folder; "none" switches MLflow off."""
+    experiment: str = "rairl"
+    tags: dict[str, str] = {}
+    log_artifacts: bool = True
+
+
+class RunConfig(Section):
+    """One run. `config/load.py` makes it from YAML and overrides."""
+
+    name: str = "run"
+    """Run folder below `output_dir`; slashes make subfolders."""
+    seed: NonNegativeInt = 0
+    output_dir: str = "runs"
+    warm_start: str | None = None
+    """An SFT experiment file, trained first where its final policy does not exist yet; its policy is ours."""
+    algorithm: Algorithm = Algorithm()
+    model: Models = Models()
+    data: Data = Data()
+    reward: Reward = Reward()
+    discriminator: Discriminator = Discriminator()
+    advantage: Advantage = Advantage()
+    policy: Policy = Policy()
+    rollout: Rollout = Rollout()
+    learner: Learner = Learner()
+    trainer: Trainer = Trainer()
+    eval: Eval = Eval()
+    placement: Placement = Placement()
+    cluster: Cluster = Cluster()
+    timeouts: Timeouts = Timeouts()
+    tracking: Tracking = Tracking()

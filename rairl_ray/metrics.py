@@ -1,0 +1,105 @@
+"""Metric names (the only place they are spelled), a phase timer, and small reductions.
+
+Names are the same for airl, grpo and sft, and legal in MLflow: letters, digits, ``_ - . : /``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# evaluation on held-out prompts
+EVAL_PASS_AT = "eval/pass_at_{k}"
+EVAL_PASS_AT_1 = "eval/pass_at_1"
+EVAL_ORACLE_AT = "eval/oracle_at_{n}"
+EVAL_MAJORITY_AT = "eval/majority_at_{n}"
+EVAL_RERANK_AT_1 = "eval/rerank_at_1"
+EVAL_RANDOM_AT_1 = "eval/random_at_1"
+EVAL_TRUNCATED = "eval/truncated_share"
+EVAL_FORMAT = "eval/format_share"
+EVAL_COMPLETION_TOKENS = "eval/completion_tokens"
+LOCALISATION_STEP_ACCURACY = "localisation/step_accuracy"
+LOCALISATION_CHANCE = "localisation/chance"
+
+# reward and discriminator
+REWARD_MEAN = "reward/mean"
+REWARD_STD = "reward/std"
+REWARD_OUTCOME = "reward/outcome"
+REWARD_CLIPPED_SHARE = "reward/clipped_share"
+DISCRIMINATOR_LOSS = "discriminator/loss"
+DISCRIMINATOR_AUROC = "discriminator/auroc"
+DISCRIMINATOR_EXPERT_AUROC = "discriminator/expert_auroc"
+DISCRIMINATOR_ACCURACY = "discriminator/accuracy"
+DISCRIMINATOR_POSITIVE_LOGIT = "discriminator/positive_logit"
+DISCRIMINATOR_NEGATIVE_LOGIT = "discriminator/negative_logit"
+DISCRIMINATOR_GRAD_NORM = "discriminator/grad_norm"
+DISCRIMINATOR_LEARNING_RATE = "discriminator/learning_rate"
+DISCRIMINATOR_PENALTY = "discriminator/gradient_penalty"
+DISCRIMINATOR_VERSION = "discriminator/version"
+DISCRIMINATOR_DROPPED_PERTURBATIONS = "discriminator/dropped_perturbations"
+DISCRIMINATOR_WARMUP_STEP = "discriminator/warmup_step"
+
+# policy
+POLICY_LOSS = "policy/loss"
+POLICY_KL = "policy/kl"
+POLICY_ENTROPY = "policy/entropy"
+POLICY_CLIP_SHARE = "policy/clip_share"
+POLICY_RATIO_MEAN = "policy/ratio_mean"
+POLICY_IMPORTANCE_WEIGHT = "policy/importance_weight"
+POLICY_GRAD_NORM = "policy/grad_norm"
+POLICY_LEARNING_RATE = "policy/learning_rate"
+POLICY_VERSION = "policy/version"
+POLICY_TOKENS = "policy/tokens"
+POLICY_PADDING_SHARE = "policy/padding_share"
+ADVANTAGE_STD = "advantage/std"
+
+# rollouts
+ROLLOUT_TOKENS_PER_SECOND = "rollout/tokens_per_second"
+ROLLOUT_TOKENS = "rollout/tokens"
+ROLLOUT_STALENESS = "rollout/staleness"
+ROLLOUT_COMPLETION_TOKENS = "rollout/completion_tokens"
+ROLLOUT_TRUNCATED = "rollout/truncated_share"
+ROLLOUT_CORRECT = "rollout/correct_share"
+ROLLOUT_FAILED_GROUPS = "rollout/failed_groups"
+ROLLOUT_LOGPROB_GAP = "rollout/logprob_gap"
+
+# where the time of a step goes
+TIME_ROLLOUT = "time/rollout"
+TIME_SCORE = "time/score"
+TIME_DISCRIMINATOR = "time/discriminator"
+TIME_POLICY = "time/policy"
+TIME_SYNC = "time/sync"
+TIME_CHECKPOINT = "time/checkpoint"
+TIME_EVALUATION = "time/evaluation"
+TIME_OTHER = "time/other"
+TIME_STEP = "time/step"
+
+
+class PhaseTimer:
+    """Splits the wall time of a step into phases that add up exactly to `time/step`."""
+
+    def __init__(self) -> None:
+        self._phases: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - start
+
+    def seconds(self, name: str) -> float:
+        return self._phases.get(name, 0.0)
+
+    def finish(self) -> dict[str, float]:
+        """All phases, `time/other` for what no phase claimed, and `time/step` for the whole."""
+        step = time.perf_counter() - self._started
+        return {**self._phases, TIME_OTHER: step - sum(self._phases.values()), TIME_STEP: step}
+
+
+def mean(values: list[float]) -> float:
+    """Arithmetic mean; NaN for no values, so that a missing quantity is never a silent zero."""
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,176 @@
+"""The data that flows through a step: frozen, keyword-only, plain Python and numpy.
+
+Every part of the system speaks in these types. Dimension letters used in names and comments:
+``G`` samples of one prompt, ``T`` completion tokens of one trace, ``U`` scored units of one trace.
+A *completion* never contains a prompt token, an assistant header or padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One problem of a task."""
+
+    id: str
+    """Stable id, unique in its task and split; every random draw about this prompt is keyed by it."""
+    question: str
+    """What the user asks, without system prompt or chat markup."""
+    answer: str | None = None
+    """Gold answer in the task's own notation; None where the data has none."""
+    metadata: dict[str, object] = field(default_factory=dict)
+    """What the task's grader needs besides the answer (options, numbers, category)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """An expert's chain of thought for one prompt, rendered in the task's completion format."""
+
+    prompt: Prompt
+    completion: str | None
+    """Expert completion text, without an end-of-sequence token, always a finished trace; None where the
+    data has no expert for this prompt."""
+    corrupted: tuple[str, ...] = ()
+    """Wrong versions of the same completion that the dataset itself ships, if any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One sample of the policy."""
+
+    prompt_id: str
+    sample_index: int
+    """0..G-1 within its group; with the policy version and run seed it keys the sampling seed."""
+    text: str
+    """Decoded completion, special tokens skipped."""
+    token_ids: tuple[int, ...]
+    """[T] policy-tokenizer ids; ends with the end-of-sequence token exactly when finish_reason is 'stop'."""
+    logprobs: tuple[float, ...]
+    """[T] log-probability of each sampled token under the sampling distribution of `policy_version`."""
+    finish_reason: FinishReason
+    """'length' marks a truncated sample: it has no end-of-sequence token and none is ever added."""
+    policy_version: int
+    """Number of policy updates in the weights that sampled it."""
+    seed: int
+    """The per-request sampling seed that was used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutGroup:
+    """All G samples of one prompt. An empty `rollouts` is a failed group (counted, never trained on)."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A prompt with one completion, as text or as the policy's own tokens: what a discriminator reads."""
+
+    prompt: Prompt
+    text: str
+    finished: bool = True
+    """Whether the trace ended by itself (an end-of-sequence token follows) or was cut at the length limit."""
+    token_ids: tuple[int, ...] | None = None
+    """[T] sampled policy ids incl. end-of-sequence token; used when both models share one tokenizer."""
+    edit_char: int | None = None
+    """For a perturbed copy: offset of the first edited character in `text`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedTrace:
+    """A trace in one model's tokens, with the character end of every completion token."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    """[T]"""
+    char_ends: tuple[int, ...]
+    """[T] end offset (exclusive) of each token in the trace's text, non-decreasing; the end-of-sequence
+    token of a finished trace has len(text) + 1, so that it sorts after the last visible token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceScores:
+    """The discriminator's logits on the units of one trace (before temperature and clip)."""
+
+    logits: np.ndarray
+    """[U] float32, one per unit."""
+    unit_tokens: np.ndarray
+    """[U] int64, completion-token index (discriminator tokenizer) of each unit's last token, increasing."""
+    unit_char_ends: np.ndarray
+    """[U] int64, character end of each unit, comparable with TokenizedTrace.char_ends of any tokenizer."""
+    discriminator_version: int
+    """Number of discriminator updates in the weights that scored it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySample:
+    """One trace as the policy learner needs it."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    """[T]"""
+    advantages: np.ndarray
+    """[T] float32"""
+    sampling_logprobs: np.ndarray | None
+    """[T] float32; None for an expert trace in the group (its importance ratio is 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyBatch:
+    """All samples of one optimizer step over all ranks, with the denominators of the whole."""
+
+    samples: tuple[PolicySample, ...]
+    total_tokens: int
+    """Completion tokens over all samples and ranks."""
+    total_samples: int
+    """Samples over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorSample:
+    """One labelled trace in the discriminator's tokens, with its scored units."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    """[T]"""
+    unit_tokens: np.ndarray
+    """[U] int64: token index of each unit's last token; units before an edit are already left out."""
+    unit_starts: np.ndarray
+    """[U] int64: token index of each unit's first token (a unit's segment is starts..tokens inclusive)."""
+    positive: bool
+    pair_id: int
+    """Traces of one prompt share it; pairwise losses compare within it."""
+    policy_logprobs: np.ndarray | None = None
+    """[U] float32: log pi of each unit's segment, detached; only the `airl` loss needs it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorBatch:
+    """All labelled traces of one discriminator update over all ranks."""
+
+    samples: tuple[DiscriminatorSample, ...]
+    positive_units: int
+    """Units of positive traces over all ranks: the denominator of the positive half of the loss."""
+    negative_units: int
+    positive_traces: int
+    negative_traces: int
+    pairs: int
+    """(positive, negative) pairs of one prompt over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateResult:
+    """What an optimizer step reports."""
+
+    version: int
+    """Version of the weights after the step."""
+    metrics: dict[str, float]
+    """Metric name (rairl_ray.metrics) -> value, already reduced over ranks."""
