@@ -111,6 +111,23 @@ class TraceScores:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardedTrace:
+    """One trace of a group with its rewards on the policy's own tokens."""
+
+    tokens: TokenizedTrace
+    sampling_logprobs: np.ndarray | None
+    """[T] float32; None for an expert trace."""
+    token_rewards: np.ndarray
+    """[T] float32; a token carries the reward of the next unit at or after it."""
+    last_unit_reward: float
+    policy_version: int
+    """Version that sampled the trace (an expert trace: the current one)."""
+    discriminator_version: int | None
+    """Version that scored it; None for a verifiable reward."""
+    expert: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicySample:
     """One trace as the policy learner needs it."""
 

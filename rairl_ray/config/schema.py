@@ -11,12 +11,15 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 # --- what runs -----------------------------------------------------------------------------------
@@ -31,7 +34,7 @@ class Lora(Section):
     """None trains all weights."""
     alpha: PositiveFloat | None = None
     """None means 2 * rank, as in the paper."""
-    dropout: Fraction = 0.0
+    dropout: BelowOne = 0.0
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
 
 
@@ -71,8 +74,8 @@ class Models(Section):
 class Arithmetic(Section):
     """Difficulty of the generated `arithmetic` task."""
 
-    operands_min: PositiveInt = 4
-    operands_max: PositiveInt = 4
+    operands_min: Annotated[int, Field(ge=2)] = 4
+    operands_max: Annotated[int, Field(ge=2)] = 4
     """Numbers in a problem; a problem with n numbers has n - 1 steps."""
     digits: PositiveInt = 1
     """Largest number of digits of an operand."""
@@ -131,6 +134,8 @@ class Density(Section):
 
 class Reward(Section):
     type: Literal["discriminator", "correctness"] = "discriminator"
+    """`correctness` is the task's own grade. Where no file or override names it, `load.py` sets what the
+    algorithm needs: `correctness` for grpo, else `discriminator`."""
     density: Density = Density()
     temperature: PositiveFloat = 1.0
     clip: tuple[float, float] | None = None
@@ -156,9 +161,12 @@ class Perturbations(Section):
     count: NonNegativeInt = 1
     """Perturbed copies of each expert trace that serve as hard negatives."""
     label: Literal["trace", "from_edit"] = "from_edit"
-    kinds: tuple[Literal["operator", "numbers", "answer", "swap_answer", "choice", "corrupted"], ...] = (
+    kinds: tuple[
+        Literal["operator", "numbers", "slip", "answer", "swap_answer", "choice", "corrupted"], ...
+    ] = (
         "operator",
         "numbers",
+        "slip",
         "answer",
         "swap_answer",
     )
@@ -173,7 +181,7 @@ class Replay(Section):
 
 class Optimizer(Section):
     learning_rate: PositiveFloat = 1e-5
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: PositiveFloat = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -276,8 +284,6 @@ class Trainer(Section):
     """Policy versions that rollouts may run ahead; only 0 (synchronous) for now."""
     log_rollouts_every: NonNegativeInt = 10
     """Write a sample of rollouts to the run folder every n steps; 0: never."""
-    max_seconds: PositiveFloat | None = None
-    """SFT: end after so much wall time in updates (equal-compute comparisons)."""
     failure_retries: NonNegativeInt = 1
 
 

@@ -1,0 +1,123 @@
+"""The command line: parses, validates and calls the package. `python launch.py VERB` or `rairl VERB`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rairl_ray.config.load import load_config
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.errors import UserError
+
+app = typer.Typer(
+    name="rairl",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="R-AIRL: learn reasoning rewards from expert demonstrations, and policies from those rewards.",
+)
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML experiment file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as trainer.steps=10.")
+]
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="GPUs of each node of a hypothetical cluster.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of a hypothetical cluster.")] = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="CPUs of each node of a hypothetical cluster.")
+    ] = None,
+) -> int:
+    """Show the resolved configuration, placement, steps, tokens and memory; take nothing.
+
+    \b
+    Example:
+      rairl plan experiments/gsm8k/qwen2.5-3b_airl.yaml --gpus 8 --nodes 1
+    """
+    from rairl_ray.plan import show_plan
+
+    show_plan(_load(config, overrides), _console(), gpus=gpus, nodes=nodes, cpus=cpus)
+    return 0
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run folder or name.")] = None,
+) -> int:
+    """Train one run: algorithm.type airl, grpo or sft.
+
+    \b
+    Example:
+      rairl train experiments/demo/airl.yaml reward.density.type=dense trainer.steps=20
+    """
+    resolved = _load(config, overrides)
+    # Heavy imports wait until the configuration is known to be good.
+    from rairl_ray.trainer.run import train as run_training
+
+    return run_training(resolved, resume)
+
+
+@app.command()
+def doctor(
+    address: Annotated[str | None, typer.Option(help="Ray cluster to ask for its resources.")] = None,
+) -> int:
+    """Show what is installed, which accelerators there are, and what will not work and why.
+
+    \b
+    Example:
+      rairl doctor
+      rairl doctor --address 10.0.0.1:6379
+    """
+    from rairl_ray.doctor import diagnose
+
+    return diagnose(_console(), address)
+
+
+def _load(path: str, overrides: list[str] | None) -> RunConfig:
+    return load_config(path, overrides or [])
+
+
+def _console() -> Console:
+    """Wide enough for tables where the output is a file or a pipe."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def _one_line(error: Exception | str) -> str:
+    """The first problem whole, and how many more there are."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+    return f"rairl: error: {lines[0]}{more}"
+
+
+def main() -> None:
+    """Entry point of `rairl`: user errors are one line and exit code 2, Ctrl-C is 130."""
+    try:
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except UserError as error:
+        print(_one_line(error), file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        # Typer raises its usage errors in a private module; they all carry these two.
+        if not (hasattr(error, "exit_code") and hasattr(error, "format_message")):
+            raise
+        print(_one_line(error.format_message() or "write --help for the usage"), file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Discriminator learner: ranks that hold the reward model under DeepSpeed, and the group the driver calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rairl_ray import metrics as names
+from rairl_ray.actors.group import Member
+from rairl_ray.actors.learner import (
+    LearnerActor,
+    LearnerWorkers,
+    gather_rows,
+    losses_of,
+    put_shards,
+    shard,
+    summed,
+)
+from rairl_ray.algorithms.discriminator_losses import (
+    DiscriminatorOutputs,
+    Totals,
+    discriminator_loss,
+    gradient_penalty,
+    mean_metrics,
+    segment_sums,
+)
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.data.batching import DiscriminatorTensors, discriminator_tensors
+from rairl_ray.types import DiscriminatorBatch, DiscriminatorSample, UpdateResult
+
+MicroBatches = list[list[DiscriminatorSample]]
+
+IDLE = DiscriminatorSample(
+    prompt_ids=(0,),
+    completion_ids=(0,),
+    unit_tokens=np.zeros(1, np.int64),
+    unit_starts=np.zeros(1, np.int64),
+    positive=False,
+    pair_id=-1,
+)
+"""Stands in for a micro-batch without samples: the pass runs, because it may be a collective, and counts 0."""
+
+
+class DiscriminatorActor(LearnerActor):
+    """One rank of the discriminator, with a scalar or an implicit head."""
+
+    def build(self, total_updates: int) -> Any:
+        from rairl_ray.engines.deepspeed_engine import DeepSpeedEngine
+        from rairl_ray.engines.heads import ImplicitModel, ScalarModel
+        from rairl_ray.engines.models import load_causal_lm, load_token_classifier
+
+        settings, model = self.config.discriminator, self.config.model.discriminator
+        self._model: ImplicitModel | ScalarModel
+        if settings.head == "implicit":
+            self._model = ImplicitModel(
+                load_causal_lm(self.model_path, model, device=self.device), beta=settings.beta
+            )
+        else:
+            outputs = 2 if settings.loss.type == "airl" else 1
+            self._model = ScalarModel(
+                load_token_classifier(
+                    self.model_path, model, outputs=outputs, device=self.device, seed=self.config.seed
+                )
+            )
+        return DeepSpeedEngine(
+            self._model,
+            settings,
+            self.config.learner,
+            total_updates=total_updates,
+            device=self.device,
+            timeout_seconds=self.config.timeouts.update_seconds,
+            weight_clip=settings.loss.weight_clip,
+        )
+
+    def update(self, updates: list[MicroBatches], totals: Totals) -> tuple[dict, dict]:
+        """One optimizer update; returns (metric sums of this rank, the engine's report)."""
+        sums: list[dict[str, float]] = []
+
+        def loss(samples: list[DiscriminatorSample]) -> Any:
+            contribution, metrics = self._loss(samples, totals)
+            sums.append({name: float(value) for name, value in metrics.items()})
+            return contribution
+
+        report = self.engine.update(losses_of(updates[0], loss))
+        self.version += 1
+        return summed(sums), report
+
+    def _loss(self, samples: list[DiscriminatorSample], totals: Totals) -> tuple[Any, dict]:
+        config = self.config.discriminator.loss
+        batch = self._tensors(samples)
+        outputs, penalty = self._outputs(batch, self.engine, totals)
+        contribution, metrics = discriminator_loss(
+            outputs, batch.unit_mask, batch.positive, batch.pair_id, batch.policy_logprobs, totals, config
+        )
+        if penalty is not None:
+            contribution = contribution + config.gradient_penalty * penalty
+            metrics[names.DISCRIMINATOR_PENALTY] = penalty.detach()
+        return (contribution, metrics) if samples else (contribution * 0.0, {})
+
+    def _outputs(
+        self, batch: DiscriminatorTensors, forward: Any, totals: Totals | None = None
+    ) -> tuple[DiscriminatorOutputs, Any]:
+        """Unit logits of a micro-batch under either head, and the gradient penalty where training asks for it."""
+        if self.config.discriminator.head == "implicit":
+            ratios = forward(
+                batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids
+            )
+            values = segment_sums(ratios, batch.unit_start_index, batch.unit_end_index, batch.unit_mask)
+            return DiscriminatorOutputs(values), None
+        units = batch.unit_positions.shape[1]
+        positions = batch.unit_positions
+        if self.config.discriminator.loss.type == "airl":
+            # The potential h is read at the state in front of each unit: one token before its segment.
+            before = batch.prompt_lengths[:, None] + batch.unit_start_index - 1
+            positions = torch.cat([positions, before], dim=1)
+        if totals is None or self.config.discriminator.loss.gradient_penalty == 0:
+            values, penalty = forward(batch.input_ids, batch.attention_mask, positions), None
+        else:
+            values, penalty = forward(
+                batch.input_ids, batch.attention_mask, positions, penalty=self._penalty(batch, totals)
+            )
+        shaping = values[:, units:, 1] if values.shape[1] > units else None
+        return DiscriminatorOutputs(values[:, :units, 0], shaping), penalty
+
+    def _penalty(self, batch: DiscriminatorTensors, totals: Totals) -> Any:
+        units = batch.unit_positions.shape[1]
+
+        def penalty(values: Any, embeddings: Any) -> Any:
+            return gradient_penalty(
+                values[:, :units, 0],
+                embeddings,
+                batch.unit_mask,
+                batch.positive,
+                positive_traces=totals.positive_traces,
+            )
+
+        return penalty
+
+    def _tensors(self, samples: list[DiscriminatorSample]) -> DiscriminatorTensors:
+        return discriminator_tensors(samples or [IDLE], self.pad_id).to(self.device)
+
+    def score(self, updates: list[MicroBatches]) -> list[np.ndarray]:
+        """[U] unit logits per sample, in the order of the micro-batches."""
+        rows: list[np.ndarray] = []
+        for samples in updates[0]:
+            outputs, _ = self._outputs(self._tensors(samples), self.engine.infer)
+            values = outputs.values.float().cpu().numpy()
+            rows += [values[i, : len(s.unit_tokens)].copy() for i, s in enumerate(samples)]
+        return rows
+
+    def export(self, folder: str) -> None:
+        """Write final/reward_model: a folder that scores as in training."""
+        from rairl_ray.engines.artifacts import save_reward_model
+
+        state = self.engine.trainable_state()
+        if self.rank == 0:
+            save_reward_model(Path(folder), self._model, state, self.model_path, self.config, self.version)
+
+
+class DiscriminatorWorkers(LearnerWorkers):
+    """All ranks of the discriminator as one learner."""
+
+    def __init__(self, members: Sequence[Member], config: RunConfig) -> None:
+        super().__init__("discriminator", members, config)
+
+    def update(self, batch: DiscriminatorBatch) -> UpdateResult:
+        """One optimizer update on labelled traces, with global denominators."""
+        # A pairwise loss needs all traces of a prompt in one micro-batch; the others balance better without.
+        groups = None
+        if self.config.discriminator.loss.type == "bradley_terry":
+            groups = [sample.pair_id for sample in batch.samples]
+        refs = put_shards([(batch.samples, self._shard(batch.samples, groups))])
+        totals = Totals.of_batch(batch)
+        answers = self.call(
+            "update",
+            self.config.timeouts.update_seconds,
+            lambda actor, rank: actor.update.remote(refs[rank], totals),
+        )
+        self.version += 1
+        sums = summed([sums for sums, _ in answers])
+        metrics = {
+            **mean_metrics(sums),
+            names.DISCRIMINATOR_GRAD_NORM: answers[0][1]["grad_norm"],
+            names.DISCRIMINATOR_LEARNING_RATE: answers[0][1]["learning_rate"],
+        }
+        if names.DISCRIMINATOR_PENALTY in sums:
+            metrics[names.DISCRIMINATOR_PENALTY] = sums[names.DISCRIMINATOR_PENALTY]
+        return UpdateResult(version=self.version, metrics=metrics)
+
+    def score(self, samples: Sequence[DiscriminatorSample]) -> tuple[list[np.ndarray], int]:
+        """[U] logits per sample in the given order, and the version of the discriminator that gave them."""
+        if not samples:
+            return [], self.version
+        plan = self._shard(samples, None)
+        refs = put_shards([(samples, plan)])
+        answers = self.call(
+            "score",
+            self.config.timeouts.score_seconds,
+            lambda actor, rank: actor.score.remote(refs[rank]),
+        )
+        return gather_rows(plan, answers, len(samples)), self.version
+
+    def _shard(
+        self, samples: Sequence[DiscriminatorSample], groups: Sequence[int] | None
+    ) -> list[list[list[int]]]:
+        lengths = [len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples]
+        return shard(samples, lengths, len(self), self.config.learner.tokens_per_micro_batch, groups)

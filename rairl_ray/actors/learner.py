@@ -1,0 +1,156 @@
+"""What the policy's and the discriminator's learner ranks share: rendezvous, engine, saving, sharding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from rairl_ray.actors.group import ActorGroup, Member, RankActor
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.data.batching import balance, micro_batches
+
+S = TypeVar("S")
+
+
+def learner_environment(config: RunConfig, device: str, threads: int) -> Mapping[str, str]:
+    """Environment of a learner's process before it imports torch or DeepSpeed.
+
+    Ranks on one CPU share its cores; two ranks with all cores each would only trade places.
+    """
+    ranks = max(config.learner.replicas, discriminator_replicas(config))
+    return {"OMP_NUM_THREADS": str(max(1, threads // ranks)), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def discriminator_replicas(config: RunConfig) -> int:
+    return config.learner.discriminator_replicas or config.learner.replicas
+
+
+class LearnerActor(RankActor):
+    """One data-parallel rank with a DeepSpeed engine; subclasses know the loss."""
+
+    def __init__(self, rank: int, config: RunConfig, model_path: str, pad_id: int, device: str) -> None:
+        super().__init__(rank)
+        self.config = config
+        self.model_path = model_path
+        self.pad_id = pad_id
+        self.device = device
+        self.version = 0
+        self._engine: Any = None
+
+    def open(self, address: tuple[str, int], world_size: int, total_updates: int) -> None:
+        """Join the group at rank 0's address, load the model and hand it to DeepSpeed."""
+        from rairl_ray.engines.environment import setup_environment
+
+        threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+        setup_environment(self.rank, world_size, address[0], address[1], self.device, threads)
+        self._engine = self.build(total_updates)
+
+    def build(self, total_updates: int) -> Any:
+        """The DeepSpeed engine around this role's module."""
+        raise NotImplementedError
+
+    @property
+    def engine(self) -> Any:
+        if self._engine is None:
+            raise RuntimeError("the learner is not open; call open() first")
+        return self._engine
+
+    def save(self, folder: str) -> None:
+        """This rank's shard of weights, optimizer and schedule, with the version."""
+        self.engine.save(Path(folder), {"version": self.version})
+
+    def load(self, folder: str) -> int:
+        """Restore the shard; returns the version."""
+        self.version = int(self.engine.load(Path(folder))["version"])
+        return self.version
+
+
+class LearnerWorkers(ActorGroup):
+    """All ranks of one learner."""
+
+    def __init__(self, role: str, members: Sequence[Member], config: RunConfig) -> None:
+        super().__init__(role, members)
+        self.config = config
+        self.version = 0
+
+    def open(self, total_updates: int) -> None:
+        """Rank 0 hands out the rendezvous; then all ranks build their engines together."""
+        start = self.config.timeouts.start_seconds
+        address = self.call("rendezvous", start, lambda actor, _rank: actor.rendezvous.remote(), ranks=1)[0]
+        world = len(self)
+        self.call("open", start, lambda actor, _rank: actor.open.remote(address, world, total_updates))
+
+    def save(self, folder: Path) -> None:
+        deadline = self.config.timeouts.checkpoint_seconds
+        self.call("save", deadline, lambda actor, _rank: actor.save.remote(str(folder)))
+
+    def load(self, folder: Path) -> None:
+        deadline = self.config.timeouts.checkpoint_seconds
+        versions = self.call("load", deadline, lambda actor, _rank: actor.load.remote(str(folder)))
+        self.version = versions[0]
+
+    def export(self, folder: Path) -> None:
+        """Write the final artifact; rank 0 writes, all ranks gather."""
+        deadline = self.config.timeouts.checkpoint_seconds
+        self.call("export", deadline, lambda actor, _rank: actor.export.remote(str(folder)))
+
+
+def shard(
+    samples: Sequence[S], lengths: Sequence[int], ranks: int, tokens: int, groups: Sequence[int] | None = None
+) -> list[list[list[int]]]:
+    """rank -> micro-batches -> indexes into `samples`, balanced by tokens.
+
+    All ranks get the same number of micro-batches (short ones are empty), since every forward and backward
+    pass may be a collective. Samples of one group (a pair of a pairwise loss) are never separated.
+    """
+    plans = []
+    for share in balance(lengths, ranks, groups):
+        shares = micro_batches(
+            [lengths[i] for i in share], tokens, None if groups is None else [groups[i] for i in share]
+        )
+        plans.append([[share[i] for i in part] for part in shares])
+    count = max(1, *(len(plan) for plan in plans))
+    return [plan + [[] for _ in range(count - len(plan))] for plan in plans]
+
+
+def put_shards(parts: Sequence[tuple[Sequence[S], Sequence[Sequence[Sequence[int]]]]]) -> list[ray.ObjectRef]:
+    """One object per rank, so that a rank fetches only its own share.
+
+    Args:
+        parts: per optimizer update, its samples and their plan from `shard`.
+    """
+    ranks = range(len(parts[0][1]))
+    return [
+        ray.put([[[samples[i] for i in part] for part in plan[rank]] for samples, plan in parts])
+        for rank in ranks
+    ]
+
+
+def gather_rows(
+    plans: Sequence[Sequence[Sequence[int]]], answers: Sequence[Sequence[Any]], count: int
+) -> list[Any]:
+    """Per-sample answers of all ranks back in the order of the samples."""
+    rows: list[Any] = [None] * count
+    for plan, answer in zip(plans, answers, strict=True):
+        for index, row in zip([i for part in plan for i in part], answer, strict=True):
+            rows[index] = row
+    return rows
+
+
+def summed(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metric sums over ranks."""
+    total: dict[str, float] = {}
+    for row in metrics:
+        for name, value in row.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def losses_of(batches: Sequence[Any], loss: Callable[[Any], Any]) -> list[Callable[[], Any]]:
+    """One thunk per micro-batch, for the engine to run in order."""
+    return [partial(loss, batch) for batch in batches]

@@ -1,0 +1,246 @@
+"""Rules about names, models, engines and machines. `rules.check` runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+from rairl_ray.config.estimate import shape_of
+from rairl_ray.config.schema import Model, RunConfig
+
+Problems = Iterator[tuple[str, str]]
+
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 192, 256)
+VLLM_LARGEST_LORA_RANK = 512
+
+
+def names(config: RunConfig) -> Problems:
+    parts = config.name.split("/")
+    if config.name.startswith("/") or any(part in ("", ".", "..") for part in parts):
+        yield (
+            "name",
+            "must stay below output_dir: words joined by single slashes, without '..' or a leading slash",
+        )
+    elif not all(all(c.isalnum() or c in "._-=+" for c in part) and part[0] != "-" for part in parts):
+        yield "name", "may hold letters, digits and . _ - = + only, and slashes for subfolders"
+    if not config.output_dir.strip():
+        yield "output_dir", "is empty; name a folder such as runs"
+
+
+def tracking(config: RunConfig) -> Problems:
+    uri = config.tracking.uri
+    if not config.tracking.experiment.strip():
+        yield "tracking.experiment", "is empty; name the MLflow experiment"
+    if uri is None or uri == "none":
+        return
+    scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https") and "@" in urlsplit(uri).netloc:
+        # The resolved configuration is saved and logged whole.
+        yield (
+            "tracking.uri",
+            "holds a user or password, which would be saved with the run; take it out and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
+        )
+    elif not uri or scheme in ("", "file"):
+        yield (
+            "tracking.uri",
+            "MLflow's file store is gone; write sqlite:///path/mlflow.db, a server's URL, or none",
+        )
+
+
+def model_source(config: RunConfig) -> Problems:
+    policy = config.model.policy
+    if policy.path is None and policy.build is None and config.warm_start is None:
+        yield "model.policy.path", "no policy model; set model.policy.path, model.policy.build or warm_start"
+    for role in ("policy", "discriminator"):
+        model: Model = getattr(config.model, role)
+        if model.path is not None and model.build is not None:
+            yield f"model.{role}.path", f"contradicts model.{role}.build; set one of the two to null"
+        if model.path is not None and not model.path.strip():
+            yield f"model.{role}.path", "is empty; write a hub id, a folder, or null"
+        if model.revision is not None and model.path is None:
+            yield f"model.{role}.revision", f"needs model.{role}.path"
+
+
+def lora(config: RunConfig) -> Problems:
+    for role in ("policy", "discriminator"):
+        settings = getattr(config.model, role).lora
+        if settings.rank is None and settings.alpha is not None:
+            yield f"model.{role}.lora.alpha", f"means nothing without an adapter; set model.{role}.lora.rank"
+        if not settings.target_modules:
+            yield f"model.{role}.lora.target_modules", "is empty; name modules or write all-linear"
+    rank = config.model.policy.lora.rank
+    if config.rollout.engine == "vllm" and rank is not None and rank > VLLM_LARGEST_LORA_RANK:
+        yield "model.policy.lora.rank", f"vLLM opens adapters up to rank {VLLM_LARGEST_LORA_RANK}; lower it"
+
+
+def build_shape(config: RunConfig) -> Problems:
+    for role in ("policy", "discriminator"):
+        build = getattr(config.model, role).build
+        if build is None:
+            continue
+        key = f"model.{role}.build.hidden_size"
+        size, rest = divmod(build.hidden_size, build.heads)
+        if rest:
+            yield key, f"must be a multiple of model.{role}.build.heads={build.heads}"
+        elif size % 2:
+            yield (
+                key,
+                f"gives heads of {size}, and rotary positions need an even size; "
+                f"make it {(size + 1) * build.heads}",
+            )
+        elif role == "policy" and _vllm_on_cpu(config) and size not in VLLM_CPU_HEAD_SIZES:
+            yield (
+                key,
+                f"gives heads of {size}; vLLM on a CPU serves {', '.join(map(str, VLLM_CPU_HEAD_SIZES))}: "
+                f"change hidden_size or heads={build.heads}, or set rollout.engine=hf",
+            )
+        if role == "policy" and build.heads % config.rollout.tensor_parallel:
+            yield (
+                f"model.{role}.build.heads",
+                f"must be a multiple of rollout.tensor_parallel={config.rollout.tensor_parallel}",
+            )
+
+
+def _vllm_on_cpu(config: RunConfig) -> bool:
+    return config.rollout.engine == "vllm" and config.placement.device != "gpu"
+
+
+def window(config: RunConfig) -> Problems:
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    said = (
+        f"data.max_prompt_tokens={config.data.max_prompt_tokens} + "
+        f"rollout.max_completion_tokens={config.rollout.max_completion_tokens}"
+    )
+    for role in ("policy", "discriminator"):
+        model: Model = getattr(config.model, role)
+        shape = shape_of(model)
+        if shape is None or shape.max_length is None or longest <= shape.max_length:
+            continue
+        if model.build is not None:
+            yield f"model.{role}.build.max_length", f"is less than {said}; raise it to {longest} or lower those"
+        else:
+            yield (
+                f"model.{role}.path",
+                f"has a window of {shape.max_length} tokens, less than {said}; lower those",
+            )
+    if longest > config.learner.tokens_per_micro_batch:
+        yield "learner.tokens_per_micro_batch", f"does not hold one trace of {said}; raise it to {longest}"
+
+
+def attention(config: RunConfig) -> Problems:
+    for role in ("policy", "discriminator"):
+        model: Model = getattr(config.model, role)
+        if model.attention != "flash_attention_2":
+            continue
+        key = f"model.{role}.attention"
+        if config.placement.device == "cpu":
+            yield key, "needs a GPU; write sdpa"
+        if model.dtype == "float32":
+            yield key, f"needs model.{role}.dtype=bfloat16; set it or write sdpa"
+        if role == "discriminator" and config.discriminator.loss.gradient_penalty > 0:
+            yield key, "has no second derivative for discriminator.loss.gradient_penalty; write eager"
+
+
+def ranks(config: RunConfig) -> Problems:
+    """Every rank of a learner must have something to learn from in every optimizer update."""
+    prompts, samples = config.trainer.prompts_per_step, config.rollout.samples_per_prompt
+    learner, sft = config.learner, config.algorithm.type == "sft"
+    updates_per_step = config.policy.minibatches_per_step
+    traces = prompts if sft else prompts * samples // updates_per_step
+    if traces < learner.replicas:
+        said = f"trainer.prompts_per_step={prompts}"
+        if not sft:
+            said += f" x rollout.samples_per_prompt={samples} / policy.minibatches_per_step={updates_per_step}"
+        yield "learner.replicas", f"{said} gives {traces} traces an update, fewer than the ranks; lower it"
+    if config.algorithm.type != "airl":
+        return
+    updates = [("the step", prompts * samples, prompts)]
+    if config.discriminator.warmup_steps:
+        warm = config.discriminator.warmup_prompts_per_step or prompts
+        updates.append(("a warm-up update", warm * config.discriminator.warmup_samples_per_prompt, warm))
+    replicas = learner.discriminator_replicas or learner.replicas
+    for what, negatives, own_experts in updates:
+        experts = config.discriminator.demonstrations_per_update or own_experts
+        total = negatives + experts * (1 + config.discriminator.perturbations.count)
+        if total < replicas:
+            key = "learner.discriminator_replicas" if learner.discriminator_replicas else "learner.replicas"
+            yield (
+                key,
+                f"{what} gives the discriminator {total} traces, fewer than its {replicas} ranks; lower it",
+            )
+
+
+def zero(config: RunConfig) -> Problems:
+    if config.learner.offload == "cpu" and config.learner.zero_stage == 0:
+        yield "learner.offload", "needs learner.zero_stage of 1 or more"
+    if config.learner.offload == "cpu" and config.placement.device == "cpu":
+        yield "learner.offload", "has no GPU to offload from with placement.device=cpu; write none"
+
+
+def engine(config: RunConfig) -> Problems:
+    rollout, device = config.rollout, config.placement.device
+    if rollout.sleep and device == "cpu":
+        yield "rollout.sleep", "gives back GPU memory, but placement.device=cpu; set it to false"
+    if rollout.sleep and rollout.engine != "vllm":
+        yield "rollout.sleep", f"is vLLM's, but rollout.engine={rollout.engine}; set it to false"
+    if rollout.sleep and (config.placement.type == "disaggregated" or rollout.tensor_parallel > 1):
+        yield "rollout.sleep", "nobody shares the engine's GPU in this placement; set it to false"
+    if rollout.tensor_parallel > 1 and rollout.engine != "vllm":
+        yield "rollout.tensor_parallel", f"is vLLM's, but rollout.engine={rollout.engine}; set it to 1"
+    if rollout.tensor_parallel > 1 and device == "cpu":
+        yield (
+            "rollout.tensor_parallel",
+            "splits a model over GPUs, but placement.device=cpu; use rollout.replicas",
+        )
+    if rollout.tensor_parallel > config.placement.gpus_per_node:
+        yield (
+            "rollout.tensor_parallel",
+            f"exceeds placement.gpus_per_node={config.placement.gpus_per_node}; one engine stays on one node",
+        )
+
+
+def fractions(config: RunConfig) -> Problems:
+    """Roles that share a GPU cannot take more than all of it."""
+    placement = config.placement
+    if placement.type != "colocated" or placement.device == "cpu":
+        return
+    shares = {
+        "rollout": placement.rollout_gpu_fraction if config.rollout.tensor_parallel == 1 else 0.0,
+        "policy": placement.policy_gpu_fraction,
+        "discriminator": placement.discriminator_gpu_fraction if config.algorithm.type == "airl" else 0.0,
+    }
+    total = sum(shares.values())
+    if total > 1.0 + 1e-9:
+        said = " + ".join(f"{role} {share:g}" for role, share in shares.items() if share)
+        yield (
+            "placement.policy_gpu_fraction",
+            f"the roles on one GPU add up to {total:g} ({said}); lower the fractions to at most 1 together "
+            "or write placement.type=disaggregated",
+        )
+    own = config.rollout.tensor_parallel > 1 or config.rollout.sleep or config.rollout.engine != "vllm"
+    if (
+        placement.device == "gpu"
+        and not own
+        and config.rollout.memory_share > placement.rollout_gpu_fraction + 1e-9
+    ):
+        yield (
+            "rollout.memory_share",
+            f"takes more than placement.rollout_gpu_fraction={placement.rollout_gpu_fraction:g} promises; "
+            "make them equal or set rollout.sleep=true",
+        )
+
+
+MACHINE_RULES: tuple[Callable[[RunConfig], Problems], ...] = (
+    names,
+    tracking,
+    model_source,
+    lora,
+    build_shape,
+    window,
+    attention,
+    ranks,
+    zero,
+    engine,
+    fractions,
+)

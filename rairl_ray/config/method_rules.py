@@ -1,0 +1,220 @@
+"""Rules about data, reward, discriminator, advantages and sampling. `rules.check` runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from rairl_ray.config.schema import RunConfig
+
+Problems = Iterator[tuple[str, str]]
+
+GENERATED_TASKS = ("arithmetic", "countdown")
+
+
+def data_source(config: RunConfig) -> Problems:
+    data = config.data
+    if data.task == "jsonl" and data.path is None:
+        yield "data.task", "needs a file or hub id; set data.path"
+    if data.task in GENERATED_TASKS and data.path is not None:
+        yield (
+            "data.path",
+            f"data.task={data.task} makes its own problems; set data.task=jsonl or data.path=null",
+        )
+    if data.task == "jsonl" and data.fields.demonstration is None and data.demonstrations is None:
+        if config.algorithm.type in ("airl", "sft"):
+            yield (
+                "data.fields.demonstration",
+                f"algorithm.type={config.algorithm.type} learns from experts; name their column or set "
+                "data.demonstrations=FILE",
+            )
+        elif config.advantage.expert != "none":
+            yield (
+                "advantage.expert",
+                "needs expert traces; set data.fields.demonstration or data.demonstrations=FILE",
+            )
+
+
+def difficulty(config: RunConfig) -> Problems:
+    arithmetic = config.data.arithmetic
+    if arithmetic.operands_min > arithmetic.operands_max:
+        yield (
+            "data.arithmetic.operands_min",
+            f"exceeds data.arithmetic.operands_max={arithmetic.operands_max}; swap them",
+        )
+    if not arithmetic.operators:
+        yield "data.arithmetic.operators", "is empty; write a list such as ['+', '-']"
+
+
+def gold_answers(config: RunConfig) -> Problems:
+    """What compares with gold answers needs a column of them (DESIGN: learning from experts alone does not)."""
+    if config.data.task != "jsonl" or config.data.fields.answer is not None:
+        return
+    remedy = "needs gold answers; set data.fields.answer"
+    if config.algorithm.type == "grpo":
+        yield "algorithm.type", remedy
+    if config.algorithm.type != "airl":
+        return
+    if config.discriminator.positives == "expert_and_correct":
+        yield "discriminator.positives", f"{remedy} or discriminator.positives=expert"
+    if config.reward.outcome_weight > 0:
+        yield "reward.outcome_weight", f"{remedy} or reward.outcome_weight=0"
+    if config.discriminator.warmup_gate_auroc is not None:
+        yield "discriminator.warmup_gate_auroc", f"{remedy} or discriminator.warmup_gate_auroc=null"
+
+
+def reward(config: RunConfig) -> Problems:
+    kind, algorithm = config.reward.type, config.algorithm.type
+    if algorithm == "airl" and kind != "discriminator":
+        yield (
+            "reward.type",
+            "algorithm.type=airl learns its reward; write reward.type=discriminator or algorithm.type=grpo",
+        )
+    if algorithm == "grpo" and kind != "correctness":
+        yield "reward.type", "algorithm.type=grpo has no discriminator; write reward.type=correctness"
+    if kind == "correctness" and algorithm == "grpo" and config.reward.outcome_weight > 0:
+        yield "reward.outcome_weight", "would count correctness twice with reward.type=correctness; set it to 0"
+    clip = config.reward.clip
+    if clip is not None and clip[0] >= clip[1]:
+        yield "reward.clip", "the lower bound must be less than the upper; write [lower, upper] such as [-5, 5]"
+
+
+def discriminator_loss(config: RunConfig) -> Problems:
+    head, loss = config.discriminator.head, config.discriminator.loss
+    if loss.level == "trace" and head != "implicit":
+        yield "discriminator.loss.level", "needs discriminator.head=implicit; set it or write unit"
+    if loss.gradient_penalty > 0 and head != "scalar":
+        yield (
+            "discriminator.loss.gradient_penalty",
+            "needs discriminator.head=scalar; set it to 0 and use discriminator.loss.weight_clip",
+        )
+    if loss.type == "wgan" and head == "scalar" and loss.gradient_penalty == 0 and loss.weight_clip is None:
+        yield (
+            "discriminator.loss.type",
+            "is unbounded without a Lipschitz control; set discriminator.loss.gradient_penalty=10 or "
+            "discriminator.loss.weight_clip=0.01",
+        )
+    if loss.type == "wgan" and head == "implicit" and loss.weight_clip is None:
+        yield (
+            "discriminator.loss.type",
+            "is unbounded without a Lipschitz control; set discriminator.loss.weight_clip=0.01",
+        )
+
+
+def pairs(config: RunConfig) -> Problems:
+    discriminator = config.discriminator
+    if discriminator.loss.type != "bradley_terry":
+        return
+    if discriminator.demonstrations_per_update is not None:
+        yield (
+            "discriminator.demonstrations_per_update",
+            "bradley_terry compares traces of one prompt: its experts are the step's own; set it to null",
+        )
+    if discriminator.replay.share > 0:
+        yield (
+            "discriminator.replay.share",
+            "bradley_terry compares traces of one prompt, not of past ones; set it to 0",
+        )
+
+
+def perturbations(config: RunConfig) -> Problems:
+    """`count: 0` is the ablation without perturbations: label and kinds then say nothing."""
+    settings = config.discriminator.perturbations
+    if settings.count == 0:
+        return
+    if not settings.kinds:
+        yield (
+            "discriminator.perturbations.kinds",
+            "is empty; name kinds or set discriminator.perturbations.count=0",
+        )
+    elif set(settings.kinds) <= {"choice", "corrupted"} and config.data.task in GENERATED_TASKS:
+        yield (
+            "discriminator.perturbations.kinds",
+            f"need options or corrupted chains, which data.task={config.data.task} has not; add operator",
+        )
+
+
+def replay(config: RunConfig) -> Problems:
+    settings = config.discriminator.replay
+    if settings.share > 0 and settings.capacity == 0:
+        yield "discriminator.replay.share", "needs a buffer; set discriminator.replay.capacity"
+
+
+def warmup(config: RunConfig) -> Problems:
+    settings = config.discriminator
+    most, least = settings.warmup_max_steps, settings.warmup_steps
+    if most is not None and most < least:
+        yield "discriminator.warmup_max_steps", f"is less than discriminator.warmup_steps={least}; raise it"
+    if settings.warmup_gate_auroc is not None and least == 0 and not most:
+        yield "discriminator.warmup_gate_auroc", "has no steps to wait in; set discriminator.warmup_max_steps"
+    pool, step = (
+        settings.warmup_pool_prompts,
+        settings.warmup_prompts_per_step or config.trainer.prompts_per_step,
+    )
+    if pool is not None and pool < step:
+        yield (
+            "discriminator.warmup_pool_prompts",
+            f"is less than the {step} prompts of one warm-up update; raise it or lower "
+            "discriminator.warmup_prompts_per_step",
+        )
+
+
+def group_size(config: RunConfig) -> Problems:
+    if config.algorithm.type == "sft":
+        return
+    samples, advantage = config.rollout.samples_per_prompt, config.advantage
+    experts = {"none": 0, "single": 1, "balanced": samples}[advantage.expert]
+    relative = advantage.normalise or advantage.scale or advantage.type == "loo"
+    if samples + experts < 2 and relative:
+        yield (
+            "rollout.samples_per_prompt",
+            f"advantage.type={advantage.type} compares the samples of a prompt and one alone has advantage 0; "
+            "raise it to 2 or more",
+        )
+
+
+def policy(config: RunConfig) -> Problems:
+    cap = config.policy.importance_cap
+    if cap is not None and cap < 1:
+        yield "policy.importance_cap", "would shrink even on-policy tokens; write 1 or more, or null"
+
+
+def sampling(config: RunConfig) -> Problems:
+    if config.rollout.temperature == 0 and config.algorithm.type != "sft":
+        yield (
+            "rollout.temperature",
+            "samples of a prompt would all be equal; write a temperature above 0, such as 1",
+        )
+    if config.eval.temperature == 0 and config.eval.samples_per_prompt > 1:
+        yield (
+            "eval.temperature",
+            f"eval.samples_per_prompt={config.eval.samples_per_prompt} greedy samples would all be equal; "
+            "raise it or set eval.samples_per_prompt=1",
+        )
+
+
+def pass_at_k(config: RunConfig) -> Problems:
+    if not config.eval.k:
+        yield "eval.k", "is empty; write a list such as [1, 3, 5]"
+    elif max(config.eval.k) > config.eval.samples_per_prompt:
+        yield (
+            "eval.k",
+            f"{max(config.eval.k)} exceeds eval.samples_per_prompt={config.eval.samples_per_prompt}; "
+            "raise that or drop it",
+        )
+
+
+METHOD_RULES: tuple[Callable[[RunConfig], Problems], ...] = (
+    data_source,
+    difficulty,
+    gold_answers,
+    reward,
+    discriminator_loss,
+    pairs,
+    perturbations,
+    replay,
+    warmup,
+    group_size,
+    policy,
+    sampling,
+    pass_at_k,
+)

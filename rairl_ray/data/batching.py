@@ -1,0 +1,201 @@
+"""Which rank and micro-batch a trace goes to, and the padded tensors a model reads.
+
+All of it is deterministic, and none of it changes a loss: denominators are those of the whole batch
+(PolicyBatch, DiscriminatorBatch), whatever the split. Tensors are right padded (METHOD 8, defect 7) and
+speak of completion tokens by their position in `input_ids`; a prompt or padding token is never a target.
+Dimensions: B rows, L positions, T completion tokens, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rairl_ray.types import DiscriminatorSample, PolicySample
+
+
+def balance(lengths: Sequence[int], ranks: int, groups: Sequence[int] | None = None) -> list[list[int]]:
+    """Splits rows over ranks with about equal tokens: longest group first, to the lightest rank.
+
+    `groups` [N] are ids of rows that must share a rank. Returns one increasing index list a rank, empty
+    for a rank without work; ties go to the earlier group and the lower rank.
+    """
+    if ranks < 1:
+        raise ValueError(f"cannot balance over {ranks} ranks")
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    weighted = [(sum(lengths[row] for row in rows), rows) for rows in _grouped(lengths, groups)]
+    for weight, rows in sorted(weighted, key=lambda item: (-item[0], item[1][0])):
+        rank = min(range(ranks), key=lambda r: (loads[r], len(shares[r]), r))
+        shares[rank].extend(rows)
+        loads[rank] += weight
+    return [sorted(share) for share in shares]
+
+
+def micro_batches(
+    lengths: Sequence[int], tokens_per_micro_batch: int, groups: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Splits rows into forward passes of rows x longest row <= `tokens_per_micro_batch` padded tokens.
+
+    Rows of about one length go together (longest first). A group of `groups` [N] is never split; one that
+    is over the budget by itself is a micro-batch of its own.
+    """
+    batches: list[list[int]] = []
+    current: list[int] = []
+    width = 0
+    ordered = sorted(_grouped(lengths, groups), key=lambda rows: (-max(lengths[row] for row in rows), rows[0]))
+    for rows in ordered:
+        widest = max(width, max(lengths[row] for row in rows))
+        if current and (len(current) + len(rows)) * widest > tokens_per_micro_batch:
+            batches.append(current)
+            current, widest = [], max(lengths[row] for row in rows)
+        current = current + rows
+        width = widest
+    return [*batches, current] if current else batches
+
+
+def _grouped(lengths: Sequence[int], groups: Sequence[int] | None) -> list[list[int]]:
+    if groups is None:
+        return [[row] for row in range(len(lengths))]
+    if len(groups) != len(lengths):
+        raise ValueError(f"{len(lengths)} rows but {len(groups)} group ids")
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    return list(members.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceTensors:
+    """Prompt and completion of B traces, right padded."""
+
+    input_ids: Tensor
+    """[B, L] int64: prompt, completion, padding."""
+    attention_mask: Tensor
+    """[B, L] int64: 1 for prompt and completion."""
+    prompt_lengths: Tensor
+    """[B] int64"""
+    completion_ids: Tensor
+    """[B, T] int64; padding has pad_id."""
+    completion_mask: Tensor
+    """[B, T] bool"""
+    target_positions: Tensor
+    """[B, T] int64: position of each completion token in `input_ids`; the logits that predict it stand at
+    position - 1. Padding has 1, a position that can be gathered and must be masked."""
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyTensors(SequenceTensors):
+    """A micro-batch of PolicySample."""
+
+    advantages: Tensor
+    """[B, T] float32, 0 at padding (the mask, not the zero, says what is padding)."""
+    sampling_logprobs: Tensor
+    """[B, T] float32, 0 where unknown."""
+    expert: Tensor
+    """[B] bool: an expert trace without sampling log-probabilities (its ratio is 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorTensors(SequenceTensors):
+    """A micro-batch of DiscriminatorSample."""
+
+    unit_positions: Tensor
+    """[B, U] int64: position in `input_ids` of each unit's last token; padding has 0."""
+    unit_mask: Tensor
+    """[B, U] bool"""
+    unit_start_index: Tensor
+    """[B, U] int64: completion-token index of each unit's first token; padding has 0."""
+    unit_end_index: Tensor
+    """[B, U] int64: completion-token index of each unit's last token (inclusive); padding has 0."""
+    positive: Tensor
+    """[B] bool"""
+    pair_id: Tensor
+    """[B] int64"""
+    policy_logprobs: Tensor
+    """[B, U] float32: log pi of each unit's segment, 0 where not given."""
+
+
+def policy_tensors(samples: Sequence[PolicySample], pad_id: int) -> PolicyTensors:
+    """Pads a micro-batch of the policy learner."""
+    for sample in samples:
+        _check_length("advantages", sample.advantages, sample.completion_ids)
+        if sample.sampling_logprobs is not None:
+            _check_length("sampling_logprobs", sample.sampling_logprobs, sample.completion_ids)
+    sampling = [_or_zeros(s.sampling_logprobs, s.completion_ids) for s in samples]
+    return PolicyTensors(
+        **_sequences(samples, pad_id),
+        advantages=_padded([s.advantages for s in samples], 0.0, torch.float32),
+        sampling_logprobs=_padded(sampling, 0.0, torch.float32),
+        expert=torch.tensor([s.sampling_logprobs is None for s in samples], dtype=torch.bool),
+    )
+
+
+def discriminator_tensors(samples: Sequence[DiscriminatorSample], pad_id: int) -> DiscriminatorTensors:
+    """Pads a micro-batch of the discriminator learner."""
+    for sample in samples:
+        _check_length("unit_starts", sample.unit_starts, sample.unit_tokens)
+        if sample.policy_logprobs is not None:
+            _check_length("policy_logprobs", sample.policy_logprobs, sample.unit_tokens)
+        if len(sample.unit_tokens) and int(sample.unit_tokens[-1]) >= len(sample.completion_ids):
+            raise ValueError(f"unit ends at token {sample.unit_tokens[-1]} of {len(sample.completion_ids)}")
+    logprobs = [_or_zeros(s.policy_logprobs, s.unit_tokens) for s in samples]
+    return DiscriminatorTensors(
+        **_sequences(samples, pad_id),
+        unit_positions=_padded([s.unit_tokens + len(s.prompt_ids) for s in samples], 0, torch.int64),
+        unit_mask=_mask([len(s.unit_tokens) for s in samples]),
+        unit_start_index=_padded([s.unit_starts for s in samples], 0, torch.int64),
+        unit_end_index=_padded([s.unit_tokens for s in samples], 0, torch.int64),
+        positive=torch.tensor([s.positive for s in samples], dtype=torch.bool),
+        pair_id=torch.tensor([s.pair_id for s in samples], dtype=torch.int64),
+        policy_logprobs=_padded(logprobs, 0.0, torch.float32),
+    )
+
+
+def _sequences(
+    samples: Sequence[PolicySample] | Sequence[DiscriminatorSample], pad_id: int
+) -> dict[str, Tensor]:
+    if not samples:
+        raise ValueError("a micro-batch needs at least one sample")
+    if any(not s.prompt_ids for s in samples):
+        raise ValueError("a prompt without tokens: nothing predicts the first completion token")
+    rows = [np.array(s.prompt_ids + s.completion_ids, dtype=np.int64) for s in samples]
+    targets = [np.arange(len(s.completion_ids), dtype=np.int64) + len(s.prompt_ids) for s in samples]
+    completions = [np.array(s.completion_ids, dtype=np.int64) for s in samples]
+    return {
+        "input_ids": _padded(rows, pad_id, torch.int64),
+        "attention_mask": _mask([len(row) for row in rows]).long(),
+        "prompt_lengths": torch.tensor([len(s.prompt_ids) for s in samples], dtype=torch.int64),
+        "completion_ids": _padded(completions, pad_id, torch.int64),
+        "completion_mask": _mask([len(ids) for ids in completions]),
+        "target_positions": _padded(targets, 1, torch.int64),
+    }
+
+
+def _padded(rows: Sequence[np.ndarray], value: float, dtype: torch.dtype) -> Tensor:
+    """[B, longest]"""
+    padded = torch.full((len(rows), max(len(row) for row in rows)), value, dtype=dtype)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = torch.tensor(row, dtype=dtype)
+    return padded
+
+
+def _mask(lengths: Sequence[int]) -> Tensor:
+    return torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
+
+
+def _or_zeros(values: np.ndarray | None, like: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.zeros(len(like), dtype=np.float32) if values is None else values
+
+
+def _check_length(name: str, values: np.ndarray, like: Sequence[int] | np.ndarray) -> None:
+    if len(values) != len(like):
+        raise ValueError(f"{name} has {len(values)} values for {len(like)} tokens")

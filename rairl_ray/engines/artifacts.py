@@ -1,0 +1,214 @@
+"""Final artifacts: ordinary Hugging Face and PEFT folders, and the reward model that reproduces its scores.
+
+`state` is always what `DeepSpeedEngine.trainable_state` gave on rank 0: all weights under Hugging Face names,
+or the adapter (and a scalar head) under PEFT names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rairl_ray.algorithms.discriminator_losses import segment_sums
+from rairl_ray.config.load import config_hash
+from rairl_ray.config.schema import Model, RunConfig
+from rairl_ray.data.batching import DiscriminatorTensors
+from rairl_ray.data.rendering import load_tokenizer
+from rairl_ray.engines.heads import ImplicitModel, ScalarModel
+from rairl_ray.engines.models import DTYPES, adapter_config, load_causal_lm, load_token_classifier
+from rairl_ray.engines.sources import atomic_folder
+from rairl_ray.engines.weights import checksum
+from rairl_ray.errors import ModelError
+
+REWARD_FILE = "reward.json"
+REFERENCE_FOLDER = "reference"
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """`reward.json`: what is needed, beside the weights, to score as in training."""
+
+    head: str
+    beta: float
+    """Only for the implicit head."""
+    loss: str
+    level: str
+    density: dict[str, Any]
+    """Section `reward.density`: which tokens end a unit."""
+    temperature: float
+    clip: tuple[float, float] | None
+    reference: str | None
+    """Implicit head: hub id, or `reference` for the subfolder that holds a copy of a local model."""
+    reference_checksum: str | None
+    """`weights.checksum` of the reference's state dict."""
+    reference_revision: str | None
+    dtype: str
+    """Of the saved weights, and of training."""
+    discriminator_version: int
+    config_hash: str
+
+
+def save_policy(
+    folder: Path,
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    base: str,
+    model: Model,
+    *,
+    merged: bool = False,
+) -> None:
+    """Write the policy as an HF folder, or for LoRA as a PEFT adapter folder (`merged`: an HF folder too).
+
+    `base` is the path that the module was loaded from. The tokenizer is saved beside the weights.
+    """
+    tokenizer = load_tokenizer(base, model)
+    with atomic_folder(folder) as temporary:
+        if model.lora.rank is not None and not merged:
+            config = {**adapter_config(module), "base_model_name_or_path": base}
+            (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+            tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        else:
+            _restored(load_causal_lm(base, _quiet(model)), state).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def save_reward_model(
+    folder: Path, module: nn.Module, state: Mapping[str, Tensor], base: str, config: RunConfig, version: int
+) -> None:
+    """Write the reward model with merged weights, its tokenizer and `reward.json`.
+
+    A scalar head becomes a token classifier with one label (of an `airl` head the reward g alone is kept); an
+    implicit head becomes a causal language model beside its reference, which is named by hub id, or copied
+    into `reference/` where it is a local folder, so that the artifact does not depend on a cache.
+    """
+    model = config.model.discriminator
+    implicit = isinstance(module, ImplicitModel)
+    with atomic_folder(folder) as temporary:
+        reference = reference_checksum = None
+        if implicit:
+            merged = _restored(load_causal_lm(base, _quiet(model)), state)
+            frozen = load_causal_lm(base, model, trainable=False)
+            reference_checksum = checksum(frozen.state_dict())
+            reference = base
+            if Path(base).is_dir():
+                reference = REFERENCE_FOLDER
+                frozen.save_pretrained(temporary / REFERENCE_FOLDER)
+        else:
+            outputs = next(tensor.shape[0] for name, tensor in state.items() if name.endswith("score.weight"))
+            merged = _restored(load_token_classifier(base, _quiet(model), outputs=outputs), state)
+            _keep_reward(merged)
+        merged.save_pretrained(temporary)
+        load_tokenizer(base, model).save_pretrained(temporary)
+        settings = RewardSettings(
+            head="implicit" if implicit else "scalar",
+            beta=config.discriminator.beta,
+            loss=config.discriminator.loss.type,
+            level=config.discriminator.loss.level,
+            density=config.reward.density.model_dump(),
+            temperature=config.reward.temperature,
+            clip=config.reward.clip,
+            reference=reference,
+            reference_checksum=reference_checksum,
+            reference_revision=model.revision if reference == base else None,
+            dtype=model.dtype,
+            discriminator_version=version,
+            config_hash=config_hash(config),
+        )
+        (temporary / REWARD_FILE).write_text(json.dumps(asdict(settings), indent=2, sort_keys=True))
+
+
+class RewardModel:
+    """A saved reward model, ready to score."""
+
+    def __init__(self, settings: RewardSettings, module: ScalarModel | ImplicitModel, device: str) -> None:
+        self.settings = settings
+        self._module = module.eval().to(device)
+        self._device = device
+
+    @classmethod
+    def load(cls, folder: Path, *, device: str = "cpu", dtype: Dtype = "float32") -> RewardModel:
+        """Load `final/reward_model`, to score in `dtype`.
+
+        Raises:
+            ModelError: not a reward model folder, or the reference is not the one that it was trained against.
+        """
+        file = Path(folder) / REWARD_FILE
+        if not file.is_file():
+            raise ModelError(f"{folder}: {REWARD_FILE} is missing; give a final/reward_model folder")
+        fields = json.loads(file.read_text())
+        settings = RewardSettings(**{**fields, "clip": fields["clip"] and tuple(fields["clip"])})
+        module: ScalarModel | ImplicitModel
+        if settings.head == "scalar":
+            module = ScalarModel(load_token_classifier(str(folder), Model(dtype=dtype), outputs=1))
+        else:
+            reference = _load_reference(file, settings).to(DTYPES[dtype])
+            causal_lm = load_causal_lm(str(folder), Model(dtype=dtype))
+            module = ImplicitModel(causal_lm, settings.beta, reference=reference)
+        return cls(settings, module, device)
+
+    @torch.no_grad()
+    def score(self, batch: DiscriminatorTensors) -> Tensor:
+        """[B, U] float32 unit logits on the CPU, before temperature and clip; padding is to be masked."""
+        batch = batch.to(self._device)
+        if isinstance(self._module, ScalarModel):
+            return self._module(batch.input_ids, batch.attention_mask, batch.unit_positions)[0].cpu()
+        ratios_BT = self._module(
+            batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids
+        )
+        return segment_sums(ratios_BT, batch.unit_start_index, batch.unit_end_index, batch.unit_mask).cpu()
+
+
+def _load_reference(file: Path, settings: RewardSettings) -> Any:
+    """The frozen reference of an implicit head, checked against the checksum in `reward.json`."""
+    name = settings.reference or ""
+    path = str(file.parent / name) if name == REFERENCE_FOLDER else name
+    model = Model.model_validate({"dtype": settings.dtype, "revision": settings.reference_revision})
+    reference = load_causal_lm(path, model, trainable=False)
+    if checksum(reference.state_dict()) != settings.reference_checksum:
+        raise ModelError(f"{file}: reference={name} has other weights than in training; restore that model")
+    return reference
+
+
+def _quiet(model: Model) -> Model:
+    """The model section without what only training needs."""
+    return model.model_copy(update={"gradient_checkpointing": False})
+
+
+def _restored(fresh: Any, state: Mapping[str, Tensor]) -> Any:
+    """The plain Hugging Face model with the trained weights in it; adapters are merged."""
+    if hasattr(fresh, "peft_config"):
+        result = set_peft_model_state_dict(fresh, dict(state))
+        unknown = result.unexpected_keys
+        missing = [key for key in result.missing_keys if "lora_" in key]
+        fresh = fresh.merge_and_unload()
+    else:
+        missing, unknown = fresh.load_state_dict(dict(state), strict=False)
+        missing = [key for key in missing if key not in (fresh._tied_weights_keys or ())]
+    if missing or unknown:
+        raise RuntimeError(
+            f"trained weights do not fit the model: missing {missing[:3]}, unknown {unknown[:3]}"
+        )
+    return fresh
+
+
+def _keep_reward(classifier: Any) -> None:
+    """Cut the head to its first output, the reward."""
+    old = classifier.score
+    new = nn.Linear(old.in_features, 1, bias=old.bias is not None, dtype=old.weight.dtype)
+    with torch.no_grad():
+        new.weight.copy_(old.weight[:1])
+        if old.bias is not None:
+            new.bias.copy_(old.bias[:1])
+    classifier.score = new
+    classifier.num_labels = classifier.config.num_labels = 1

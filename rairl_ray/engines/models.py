@@ -1,0 +1,164 @@
+"""Loading models for training: a causal language model or a token classifier, full or with LoRA.
+
+The files that import transformers and peft are this one, heads.py, sources.py, artifacts.py and hf_engine.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+
+from rairl_ray.config.schema import Model
+from rairl_ray.engines.sources import materialise
+from rairl_ray.errors import ModelError
+from rairl_ray.keys import key_seed
+
+__all__ = ["adapter_config", "load_causal_lm", "load_token_classifier", "materialise"]
+
+T = TypeVar("T")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_DROPOUTS = (
+    "attention_dropout",
+    "hidden_dropout",
+    "classifier_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+)
+
+
+def load_causal_lm(
+    path: str, model: Model, *, device: str = "cpu", trainable: bool = True, seed: int = 0
+) -> Any:
+    """A causal language model, wrapped by PEFT where `lora.rank` is set, in training mode if trainable.
+
+    Dropout inside the base model is off, so training and scoring compute the same function; `lora.dropout`
+    alone is kept. `trainable=False` gives the plain frozen base model. `seed` keys the adapter's start.
+
+    Raises:
+        ModelError: what cannot be loaded, and why, in one line.
+    """
+    loaded = _from_pretrained(AutoModelForCausalLM, path, model)
+    if not trainable:
+        return loaded.eval().requires_grad_(False).to(device)
+    return _prepare(loaded, model, TaskType.CAUSAL_LM, seed).to(device)
+
+
+def load_token_classifier(
+    path: str, model: Model, *, outputs: int = 1, device: str = "cpu", seed: int = 0
+) -> Any:
+    """A token classifier with `outputs` numbers per position (2 for the `airl` loss: g and the potential h).
+
+    From a causal checkpoint the head is new: drawn from `seed`, so small that all scores start near 0. From a
+    token classifier (such as an earlier `final/reward_model`) the head is kept.
+    """
+    loaded, info = _from_pretrained(
+        AutoModelForTokenClassification, path, model, num_labels=outputs, output_loading_info=True
+    )
+    head = getattr(loaded, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"{path}: its token classifier has no linear `score` head; use a Llama or Qwen model")
+    if any(key.startswith("score.") for key in info["missing_keys"]):
+        _draw_head(head, key_seed(seed, "scalar head"))
+    return _prepare(loaded, model, TaskType.TOKEN_CLS, seed).to(device)
+
+
+def adapter_config(module: Any) -> dict[str, Any]:
+    """JSON-able PEFT configuration of a module of heads.py (`adapter_config.json` of its adapter)."""
+    config = dict(module.wrapped.peft_config["default"].to_dict())
+    config["inference_mode"] = True
+    return {key: _plain(value) for key, value in config.items()}
+
+
+def _from_pretrained(kind: Any, path: str, model: Model, **extra: Any) -> Any:
+    """`kind.from_pretrained` with the settings of `model` and every base dropout at 0."""
+    _check_attention(path, model)
+    shared = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    config = one_line_errors(path, lambda: AutoConfig.from_pretrained(path, **shared))
+    for key in _DROPOUTS:
+        if getattr(config, key, None):
+            setattr(config, key, 0.0)
+    if kind is AutoModelForTokenClassification:
+        config.classifier_dropout = 0.0  # absent, it means 0.1
+        config.num_labels = extra.pop("num_labels")
+    return one_line_errors(
+        path,
+        lambda: kind.from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES[model.dtype],
+            attn_implementation=model.attention,
+            **shared,
+            **extra,
+        ),
+    )
+
+
+def one_line_errors(path: str, load: Callable[[], T]) -> T:
+    """Run `load`, turning the library's long errors into one line that names the model."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{path}: cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def _check_attention(path: str, model: Model) -> None:
+    if model.attention != "flash_attention_2":
+        return
+    if not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None:
+        raise ModelError(
+            f"{path}: model.*.attention=flash_attention_2 needs a CUDA device and the package flash-attn; "
+            "use model.*.attention=sdpa"
+        )
+    if model.dtype == "float32":
+        raise ModelError(f"{path}: model.*.attention=flash_attention_2 needs model.*.dtype=bfloat16")
+
+
+def _prepare(loaded: Any, model: Model, task: TaskType, seed: int) -> Any:
+    """Training mode, gradient checkpointing, and the adapter where one is asked for."""
+    if model.gradient_checkpointing:
+        loaded.gradient_checkpointing_enable({"use_reentrant": False})
+    loaded.train()
+    if model.lora.rank is None:
+        return loaded
+    targets = model.lora.target_modules
+    config = LoraConfig(
+        task_type=task,
+        r=model.lora.rank,
+        lora_alpha=model.lora.alpha or 2 * model.lora.rank,
+        lora_dropout=model.lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=["score"] if task == TaskType.TOKEN_CLS else None,
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key_seed(seed, "lora"))
+        return one_line_errors(
+            loaded.name_or_path, lambda: get_peft_model(loaded, config, autocast_adapter_dtype=False)
+        )
+
+
+def _draw_head(head: nn.Linear, seed: int) -> None:
+    """Normal weights of deviation 0.1 / sqrt(H): normalised hidden states then give scores around 0.1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        drawn = torch.randn(head.weight.shape, generator=generator) * 0.1 / head.in_features**0.5
+        head.weight.copy_(drawn)
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def _plain(value: Any) -> Any:
+    """A value of a PEFT configuration as JSON has it."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return getattr(value, "value", value)

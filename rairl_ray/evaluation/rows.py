@@ -1,0 +1,61 @@
+"""One evaluated generation, and its JSON line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rairl_ray.errors import DataError
+from rairl_ray.files import read_json_lines, write_json_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRow:
+    """A graded sample; the reward's fields are None where no discriminator scored it."""
+
+    prompt_id: str
+    question: str
+    generation: str
+    """The completion's text."""
+    generation_idx: int
+    """0..N-1 within its problem."""
+    answer: str | None
+    """Gold answer."""
+    correct: bool
+    extracted: str | None
+    """The answer that the grader found in the generation; None where it found none."""
+    format_ok: bool
+    finish_reason: str
+    """"stop", or "length" for a truncated generation."""
+    tokens: int
+    """Completion tokens, with the end-of-sequence token."""
+    policy_version: int
+    discriminator_version: int | None = None
+    unit_scores: Sequence[float] | None = None
+    """[U] rewards of the scored units."""
+    unit_char_ends: Sequence[int] | None = None
+    """[U] character end (exclusive) of each unit in `generation`."""
+    score: float | None = None
+    """The selector's number for the whole generation, which reranks it."""
+
+
+_NAMES = frozenset(field.name for field in dataclasses.fields(EvalRow))
+
+
+def write_rows(path: Path, rows: Iterable[EvalRow]) -> None:
+    """Write rows.jsonl atomically, one row a line; NaN becomes null."""
+    write_json_lines(path, (dataclasses.asdict(row) for row in rows))
+
+
+def read_rows(path: Path) -> list[EvalRow]:
+    """Read rows.jsonl; keys that are not ours are ignored. Raises DataError naming file and row."""
+    rows = []
+    for number, values in enumerate(read_json_lines(path), start=1):
+        try:
+            rows.append(EvalRow(**{name: value for name, value in values.items() if name in _NAMES}))
+        except TypeError as error:
+            missing = str(error).split(": ")[-1]
+            raise DataError(f"{path}: row {number} lacks {missing}; evaluate the run again") from error
+    return rows

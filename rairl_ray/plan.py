@@ -1,0 +1,154 @@
+"""`plan`: what a run would be and take, printed; nothing is started, neither Ray nor torch is imported."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device
+from rairl_ray.config.estimate import Memory, memory, work
+from rairl_ray.config.load import config_hash, dump_yaml, warm_start_chain
+from rairl_ray.config.schema import RunConfig
+
+PLENTY = 1e9
+"""CPUs of a hypothetical node that nobody described."""
+
+
+def show_plan(
+    config: RunConfig,
+    console: Console,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    cpus: int | None = None,
+) -> None:
+    """Print the resolved configuration, placement, work and memory.
+
+    Args:
+        gpus, cpus: of EACH node of a hypothetical cluster; None asks for what the plan needs.
+        nodes: how many nodes there are; None: as many as needed, or 1 where `gpus` or `cpus` is given.
+
+    Raises:
+        UserError: a warm start that contradicts the run; a cluster that cannot serve the plan.
+    """
+    chain = warm_start_chain(config)
+    device = config.placement.device
+    if device == "auto":
+        device = resolve_device(local_gpus() if gpus is None else gpus)
+    plan = bundles(config, device)
+    cluster = hypothetical_nodes(plan, config.placement.gpus_per_node, gpus, nodes, cpus)
+    check_against(plan, cluster)
+
+    console.print(dump_yaml(config).rstrip(), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\nconfig hash: {config_hash(config)}", highlight=False)
+    console.print(f"run folder: {Path(config.output_dir) / config.name}", markup=False, highlight=False)
+    for earlier in chain:
+        console.print(f"starts from: {earlier.name} ({earlier.trainer.steps} SFT steps)", markup=False)
+    _print_placement(plan, cluster, console)
+    _print_work(config, console)
+    _print_memory(memory(config, chain[0].model.policy if chain else None), plan, console)
+
+
+def local_gpus() -> int:
+    """NVIDIA devices of this machine, without loading any driver library."""
+    return sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
+def hypothetical_nodes(
+    plan: Plan, gpus_per_node: int, gpus: int | None, nodes: int | None, cpus: int | None
+) -> list[dict[str, float]]:
+    """The cluster that a plan is checked against; what nobody said is as large as needed."""
+    node = {"CPU": PLENTY if cpus is None else float(cpus)}
+    if plan.device == "gpu" or gpus is not None:
+        node["GPU"] = float(gpus_per_node if gpus is None else gpus)
+    if nodes is None:
+        described = gpus is not None or cpus is not None
+        nodes = 1 if described or plan.device == "cpu" else math.ceil(plan.total("GPU") / gpus_per_node)
+    return [dict(node) for _ in range(nodes)]
+
+
+def _print_placement(plan: Plan, cluster: list[dict[str, float]], console: Console) -> None:
+    table = Table(title=f"placement: {len(plan.bundles)} bundle(s) on {plan.device}, {plan.strategy}")
+    for heading in ("bundle", "resources", "who"):
+        table.add_column(heading, overflow="fold")
+    for index, resources in enumerate(plan.bundles):
+        who = [
+            f"{role} {rank} ({_said(slot.resources)})"
+            for role, slots in plan.roles.items()
+            for rank, slot in enumerate(slots)
+            if slot.bundle == index
+        ]
+        table.add_row(str(index), _said(resources), "\n".join(who))
+    console.print()
+    console.print(table)
+    if plan.device == "gpu":
+        console.print(
+            f"fits {len(cluster)} node(s) of {cluster[0]['GPU']:g} GPUs; takes {plan.total('GPU'):g} GPUs",
+            highlight=False,
+        )
+
+
+def _print_work(config: RunConfig, console: Console) -> None:
+    todo = work(config)
+    table = Table(title="work (tokens at their upper limits)")
+    table.add_column("what", overflow="fold")
+    table.add_column("a step", justify="right")
+    table.add_column("in all", justify="right")
+    steps = config.trainer.steps
+    what = "demonstrations" if config.algorithm.type == "sft" else "samples"
+    table.add_row(what, f"{todo.samples_per_step:,}", f"{todo.total_samples:,}")
+    table.add_row(
+        "completion tokens", f"{todo.completion_tokens_per_step:,}", f"{todo.total_completion_tokens:,}"
+    )
+    learner_tokens = todo.learner_tokens_per_step
+    table.add_row("tokens read by the policy learner", f"{learner_tokens:,}", f"{learner_tokens * steps:,}")
+    table.add_row("policy optimizer steps", f"{todo.policy_updates // steps:,}", f"{todo.policy_updates:,}")
+    if config.algorithm.type == "airl":
+        least, most = todo.discriminator_updates, todo.discriminator_updates_most
+        in_all = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        a_step = f"{config.discriminator.updates_per_policy_step:,}"
+        table.add_row("discriminator optimizer steps (warm-up included)", a_step, in_all)
+    console.print()
+    console.print(table)
+
+
+def _print_memory(estimates: list[Memory], plan: Plan, console: Console) -> None:
+    table = Table(title="memory of one rank, estimated")
+    for heading in ("role", "ranks", "model", "parameters", "trained", "parts", "total"):
+        table.add_column(heading, overflow="fold")
+    for estimate in estimates:
+        parts = ", ".join(f"{part} {_bytes(value)}" for part, value in estimate.parts.items() if value != 0)
+        table.add_row(
+            estimate.role,
+            str(len(plan.roles[estimate.role])),
+            estimate.model,
+            _count(estimate.parameters),
+            "-" if estimate.role == "rollout" else _count(estimate.trained),
+            parts,
+            _bytes(estimate.total),
+        )
+    console.print()
+    console.print(table)
+    if any(estimate.total is None for estimate in estimates):
+        console.print("unknown: no shape for this model without a download", highlight=False)
+
+
+def _said(resources: dict[str, float]) -> str:
+    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value / 2**30:,.1f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
+
+
+def _count(value: int | None) -> str:
+    if value is None:
+        return "unknown"
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return str(value)

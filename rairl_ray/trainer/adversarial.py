@@ -1,0 +1,290 @@
+"""An airl or grpo run around `Loop.step`: start or resume, warm up, step, evaluate, checkpoint, export.
+
+A failed actor group ends the attempt; the next one starts all groups anew from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rairl_ray import metrics as names
+from rairl_ray.actors.group import GroupFailure
+from rairl_ray.algorithms.warmup import WarmupGate
+from rairl_ray.data.cursor import Cursor
+from rairl_ray.metrics import PhaseTimer
+from rairl_ray.runfolder import Summary
+from rairl_ray.trainer.airl import AirlStrategy
+from rairl_ray.trainer.feed import Feed
+from rairl_ray.trainer.grpo import GrpoStrategy
+from rairl_ray.trainer.heldout import HeldOut, values_of
+from rairl_ray.trainer.loop import Loop
+from rairl_ray.trainer.parts import Parts, start_parts
+from rairl_ray.trainer.session import Session
+from rairl_ray.types import Demonstration, RolloutGroup
+
+GATE_EVERY = 25
+"""Warm-up updates between two measurements of the gate's AUROC."""
+
+
+def run(session: Session) -> bool:
+    """The whole run; True when it finished, False when it was asked to stop (its state is saved)."""
+    resume = session.resumed
+    retries = session.config.trainer.failure_retries
+    for attempt in range(retries + 1):
+        session.display.phase("starting actors")
+        parts = start_parts(session.prepared, session.plan)
+        try:
+            return Run(session, parts).run(resume)
+        except GroupFailure as failure:
+            session.event(f"attempt {attempt + 1} of {retries + 1} failed: {failure}")
+            if attempt == retries:
+                raise
+            resume = True
+        finally:
+            parts.close()
+    raise AssertionError("unreachable")
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beyond weights and cursors."""
+
+    step: int = 0
+    """Finished policy steps."""
+    warmup: int = 0
+    """Finished warm-up updates of the discriminator."""
+    warmed_up: bool = False
+
+
+class Run:
+    """One attempt."""
+
+    def __init__(self, session: Session, parts: Parts) -> None:
+        assert parts.policy is not None
+        prepared, config = session.prepared, session.config
+        self.session = session
+        self.config = config
+        self.parts = parts
+        self.policy = parts.policy
+        self.progress = Progress()
+        self._saved: dict[str, Any] = {}
+        self.feed = Feed(prepared.task, config.seed)
+        self.airl: AirlStrategy | None = None
+        if parts.discriminator is not None:
+            self.airl = AirlStrategy(
+                config, prepared.task, self.feed, prepared.policy_renderer, prepared.reader,
+                parts.discriminator, parts.policy,
+            )  # fmt: skip
+        strategy = self.airl or GrpoStrategy(prepared.task, prepared.policy_renderer)
+        self.strategy = strategy
+        self.loop = Loop(config, self.feed, parts.rollouts, parts.policy, strategy)
+        self.heldout = HeldOut(config, prepared.task, parts.rollouts, self.airl)
+
+    def run(self, resume: bool) -> bool:
+        session, config = self.session, self.config
+        self._open()
+        restored = self._restore() if resume else False
+        self.loop.sync()
+        if config.eval.at_start and not restored:
+            self._evaluate("start")
+        if not self._warm_up():
+            return self._stopped()
+        session.display.phase("training", config.trainer.steps, self.progress.step)
+        for step in range(self.progress.step + 1, config.trainer.steps + 1):
+            self._step(step)
+            if session.stop and step < config.trainer.steps:
+                return self._stopped()
+        summary = self._evaluate("final") if config.eval.at_end else {}
+        self._export(summary)
+        return True
+
+    # --- the parts of a run ------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Learners and engines load side by side in their own processes."""
+        config = self.config
+        steps = config.trainer.steps * config.policy.minibatches_per_step
+        self.session.display.phase("loading models")
+        self.parts.rollouts.open()
+        self.policy.open(steps)
+        if self.parts.discriminator is not None:
+            gate = WarmupGate(config.discriminator)
+            updates = gate.max_steps + config.trainer.steps * config.discriminator.updates_per_policy_step
+            self.parts.discriminator.open(max(1, updates))
+
+    def _step(self, step: int) -> None:
+        config, timer = self.config, PhaseTimer()
+        metrics, groups = self.loop.step(step, timer)
+        self.progress.step = step
+        self.parts.finished(step)
+        if config.eval.every and step % config.eval.every == 0 and step < config.trainer.steps:
+            with timer.phase(names.TIME_EVALUATION):
+                metrics |= values_of(self._evaluate(f"step-{step:06d}", log=False))
+        if self._checkpoint_due(step):
+            with timer.phase(names.TIME_CHECKPOINT):
+                self._save()
+        metrics |= timer.finish()
+        self.session.log(step, metrics)
+        self.session.log_rollouts(step, groups)
+        self.session.display.step(step, metrics)
+
+    def _checkpoint_due(self, step: int) -> bool:
+        every = self.config.trainer.checkpoint_every
+        stopping = bool(self.session.stop)
+        return stopping or step == self.config.trainer.steps or bool(every and step % every == 0)
+
+    def _evaluate(self, name: str, log: bool = True) -> Summary:
+        """Evaluate on held-out problems, write rows and summary, log the numbers at the current step."""
+        self.session.display.phase(f"evaluating ({name})")
+        summary, rows = self.heldout.evaluate()
+        self.session.write_evaluation(name, summary, rows)
+        if log:
+            self.session.log(self.progress.step, values_of(summary))
+            self.session.display.show(values_of(summary))
+        return summary
+
+    # --- warm-up -----------------------------------------------------------------------------------
+
+    def _warm_up(self) -> bool:
+        """Train the discriminator against the frozen policy until its gate opens; False when asked to stop."""
+        gate = WarmupGate(self.config.discriminator)
+        if self.airl is None or self.progress.warmed_up or gate.max_steps == 0:
+            return True
+        display = self.session.display
+        display.phase("discriminator warm-up", gate.max_steps, self.progress.warmup)
+        pool = WarmupPool(self)
+        auroc = self._separation(pool)
+        ready, reason = gate.ready(self.progress.warmup, auroc)
+        while not ready:
+            update = self.progress.warmup + 1
+            timer = PhaseTimer()
+            with timer.phase(names.TIME_DISCRIMINATOR):
+                groups, demonstrations = pool.next()
+                metrics = self.airl.update(groups, demonstrations, epoch=f"warmup/{update}")
+            self.progress.warmup = update
+            if update % GATE_EVERY == 0:
+                auroc = self._separation(pool)
+                metrics[names.DISCRIMINATOR_AUROC] = auroc
+            # Warm-up rows lie before step 1, one number each: -(max - 1) .. 0.
+            step = update - gate.max_steps
+            metrics |= {names.DISCRIMINATOR_WARMUP_STEP: float(update), **timer.finish()}
+            self.session.log(step, metrics)
+            display.step(update, metrics)
+            ready, reason = gate.ready(update, auroc)
+            if self.session.stop and not ready:
+                return False
+        self.progress.warmed_up = True
+        self._save()
+        self.session.event(
+            f"discriminator warm-up ended after {self.progress.warmup} updates ({reason}), "
+            f"AUROC on held-out right/wrong samples {auroc:.3f}"
+        )
+        return True
+
+    def _separation(self, pool: WarmupPool) -> float:
+        assert self.airl is not None
+        return self.heldout.separation(pool.heldout)
+
+    # --- saving ------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        store, step = self.session.store, self.progress.step
+        folder = store.begin(step)
+        self.policy.save(folder / "policy")
+        versions = {"policy": self.policy.version}
+        if self.parts.discriminator is not None:
+            self.parts.discriminator.save(folder / "discriminator")
+            versions["discriminator"] = self.parts.discriminator.version
+        self.session.commit(step, self._state(), versions)
+        self._saved = dict(vars(self.progress))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "progress": vars(self.progress),
+            "feed": self.feed.state(),
+            "strategy": self.strategy.state(),
+        }
+
+    def _restore(self) -> bool:
+        """Go back to the newest whole checkpoint; without one the run starts from the beginning."""
+        store = self.session.store
+        path = store.latest_valid()
+        if path is None:
+            self.session.folder.truncate_to_step(-(1 << 31))
+            self.session.event("no checkpoint to resume from: starting from the beginning")
+            return False
+        state = store.read(path)
+        self.progress = Progress(**state["progress"])
+        self.feed.restore(state["feed"])
+        self.strategy.restore(state["strategy"])
+        self.policy.load(path / "policy")
+        if self.parts.discriminator is not None:
+            self.parts.discriminator.load(path / "discriminator")
+        last = self.progress.step
+        if not self.progress.warmed_up and self.airl is not None:
+            last = self.progress.warmup - WarmupGate(self.config.discriminator).max_steps
+        dropped = self.session.folder.truncate_to_step(last)
+        self.session.event(
+            f"resumed from {path.name}; {dropped} later rows of metrics.jsonl will be made again"
+        )
+        return True
+
+    def _stopped(self) -> bool:
+        if self._saved != vars(self.progress):
+            self._save()
+        self.session.event(
+            f"stopped after step {self.progress.step}; go on with --resume {self.session.config.name}"
+        )
+        return False
+
+    def _export(self, summary: Summary) -> None:
+        """Final artifacts, uploaded, and the result on the screen."""
+        session = self.session
+        session.display.phase("writing final artifacts")
+        self.policy.export(session.folder.final_policy)
+        if self.parts.discriminator is not None:
+            self.parts.discriminator.export(session.folder.final_reward_model)
+        session.finish(summary)
+
+
+class WarmupPool:
+    """Policy samples for the warm-up: drawn once, since the policy stands still, or fresh for every update.
+
+    Its prompts have a cursor of their own, a function of the number of finished updates, so that a resumed
+    warm-up goes on with the same prompts.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        config, done = run.config.discriminator, run.progress.warmup
+        self._per_update = config.warmup_prompts_per_step or run.config.trainer.prompts_per_step
+        self._train = run.session.prepared.task.train
+        self._prompts = Cursor(len(self._train), run.config.seed, "warmup-prompts")
+        self._items: list[tuple[RolloutGroup, Demonstration]] = []
+        self._places: Cursor | None = None
+        if config.warmup_pool_prompts is not None:
+            self._items = self._draw(config.warmup_pool_prompts, "warmup/pool")
+            self._places = Cursor(len(self._items), run.config.seed, "warmup-pool")
+            self._places.next(done * self._per_update)
+        else:
+            self._prompts.next(done * self._per_update)
+        self.heldout = run.heldout.sample("heldout")
+        """Samples of the held-out problems by the frozen policy, for the gate."""
+
+    def next(self) -> tuple[list[RolloutGroup], list[Demonstration]]:
+        """The groups and experts of one update."""
+        if self._places is None:
+            items = self._draw(self._per_update, f"warmup/{self._run.progress.warmup + 1}")
+        else:
+            items = [self._items[index] for index in self._places.next(self._per_update)]
+        return [group for group, _ in items], [demonstration for _, demonstration in items]
+
+    def _draw(self, count: int, stream: str) -> list[tuple[RolloutGroup, Demonstration]]:
+        demonstrations = [self._train[index] for index in self._prompts.next(count)]
+        groups = self._run.parts.rollouts.generate(
+            [item.prompt for item in demonstrations],
+            stream,
+            self._run.config.discriminator.warmup_samples_per_prompt,
+        )
+        return list(zip(groups, demonstrations, strict=True))

@@ -1,0 +1,267 @@
+"""R-AIRL's own part of a step: train the discriminator, then let it score the policy's samples.
+
+    groups ──> labelled batch (experts +, samples -, perturbed experts -, replayed samples -)
+                   └─> discriminator.update  x updates_per_policy_step      (version d -> d + n)
+    groups ──> discriminator.score ──> unit rewards ──> token rewards        (stamped d + n)
+
+The discriminator learns BEFORE it scores: the reward that the policy sees has already met these samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rairl_ray import metrics as names
+from rairl_ray.actors.discriminator import DiscriminatorWorkers
+from rairl_ray.actors.policy import PolicyWorkers
+from rairl_ray.algorithms.density import backfill
+from rairl_ray.algorithms.negatives import perturb
+from rairl_ray.algorithms.replay import ReplayBuffer
+from rairl_ray.algorithms.rewards import clipped_count, unit_rewards
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.data.rendering import Renderer
+from rairl_ray.data.tasks.base import Task
+from rairl_ray.keys import keyed_random
+from rairl_ray.metrics import PhaseTimer, mean
+from rairl_ray.trainer.feed import Feed
+from rairl_ray.trainer.labelling import (
+    Labelled,
+    ReadTrace,
+    TraceReader,
+    labelled_batch,
+    sample_of,
+    segment_logprobs,
+    trace_of,
+)
+from rairl_ray.types import (
+    Demonstration,
+    DiscriminatorBatch,
+    PolicySample,
+    RewardedTrace,
+    Rollout,
+    RolloutGroup,
+    Trace,
+    TraceScores,
+)
+
+
+class AirlStrategy:
+    """Owns the discriminator's data: experts, negatives, replay. Knows no optimizer and no engine."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task,
+        feed: Feed,
+        policy_renderer: Renderer,
+        reader: TraceReader,
+        discriminator: DiscriminatorWorkers,
+        policy: PolicyWorkers,
+    ) -> None:
+        self._config = config
+        self._task = task
+        self._feed = feed
+        self._renderer = policy_renderer
+        self._reader = reader
+        self._discriminator = discriminator
+        self._policy = policy
+        self._replay = ReplayBuffer(config.discriminator.replay.capacity, config.seed)
+
+    # --- the step ------------------------------------------------------------------------------
+
+    def rewards(
+        self, groups: Sequence[RolloutGroup], step: int, timer: PhaseTimer
+    ) -> tuple[list[list[RewardedTrace]], dict[str, float]]:
+        """Update the discriminator on the groups, score them, and return rewarded traces per group."""
+        metrics: dict[str, float] = {}
+        with timer.phase(names.TIME_DISCRIMINATOR):
+            demonstrations = [self._feed.demonstration(group.prompt.id) for group in groups]
+            for repeat in range(self._config.discriminator.updates_per_policy_step):
+                metrics = self.update(groups, demonstrations, epoch=f"step/{step}/{repeat}")
+            self._replay.add([trace_of(group.prompt, r) for group in groups for r in group.rollouts])
+        with timer.phase(names.TIME_SCORE):
+            rewarded, reward_metrics = self._score_groups(groups)
+        return rewarded, {**metrics, **reward_metrics}
+
+    def update(
+        self, groups: Sequence[RolloutGroup], demonstrations: Sequence[Demonstration], epoch: str
+    ) -> dict[str, float]:
+        """One discriminator update on these groups and the experts of the same prompts.
+
+        `epoch` keys its perturbations and replay. With `discriminator.demonstrations_per_update` the experts
+        come from their own cursor instead.
+        """
+        if self._config.discriminator.demonstrations_per_update is not None:
+            demonstrations = self._feed.next_demonstrations(
+                self._config.discriminator.demonstrations_per_update
+            )
+        batch, dropped = self._batch(groups, demonstrations, epoch)
+        result = self._discriminator.update(batch)
+        return {
+            **result.metrics,
+            names.DISCRIMINATOR_VERSION: float(result.version),
+            names.DISCRIMINATOR_DROPPED_PERTURBATIONS: float(dropped),
+        }
+
+    # --- who is positive, who is negative ------------------------------------------------------
+
+    def _batch(
+        self, groups: Sequence[RolloutGroup], demonstrations: Sequence[Demonstration], epoch: str
+    ) -> tuple[DiscriminatorBatch, int]:
+        config = self._config.discriminator
+        pair_ids = {group.prompt.id: index for index, group in enumerate(groups)}
+        labelled: list[Labelled] = []
+        logprobs: list[tuple[ReadTrace, Rollout | None]] = []
+        dropped = 0
+        for demonstration in demonstrations:
+            pair = pair_ids.setdefault(demonstration.prompt.id, len(pair_ids))
+            copies, lost = self._perturbed(demonstration, epoch)
+            dropped += lost
+            for index, trace in enumerate([_expert_trace(demonstration), *copies]):
+                read = self._reader.read(trace)
+                labelled.append(Labelled(read=read, positive=index == 0, pair_id=pair))
+                logprobs.append((read, None))
+        for trace, sampled in self._policy_traces(groups, epoch):
+            read = self._reader.read(trace)
+            positive = (
+                config.positives == "expert_and_correct" and self._task.grade(trace.prompt, trace.text).correct
+            )
+            pair = pair_ids.setdefault(trace.prompt.id, len(pair_ids))
+            labelled.append(Labelled(read=read, positive=positive, pair_id=pair))
+            logprobs.append((read, sampled))
+        policy_logprobs = self._segment_logprobs(logprobs) if config.loss.type == "airl" else None
+        from_edit = config.perturbations.label == "from_edit"
+        return labelled_batch(labelled, from_edit, policy_logprobs), dropped
+
+    def _perturbed(self, demonstration: Demonstration, epoch: str) -> tuple[list[Trace], int]:
+        config = self._config.discriminator.perturbations
+        if config.count == 0:
+            return [], 0
+        key = (self._config.seed, demonstration.prompt.id, epoch)
+        copies, dropped = perturb(demonstration, count=config.count, kinds=config.kinds, key=key)
+        traces = [
+            Trace(prompt=demonstration.prompt, text=copy.text, edit_char=copy.edit_char) for copy in copies
+        ]
+        return traces, dropped
+
+    def _policy_traces(self, groups: Sequence[RolloutGroup], epoch: str) -> list[tuple[Trace, Rollout | None]]:
+        """The groups' own samples, with a share replaced by replayed ones of earlier policies (Rollout None)."""
+        fresh: list[tuple[Trace, Rollout | None]] = [
+            (trace_of(group.prompt, rollout), rollout) for group in groups for rollout in group.rollouts
+        ]
+        count = round(self._config.discriminator.replay.share * len(fresh))
+        replayed = self._replay.sample(count, (epoch,)) if count else []
+        if replayed:
+            keyed_random(self._config.seed, "replay-keep", epoch).shuffle(fresh)
+            fresh = fresh[: len(fresh) - len(replayed)]
+        return fresh + [(trace, None) for trace in replayed]
+
+    def _segment_logprobs(self, items: Sequence[tuple[ReadTrace, Rollout | None]]) -> list[np.ndarray]:
+        """[U] per trace: log pi of each segment; samples bring theirs, expert texts ask the policy."""
+        tokens = [self._renderer.tokenize(read.trace, same_tokenizer=True) for read, _ in items]
+        asked = [
+            PolicySample(
+                prompt_ids=token.prompt_ids,
+                completion_ids=token.completion_ids,
+                advantages=np.zeros(len(token.completion_ids), dtype=np.float32),
+                sampling_logprobs=None,
+            )
+            for token, (_, rollout) in zip(tokens, items, strict=True)
+            if rollout is None
+        ]
+        answers = iter(self._policy.logprobs(asked))
+        return [
+            segment_logprobs(
+                read, token.char_ends, next(answers) if rollout is None else np.asarray(rollout.logprobs)
+            )
+            for token, (read, rollout) in zip(tokens, items, strict=True)
+        ]
+
+    # --- rewards -------------------------------------------------------------------------------
+
+    def score(self, traces: Sequence[Trace]) -> list[TraceScores]:
+        """Unit logits of any traces under the newest discriminator."""
+        reads = [self._reader.read(trace) for trace in traces]
+        logits, version = self._discriminator.score([sample_of(read) for read in reads])
+        return [
+            TraceScores(
+                logits=values,
+                unit_tokens=read.unit_tokens,
+                unit_char_ends=read.unit_char_ends,
+                discriminator_version=version,
+            )
+            for read, values in zip(reads, logits, strict=True)
+        ]
+
+    def _score_groups(
+        self, groups: Sequence[RolloutGroup]
+    ) -> tuple[list[list[RewardedTrace]], dict[str, float]]:
+        candidates = [self._candidates(group) for group in groups]
+        flat = [trace for traces in candidates for trace, _ in traces]
+        scores = iter(self.score(flat))
+        rewarded: list[list[RewardedTrace]] = []
+        values: list[float] = []
+        clipped = units = 0
+        outcomes: list[float] = []
+        for traces in candidates:
+            rows = []
+            for trace, rollout in traces:
+                score = next(scores)
+                row = self._rewarded(trace, rollout, score, outcomes)
+                rows.append(row)
+                clipped += clipped_count(score.logits, self._config.reward)
+                units += len(score.logits)
+                if rollout is not None:
+                    values.append(float(row.token_rewards.mean()))
+            rewarded.append(rows)
+        return rewarded, {
+            names.REWARD_MEAN: mean(values),
+            names.REWARD_STD: float(np.std(values)) if values else float("nan"),
+            names.REWARD_CLIPPED_SHARE: clipped / max(units, 1),
+            names.REWARD_OUTCOME: mean(outcomes),
+        }
+
+    def _candidates(self, group: RolloutGroup) -> list[tuple[Trace, Rollout | None]]:
+        """The group's samples, followed by its expert traces where `advantage.expert` asks for them."""
+        traces: list[tuple[Trace, Rollout | None]] = [(trace_of(group.prompt, r), r) for r in group.rollouts]
+        copies = {"none": 0, "single": 1, "balanced": len(group.rollouts)}[self._config.advantage.expert]
+        if copies and group.rollouts:
+            expert = _expert_trace(self._feed.demonstration(group.prompt.id))
+            traces += [(expert, None)] * copies
+        return traces
+
+    def _rewarded(
+        self, trace: Trace, rollout: Rollout | None, scores: TraceScores, outcomes: list[float]
+    ) -> RewardedTrace:
+        outcome = None
+        if trace.prompt.answer is not None:
+            outcome = float(self._task.grade(trace.prompt, trace.text).correct)
+            if rollout is not None:
+                outcomes.append(outcome)
+        rewards = unit_rewards(scores.logits, self._config.reward, outcome)
+        tokens = self._renderer.tokenize(trace, same_tokenizer=True)
+        return RewardedTrace(
+            tokens=tokens,
+            sampling_logprobs=None if rollout is None else np.asarray(rollout.logprobs, dtype=np.float32),
+            token_rewards=backfill(scores.unit_char_ends, rewards, tokens.char_ends),
+            last_unit_reward=float(rewards[-1]),
+            policy_version=-1 if rollout is None else rollout.policy_version,
+            discriminator_version=scores.discriminator_version,
+            expert=rollout is None,
+        )
+
+    # --- resume --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, object]:
+        return {"replay": self._replay.state()}
+
+    def restore(self, state: dict) -> None:
+        self._replay = ReplayBuffer.from_state(state["replay"])
+
+
+def _expert_trace(demonstration: Demonstration) -> Trace:
+    if demonstration.completion is None:
+        raise ValueError(f"prompt {demonstration.prompt.id} has no expert trace")
+    return Trace(prompt=demonstration.prompt, text=demonstration.completion)

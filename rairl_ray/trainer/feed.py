@@ -1,0 +1,45 @@
+"""Which problems come next: keyed permutations of the training split with saved cursors."""
+
+from __future__ import annotations
+
+from rairl_ray.data.cursor import Cursor
+from rairl_ray.data.tasks.base import Task
+from rairl_ray.errors import DataError
+from rairl_ray.types import Demonstration, Prompt
+
+
+class Feed:
+    """Two independent cursors over the training split: one for prompts, one for expert traces."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self._task = task
+        self._prompts = Cursor(len(task.train), seed, "prompts")
+        self._experts = Cursor(len(task.train), seed, "experts")
+        self._drawn: dict[str, Demonstration] = {}
+
+    def next_prompts(self, count: int) -> list[Prompt]:
+        """The next `count` training prompts; their demonstrations stay at hand until the next call."""
+        drawn = [self._task.train[index] for index in self._prompts.next(count)]
+        self._drawn = {item.prompt.id: item for item in drawn}
+        return [item.prompt for item in drawn]
+
+    def demonstration(self, prompt_id: str) -> Demonstration:
+        """The expert trace of a prompt from the last `next_prompts`."""
+        item = self._drawn[prompt_id]
+        if item.completion is None:
+            raise DataError(
+                f"data: problem {prompt_id} has no expert trace; algorithm.type=airl needs one for every "
+                "training problem: set data.demonstrations, or drop such rows"
+            )
+        return item
+
+    def next_demonstrations(self, count: int) -> list[Demonstration]:
+        """The next `count` expert traces of the experts' own cursor."""
+        return [self._task.train[index] for index in self._experts.next(count)]
+
+    def state(self) -> dict[str, object]:
+        return {"prompts": self._prompts.state(), "experts": self._experts.state()}
+
+    def restore(self, state: dict) -> None:
+        self._prompts.restore(state["prompts"])
+        self._experts.restore(state["experts"])

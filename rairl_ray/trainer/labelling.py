@@ -1,0 +1,147 @@
+"""From texts to labelled discriminator batches: who is positive, who is negative, and on which units.
+
+Pure bookkeeping on the driver: no tensors, no actors. The density's units come from one function for
+training, scoring, reranking and localisation (METHOD 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rairl_ray.algorithms.density import unit_starts, unit_tokens
+from rairl_ray.config.schema import Density
+from rairl_ray.data.rendering import Renderer
+from rairl_ray.types import DiscriminatorBatch, DiscriminatorSample, Prompt, Rollout, TokenizedTrace, Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadTrace:
+    """A trace in discriminator tokens with the units that its density scores."""
+
+    trace: Trace
+    tokens: TokenizedTrace
+    unit_tokens: np.ndarray
+    """[U]"""
+    unit_starts: np.ndarray
+    """[U]"""
+
+    @property
+    def unit_char_ends(self) -> np.ndarray:
+        """[U] character end of each unit."""
+        return np.asarray(self.tokens.char_ends, dtype=np.int64)[self.unit_tokens]
+
+    @property
+    def unit_char_starts(self) -> np.ndarray:
+        """[U] character end of the token before each unit (0 for the first)."""
+        ends = np.asarray((0, *self.tokens.char_ends), dtype=np.int64)
+        return ends[self.unit_starts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """A read trace with its label; `pair_id` ties it to the expert of its own prompt."""
+
+    read: ReadTrace
+    positive: bool
+    pair_id: int
+
+
+class TraceReader:
+    """Reads traces as the discriminator does: its tokenizer, its density."""
+
+    def __init__(self, renderer: Renderer, density: Density, policy_fingerprint: str) -> None:
+        self.renderer = renderer
+        self.density = density
+        self.same_tokenizer = renderer.fingerprint == policy_fingerprint
+
+    def read(self, trace: Trace) -> ReadTrace:
+        tokens = self.renderer.tokenize(trace, same_tokenizer=self.same_tokenizer)
+        units = unit_tokens(trace.text, tokens.char_ends, self.density)
+        return ReadTrace(trace=trace, tokens=tokens, unit_tokens=units, unit_starts=unit_starts(units))
+
+
+def sample_of(read: ReadTrace, *, positive: bool = False, pair_id: int = 0) -> DiscriminatorSample:
+    """All units of a trace, for scoring (the label is then without meaning)."""
+    return DiscriminatorSample(
+        prompt_ids=read.tokens.prompt_ids,
+        completion_ids=read.tokens.completion_ids,
+        unit_tokens=read.unit_tokens,
+        unit_starts=read.unit_starts,
+        positive=positive,
+        pair_id=pair_id,
+    )
+
+
+def labelled_batch(
+    traces: Sequence[Labelled], from_edit: bool, policy_logprobs: Sequence[np.ndarray] | None = None
+) -> DiscriminatorBatch:
+    """Labelled traces with the global counts that the losses divide by (METHOD 3).
+
+    Args:
+        from_edit: leave out a perturbed copy's units before its edit: up to there it equals the expert trace,
+            and a causal model would see one prefix with two labels.
+        policy_logprobs: per trace [U] log pi of each unit's segment, for the `airl` loss.
+    """
+    samples: list[DiscriminatorSample] = []
+    for index, item in enumerate(traces):
+        keep = np.ones(len(item.read.unit_tokens), dtype=bool)
+        if from_edit and item.read.trace.edit_char is not None:
+            keep = item.read.unit_char_ends > item.read.trace.edit_char
+        if not keep.any():
+            continue
+        sample = DiscriminatorSample(
+            prompt_ids=item.read.tokens.prompt_ids,
+            completion_ids=item.read.tokens.completion_ids,
+            unit_tokens=item.read.unit_tokens[keep],
+            unit_starts=item.read.unit_starts[keep],
+            positive=item.positive,
+            pair_id=item.pair_id,
+            policy_logprobs=None if policy_logprobs is None else policy_logprobs[index][keep],
+        )
+        samples.append(sample)
+    return batch_of(samples)
+
+
+def batch_of(samples: Sequence[DiscriminatorSample]) -> DiscriminatorBatch:
+    positives = [s for s in samples if s.positive]
+    negatives = [s for s in samples if not s.positive]
+    negative_pairs: dict[int, int] = {}
+    for sample in negatives:
+        negative_pairs[sample.pair_id] = negative_pairs.get(sample.pair_id, 0) + 1
+    return DiscriminatorBatch(
+        samples=tuple(samples),
+        positive_units=sum(len(s.unit_tokens) for s in positives),
+        negative_units=sum(len(s.unit_tokens) for s in negatives),
+        positive_traces=len(positives),
+        negative_traces=len(negatives),
+        pairs=sum(negative_pairs.get(s.pair_id, 0) for s in positives),
+    )
+
+
+def segment_logprobs(
+    read: ReadTrace, char_ends: Sequence[int], logprobs: Sequence[float] | np.ndarray
+) -> np.ndarray:
+    """[U] sum of the policy's token log-probabilities in each unit's segment, mapped by characters.
+
+    Args:
+        char_ends: [T] character ends of the POLICY's tokens of the same text.
+        logprobs: [T]
+    """
+    unit_of_token = np.searchsorted(read.unit_char_ends, np.asarray(char_ends), side="left")
+    unit_of_token = np.minimum(unit_of_token, len(read.unit_tokens) - 1)
+    sums = np.zeros(len(read.unit_tokens), dtype=np.float32)
+    np.add.at(sums, unit_of_token, np.asarray(logprobs, dtype=np.float32))
+    return sums
+
+
+def trace_of(prompt: Prompt, rollout: Rollout) -> Trace:
+    """The trace of one rollout, with the sampled tokens kept for a discriminator of the same tokenizer."""
+    return Trace(
+        prompt=prompt,
+        text=rollout.text,
+        finished=rollout.finish_reason == "stop",
+        token_ids=rollout.token_ids,
+    )

@@ -1,0 +1,130 @@
+"""The training loop: who waits for whom, and nothing else.
+
+    Feed ──prompts──> RolloutWorkers ──[RolloutGroup, policy version p]──┐
+                          ^                                             v
+                          │                              Strategy (airl: discriminator.update, .score;
+                     weight sync                                  grpo: the task's grade)
+                     (p -> p + 1)                                       │ token rewards, stamped d
+                          │                                             v
+                    PolicyWorkers <──[PolicyBatch]── advantages per group
+
+One step runs strictly left to right; every arrow is a wait with a deadline. The loop knows the order,
+not the mathematics (rairl_ray/algorithms), not the machines (rairl_ray/actors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from rairl_ray import metrics as names
+from rairl_ray.actors.policy import PolicyWorkers
+from rairl_ray.actors.rollout import RolloutWorkers
+from rairl_ray.algorithms.advantages import advantages
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.keys import keyed_random
+from rairl_ray.metrics import PhaseTimer, mean
+from rairl_ray.trainer.feed import Feed
+from rairl_ray.types import PolicyBatch, PolicySample, RewardedTrace, RolloutGroup
+
+
+class Strategy(Protocol):
+    """What distinguishes airl from grpo: where token rewards come from."""
+
+    def rewards(
+        self, groups: Sequence[RolloutGroup], step: int, timer: PhaseTimer
+    ) -> tuple[list[list[RewardedTrace]], dict[str, float]]: ...
+
+    def state(self) -> dict[str, object]: ...
+
+    def restore(self, state: dict) -> None: ...
+
+
+class Loop:
+    """The parts of a run wired together; `step` is one policy step."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        feed: Feed,
+        rollouts: RolloutWorkers,
+        policy: PolicyWorkers,
+        strategy: Strategy,
+    ) -> None:
+        self.config = config
+        self.feed = feed
+        self.rollouts = rollouts
+        self.policy = policy
+        self.strategy = strategy
+
+    def step(self, step: int, timer: PhaseTimer) -> tuple[dict[str, float], list[RolloutGroup]]:
+        """One whole step; returns its metrics and its rollouts (for the log)."""
+        prompts = self.feed.next_prompts(self.config.trainer.prompts_per_step)
+        with timer.phase(names.TIME_ROLLOUT):
+            groups = self.rollouts.generate(prompts, f"train/{step}")
+        rewarded, metrics = self.strategy.rewards(groups, step, timer)
+        batches = policy_batches(rewarded, self.config, step)
+        with timer.phase(names.TIME_POLICY):
+            result = self.policy.update(batches)
+        with timer.phase(names.TIME_SYNC):
+            self.sync()
+        metrics |= rollout_metrics(groups, timer.seconds(names.TIME_ROLLOUT), result.version - 1)
+        metrics |= result.metrics
+        metrics[names.POLICY_VERSION] = float(result.version)
+        return metrics, groups
+
+    def sync(self) -> None:
+        """Give the newest policy to every rollout replica; each answers version and checksum."""
+        self.rollouts.sync(self.policy.weights(), self.policy.version)
+
+
+def policy_batches(
+    rewarded: Sequence[Sequence[RewardedTrace]], config: RunConfig, step: int
+) -> list[PolicyBatch]:
+    """Advantages per group, then one batch per optimizer update, each with its global denominators."""
+    samples: list[PolicySample] = []
+    for traces in rewarded:
+        if not traces:
+            continue
+        per_trace = advantages(
+            [trace.token_rewards for trace in traces],
+            np.asarray([trace.last_unit_reward for trace in traces], dtype=np.float32),
+            config.advantage,
+        )
+        for trace, values in zip(traces, per_trace, strict=True):
+            sample = PolicySample(
+                prompt_ids=trace.tokens.prompt_ids,
+                completion_ids=trace.tokens.completion_ids,
+                advantages=values,
+                sampling_logprobs=trace.sampling_logprobs,
+            )
+            samples.append(sample)
+    count = config.policy.minibatches_per_step
+    if count > 1:
+        keyed_random(config.seed, "minibatches", step).shuffle(samples)
+    parts = [samples[index::count] for index in range(count)]
+    return [policy_batch(part) for part in parts if part]
+
+
+def policy_batch(samples: Sequence[PolicySample]) -> PolicyBatch:
+    return PolicyBatch(
+        samples=tuple(samples),
+        total_tokens=sum(len(sample.completion_ids) for sample in samples),
+        total_samples=len(samples),
+    )
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup], seconds: float, trained_version: int) -> dict[str, float]:
+    """What the samples of a step look like; staleness is in policy versions, averaged over samples."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    return {
+        names.ROLLOUT_TOKENS: float(tokens),
+        names.ROLLOUT_TOKENS_PER_SECOND: tokens / seconds if seconds else float("nan"),
+        names.ROLLOUT_COMPLETION_TOKENS: tokens / len(rollouts) if rollouts else float("nan"),
+        names.ROLLOUT_TRUNCATED: mean([float(r.finish_reason == "length") for r in rollouts]),
+        names.ROLLOUT_STALENESS: mean([float(trained_version - r.policy_version) for r in rollouts]),
+        names.ROLLOUT_FAILED_GROUPS: float(sum(not group.rollouts for group in groups)),
+    }

@@ -1,0 +1,91 @@
+"""`launch.py train`: prepare, open the run folder, run the algorithm, leave everything in a terminal state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from rairl_ray.actors.placement import Plan
+from rairl_ray.checkpoint import CheckpointStore
+from rairl_ray.config.load import config_hash, from_yaml_file, warm_start_chain
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.display import Display
+from rairl_ray.runfolder import RunFolder
+from rairl_ray.tracking import Tracker
+from rairl_ray.trainer import adversarial, sft
+from rairl_ray.trainer.parts import cluster, place
+from rairl_ray.trainer.prepare import Prepared, prepare
+from rairl_ray.trainer.session import Session, open_folder, save_config
+
+ALGORITHMS = {"airl": adversarial.run, "grpo": adversarial.run, "sft": sft.run}
+
+
+def train(config: RunConfig, resume: str | None = None, display: Display | None = None) -> int:
+    """One run from its configuration to its final artifacts; returns the exit code.
+
+    Exit codes: 0 finished, 130 stopped by Ctrl-C or SIGTERM after a checkpoint. Failures raise.
+    """
+    display = display or Display(config.name, config.trainer.steps)
+    config = with_warm_start(config, display)
+    prepared = prepare(config)
+    with cluster(config):
+        plan = place(config)
+        folder = open_folder(config, resume, display)
+        display.note(f"run folder: {folder.root}")
+        with folder.lock():
+            return _train(prepared, plan, folder, resume is not None, display)
+
+
+def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, display: Display) -> int:
+    config = prepared.config
+    save_config(folder, config)
+    tracker = Tracker(warn=display.note)
+    store = CheckpointStore(folder.root, config.trainer.keep_checkpoints, warn=display.note)
+    newest = store.latest_valid() if resumed else None
+    tracker.start(
+        config,
+        folder.root,
+        resume_run_id=store.manifest(newest).get("mlflow_run_id") if newest is not None else None,
+        tags={"rairl.config_hash": config_hash(config), "rairl.data_hash": prepared.task.data_hash},
+    )
+    session = Session(prepared, plan, folder, store, tracker, display, resumed)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        with display, session.stop.listening(display):
+            status = "FINISHED" if ALGORITHMS[config.algorithm.type](session) else "KILLED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except Exception as error:
+        folder.event(f"failed: {error}")
+        raise
+    finally:
+        tracker.finish(status)
+    return 0 if status == "FINISHED" else 130
+
+
+def with_warm_start(config: RunConfig, display: Display) -> RunConfig:
+    """The configuration with its policy path filled in from `warm_start`, whose run is trained first if needed.
+
+    The warm start takes over what must agree with this run: data, seed, folders and machines. An existing
+    one is used again only if it was made by exactly this configuration.
+    """
+    if config.warm_start is None:
+        return config
+    earlier = warm_start_chain(config)[0]
+    earlier = with_warm_start(earlier, display)
+    folder = RunFolder(Path(earlier.output_dir) / earlier.name)
+    if not made_by(folder, earlier):
+        display.note(f"warm start: {config.warm_start} is trained first, into {folder.root}")
+        code = train(earlier)
+        if code:
+            raise KeyboardInterrupt
+    policy = config.model.policy.model_copy(update={"path": str(folder.final_policy), "build": None})
+    return config.model_copy(update={"model": config.model.model_copy(update={"policy": policy})})
+
+
+def made_by(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether the folder holds the final policy of a run of exactly this configuration."""
+    if not (folder.final_policy / "config.json").is_file():
+        return False
+    return config_hash(from_yaml_file(folder.config)) == config_hash(config)

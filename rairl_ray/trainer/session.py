@@ -1,0 +1,208 @@
+"""What surrounds the training loop of one run: run folder, checkpoints, tracking, display, stop requests."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rairl_ray.actors.placement import Plan
+from rairl_ray.checkpoint import CheckpointStore
+from rairl_ray.config.load import config_hash, differences, dump_yaml, from_dict
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.display import Display
+from rairl_ray.errors import ResumeError
+from rairl_ray.evaluation.rows import EvalRow, write_rows
+from rairl_ray.runfolder import RunFolder, Summary, write_summary
+from rairl_ray.tracking import Tracker, git_state
+from rairl_ray.trainer.prepare import Prepared
+from rairl_ray.types import RolloutGroup
+
+FREE_KEYS = ("output_dir", "tracking.", "cluster.", "timeouts.", "trainer.checkpoint_every",
+             "trainer.keep_checkpoints", "trainer.log_rollouts_every", "trainer.failure_retries")  # fmt: skip
+"""Keys that may differ on a resume: they change where and how often things are written, never a number."""
+
+SUMMARY_COLUMNS = ("metric", "value", "95% interval", "n")
+
+LOGGED_ROLLOUTS = 32
+"""Sample rollouts written per logged step."""
+
+
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM: finish the step, save, leave. A second one ends at once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+    @contextmanager
+    def listening(self, display: Display) -> Iterator[None]:
+        """Handle the signals while a run is on; only the main thread may, elsewhere nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def on_signal(number: int, _frame: Any) -> None:
+            if self._event.is_set():
+                raise KeyboardInterrupt
+            self._event.set()
+            display.note(
+                f"{signal.Signals(number).name}: finishing this step and saving; once more ends at once"
+            )
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class Session:
+    """One run while it is on."""
+
+    prepared: Prepared
+    plan: Plan
+    folder: RunFolder
+    store: CheckpointStore
+    tracker: Tracker
+    display: Display
+    resumed: bool
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.prepared.config
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One step's metrics to the run folder first, then to the tracker."""
+        self.folder.append_metrics(step, metrics)
+        self.tracker.log(metrics, step)
+
+    def event(self, text: str) -> None:
+        """A line in events.log and on the screen."""
+        self.folder.event(text)
+        self.display.note(text)
+
+    def commit(self, step: int, state: dict[str, Any], versions: dict[str, int]) -> Path:
+        """Finish the checkpoint whose shards the learners have written."""
+        return self.store.commit(
+            step,
+            state,
+            versions=versions,
+            config_hash=config_hash(self.config),
+            code_version=git_state()["git.commit"],
+            mlflow_run_id=self.tracker.run_id,
+        )
+
+    def log_rollouts(self, step: int, groups: list[RolloutGroup]) -> None:
+        """A sample of the step's rollouts, to the run folder and as a table to the tracker."""
+        every = self.config.trainer.log_rollouts_every
+        if not every or step % every:
+            return
+        rows = [
+            {
+                "prompt_id": group.prompt.id,
+                "prompt": group.prompt.question,
+                "generation": rollout.text,
+                "generation_idx": rollout.sample_index,
+                "finish_reason": rollout.finish_reason,
+                "policy_version": rollout.policy_version,
+                "answer": group.prompt.answer,
+                "correct": self.prepared.task.grade(group.prompt, rollout.text).correct,
+            }
+            for group in groups
+            for rollout in group.rollouts
+        ][:LOGGED_ROLLOUTS]
+        self.folder.write_rollouts(step, rows)
+        self.tracker.log_table(rows, f"rollouts/step-{step:06d}")
+
+    def write_evaluation(self, name: str, summary: Summary, rows: list[EvalRow]) -> None:
+        folder = self.folder.evaluation(name)
+        write_rows(folder / "rows.jsonl", rows)
+        write_summary(folder / "summary.json", summary)
+
+    def finish(self, summary: Summary) -> None:
+        """Upload the final artifacts and show the result and where it lies."""
+        if self.config.tracking.log_artifacts:
+            self.tracker.log_artifacts(self.folder.root / "final")
+            self.tracker.log_artifacts(self.folder.evaluations)
+        self.display.table(self.config.name, summary_rows(summary), SUMMARY_COLUMNS)
+        reward = self.folder.final_reward_model
+        self.display.finish(
+            [
+                f"final policy: {self.folder.final_policy}",
+                *([f"reward model: {reward}"] if reward.is_dir() else []),
+                f"metrics: {self.folder.metrics}",
+                f"evaluation rows: {self.folder.evaluations}",
+            ]
+        )
+
+
+def summary_rows(summary: Summary) -> list[dict[str, object]]:
+    """One row a metric, with its 95% interval where it has one."""
+    return [
+        {
+            "metric": name,
+            "value": f"{entry['value']:.4f}",
+            "95% interval": f"{entry['low']:.4f} .. {entry['high']:.4f}" if "low" in entry else "",
+            "n": f"{entry['n']:.0f}" if "n" in entry else "",
+        }
+        for name, entry in summary.items()
+    ]
+
+
+def open_folder(config: RunConfig, resume: str | None, display: Display) -> RunFolder:
+    """The run folder to write to.
+
+    A fresh start never destroys an earlier run of the same name: that one is moved aside to NAME~1.
+
+    Raises:
+        ResumeError: nothing to resume, or the configuration contradicts the run; all differing keys are named.
+    """
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    if resume is not None:
+        folder = resumable(config, resume)
+    elif folder.root.exists() and any(folder.root.iterdir()):
+        with folder.lock():
+            aside = next(p for i in range(1, 1000) if not (p := Path(f"{folder.root}~{i}")).exists())
+        folder.root.rename(aside)
+        display.note(f"an earlier run of this name was moved to {aside}")
+    folder.create()
+    return folder
+
+
+def resumable(config: RunConfig, resume: str) -> RunFolder:
+    """The folder of the run to resume, given as a path or as a name below `output_dir`."""
+    candidates = [Path(resume), Path(config.output_dir) / resume]
+    root = next((path for path in candidates if (path / "config.yaml").is_file()), None)
+    if root is None:
+        raise ResumeError(
+            f"--resume {resume}: neither {candidates[0]} nor {candidates[1]} is a run folder with a config.yaml; "
+            "give the run's folder, or its name below output_dir"
+        )
+    saved = from_dict(yaml.safe_load((root / "config.yaml").read_text()))
+    changed = [
+        f"{key} (run: {old}, now: {new})"
+        for key, old, new in differences(saved, config)
+        if not key.startswith(FREE_KEYS)
+    ]
+    if changed:
+        raise ResumeError(
+            f"--resume {resume}: the configuration contradicts the run in {', '.join(changed)}; "
+            "give the run's own values, or start a new run with another name="
+        )
+    return RunFolder(root)
+
+
+def save_config(folder: RunFolder, config: RunConfig) -> None:
+    folder.write_config(dump_yaml(config))

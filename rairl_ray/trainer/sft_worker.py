@@ -1,0 +1,187 @@
+"""One rank of SFT, run by Ray Train in a process of its own.
+
+Every rank draws the same demonstrations from the same cursor and takes its own share, so no data moves.
+The loss is minus the mean log-probability of the expert's completion tokens, over the global number of
+tokens: it does not change with micro-batches or ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+import torch.distributed as dist
+
+from rairl_ray import metrics as names
+from rairl_ray.actors.learner import shard
+from rairl_ray.actors.policy import IDLE
+from rairl_ray.checkpoint import CheckpointStore
+from rairl_ray.config.load import config_hash
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.data.batching import policy_tensors
+from rairl_ray.data.rendering import Renderer, load_tokenizer
+from rairl_ray.data.tasks import make_task
+from rairl_ray.metrics import PhaseTimer
+from rairl_ray.runfolder import RunFolder
+from rairl_ray.tracking import git_state
+from rairl_ray.trainer.feed import Feed
+from rairl_ray.types import PolicySample, Trace
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Entry point for `TorchTrainer`; see `Worker`."""
+    context = ray.train.get_context()
+    os.environ["DS_ACCELERATOR"] = "cpu" if settings["device"] == "cpu" else "cuda"
+    os.environ["LOCAL_SIZE"] = str(context.get_local_world_size())
+    if settings["device"] == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    Worker(settings, context.get_world_rank(), context.get_world_size()).run()
+
+
+class Worker:
+    """This rank's model, engine and place in the data."""
+
+    def __init__(self, settings: dict[str, Any], rank: int, world: int) -> None:
+        from rairl_ray.engines.deepspeed_engine import DeepSpeedEngine
+        from rairl_ray.engines.heads import LogprobModel
+        from rairl_ray.engines.models import load_causal_lm
+
+        config: RunConfig = settings["config"]
+        self.config, self.rank, self.world, self.settings = config, rank, world, settings
+        self.device = "cpu" if settings["device"] == "cpu" else str(ray.train.torch.get_device())
+        path, model = settings["policy_path"], config.model.policy
+        task = make_task(config.data, config.seed)
+        system_prompt = task.system_prompt if config.data.system_prompt is None else config.data.system_prompt
+        self.renderer = Renderer(load_tokenizer(path, model), system_prompt, config.data.system_role)
+        self.feed = Feed(task, config.seed)
+        self.module = LogprobModel(load_causal_lm(path, model, device=self.device, seed=config.seed))
+        self.engine = DeepSpeedEngine(
+            self.module,
+            config.policy,
+            config.learner,
+            total_updates=config.trainer.steps,
+            device=self.device,
+            timeout_seconds=config.timeouts.update_seconds,
+        )
+        self.folder = RunFolder(settings["folder"])
+        self.store = CheckpointStore(self.folder.root, config.trainer.keep_checkpoints)
+
+    def run(self) -> None:
+        """Train from the newest checkpoint (or the start) to the end or a stop request."""
+        step = self._restore()
+        self._send("restored", step, {})
+        steps, every = self.config.trainer.steps, self.config.trainer.checkpoint_every
+        stopped = False
+        while step < steps and not stopped:
+            step += 1
+            timer = PhaseTimer()
+            metrics = self._update(timer)
+            stopped = self._asked_to_stop()
+            if stopped or step == steps or (every and step % every == 0):
+                with timer.phase(names.TIME_CHECKPOINT):
+                    self._save(step)
+            self._send("update", step, {**metrics, names.POLICY_VERSION: float(step), **timer.finish()})
+        if step == steps:
+            self._export()
+            self._send("finished", step, {})
+        self.engine.destroy()
+
+    def _update(self, timer: PhaseTimer) -> dict[str, float]:
+        samples = self._samples()
+        total = sum(len(sample.completion_ids) for sample in samples)
+        lengths = [len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples]
+        plan = shard(samples, lengths, self.world, self.config.learner.tokens_per_micro_batch)[self.rank]
+        with timer.phase(names.TIME_POLICY):
+            report = self.engine.update([partial(self._loss, samples, part, total) for part in plan])
+            loss = torch.tensor([report["loss"]], device=self.device)
+            dist.all_reduce(loss)
+        return {
+            names.POLICY_LOSS: float(loss),
+            names.POLICY_GRAD_NORM: report["grad_norm"],
+            names.POLICY_LEARNING_RATE: report["learning_rate"],
+            names.POLICY_TOKENS: float(total),
+        }
+
+    def _samples(self) -> list[PolicySample]:
+        samples = []
+        for prompt in self.feed.next_prompts(self.config.trainer.prompts_per_step):
+            text = self.feed.demonstration(prompt.id).completion or ""
+            tokens = self.renderer.tokenize(Trace(prompt=prompt, text=text), same_tokenizer=True)
+            # The same window as in R-AIRL's rollouts: an expert longer than that is cut alike.
+            ids = tokens.completion_ids[: self.config.rollout.max_completion_tokens]
+            advantages = np.ones(len(ids), dtype=np.float32)
+            samples.append(
+                PolicySample(
+                    prompt_ids=tokens.prompt_ids,
+                    completion_ids=ids,
+                    advantages=advantages,
+                    sampling_logprobs=None,
+                )
+            )
+        return samples
+
+    def _loss(self, samples: list[PolicySample], part: list[int], total: int) -> torch.Tensor:
+        batch = policy_tensors([samples[i] for i in part] or [IDLE], self.renderer.pad_id).to(self.device)
+        logprobs = self.engine(
+            batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids
+        )
+        summed = torch.where(batch.completion_mask, logprobs, 0.0).sum()
+        return -summed / total if part else summed * 0.0
+
+    def _asked_to_stop(self) -> bool:
+        """Rank 0 looks for a stop request and tells the others, so that all leave after the same update."""
+        asked = self.rank == 0 and not self.settings["stop"].empty()
+        flag = torch.tensor([int(asked)], device=self.device)
+        dist.broadcast(flag, src=0)
+        return bool(flag)
+
+    def _save(self, step: int) -> None:
+        if self.rank == 0:
+            self.store.begin(step)
+        dist.barrier()
+        self.engine.save(self.store.temporary(step) / "policy", {"version": step})
+        dist.barrier()
+        if self.rank == 0:
+            self.store.commit(
+                step,
+                {"step": step, "feed": self.feed.state()},
+                versions={"policy": step},
+                config_hash=config_hash(self.config),
+                code_version=git_state()["git.commit"],
+                mlflow_run_id=self.settings["mlflow_run_id"],
+            )
+        dist.barrier()
+
+    def _restore(self) -> int:
+        path = self.store.latest_valid() if self.rank == 0 else None
+        found: list[Any] = [str(path) if path else None]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            return 0
+        state = self.store.read(Path(found[0]))
+        self.engine.load(Path(found[0]) / "policy")
+        self.feed.restore(state["feed"])
+        return int(state["step"])
+
+    def _export(self) -> None:
+        from rairl_ray.engines.artifacts import save_policy
+
+        state = self.engine.trainable_state()
+        if self.rank == 0:
+            save_policy(
+                self.folder.final_policy,
+                self.module,
+                state,
+                self.settings["policy_path"],
+                self.config.model.policy,
+            )
+        dist.barrier()
+
+    def _send(self, kind: str, step: int, metrics: dict[str, float]) -> None:
+        if self.rank == 0:
+            self.settings["rows"].put((kind, step, metrics))

@@ -1,0 +1,221 @@
+"""One rank of a DeepSpeed test, run as its own process by `launch` (used by test_deepspeed.py).
+
+A spec is JSON: {"folder", "cases": [{"kind", "stage", "sizes", ...}]}. All cases of one launch share the
+processes, one engine after another, because importing and joining costs more than training tiny models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rairl_ray.algorithms.discriminator_losses import gradient_penalty, segment_sums
+from rairl_ray.config.schema import Build, Learner, Lora, Model, Optimizer
+from rairl_ray.data.batching import DiscriminatorTensors, discriminator_tensors
+from rairl_ray.engines.heads import ImplicitModel, LogprobModel, ScalarModel
+from rairl_ray.engines.models import load_causal_lm, load_token_classifier, materialise
+from rairl_ray.keys import keyed_generator
+from rairl_ray.types import DiscriminatorSample
+
+BUILD = Build(hidden_size=64, layers=2, heads=2, intermediate_size=96, max_length=64)
+SETTINGS = Optimizer(learning_rate=1e-3, clip_norm=0.5, weight_decay=0.1, warmup_share=0.25)
+ROWS = 8
+TOTAL_UPDATES = 4
+
+
+def base_path(folder: Path) -> str:
+    return materialise(Model(build=BUILD), role="policy", cache_dir=folder, seed=1)
+
+
+def make_module(kind: str, path: str, *, dtype: str = "float32", checkpointing: bool = False) -> Any:
+    """A module of heads.py; kind is policy|scalar|shaped|implicit, then `-lora` for an adapter."""
+    head, _, adapter = kind.partition("-")
+    lora = Lora(rank=4) if adapter else Lora()
+    model = Model.model_validate({"lora": lora, "dtype": dtype, "gradient_checkpointing": checkpointing})
+    if head in ("scalar", "shaped"):
+        module: Any = ScalarModel(load_token_classifier(path, model, outputs=2 if head == "shaped" else 1, seed=3))
+    elif head == "policy":
+        module = LogprobModel(load_causal_lm(path, model, seed=3), with_reference=True)
+    else:
+        module = ImplicitModel(load_causal_lm(path, model, seed=3), 0.5)
+    if adapter:  # B starts at 0, which leaves A without a gradient; a started adapter tests both
+        generator = torch.Generator().manual_seed(5)
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name:
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.02
+                parameter.data.copy_(drawn)
+    return module
+
+
+def make_samples(step: int) -> list[DiscriminatorSample]:
+    """ROWS random traces of uneven lengths, with units that leave out the first tokens."""
+    random = keyed_generator("deepspeed test", step)
+    samples = []
+    for row in range(ROWS):
+        prompt, completion = int(random.integers(2, 9)), int(random.integers(5, 20))
+        ends = sorted({int(e) for e in random.integers(2, completion, size=3)} | {completion - 1})
+        samples.append(
+            DiscriminatorSample(
+                prompt_ids=tuple(int(i) for i in random.integers(10, 90, size=prompt)),
+                completion_ids=tuple(int(i) for i in random.integers(10, 90, size=completion)),
+                unit_tokens=torch.tensor(ends).numpy(),
+                unit_starts=torch.tensor([1] + [e + 1 for e in ends[:-1]]).numpy(),
+                positive=row % 2 == 0,
+                pair_id=row // 2,
+            )
+        )
+    return samples
+
+
+def loss_of(forward: Callable[..., Any], kind: str, samples: list[DiscriminatorSample], penalty: bool = False) -> Tensor:
+    """A contribution that is a plain sum over samples, over global denominators that depend on no split."""
+    batch = discriminator_tensors(samples, pad_id=0)
+    head = kind.partition("-")[0]
+    if head == "policy":
+        logprobs = forward(batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
+        weights = torch.sin(batch.target_positions.float()) * batch.completion_mask
+        return (weights * logprobs).sum() / (10.0 * ROWS)
+    sign = 1.0 - 2.0 * batch.positive.float()[:, None]
+    values, extra = unit_outputs(forward, kind, batch, penalty)
+    return (torch.nn.functional.softplus(sign * values) * batch.unit_mask).sum() / (3.0 * ROWS) + extra
+
+
+def unit_outputs(
+    forward: Callable[..., Any], kind: str, batch: DiscriminatorTensors, penalty: bool = False
+) -> tuple[Tensor, Any]:
+    if kind.startswith("implicit"):
+        ratios = forward(batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
+        return segment_sums(ratios, batch.unit_start_index, batch.unit_end_index, batch.unit_mask), 0.0
+    states = batch.prompt_lengths[:, None] + batch.unit_start_index - 1
+
+    def cost(values: Tensor, embeddings: Tensor) -> Tensor:
+        return gradient_penalty(values, embeddings, batch.unit_mask, batch.positive, positive_traces=ROWS // 2)
+
+    values, shaping, extra = forward(
+        batch.input_ids, batch.attention_mask, batch.unit_positions, states, penalty=cost if penalty else None
+    )
+    if shaping is not None:
+        values = values + 0.9 * shaping
+    return values, 0.0 if extra is None else extra
+
+
+def launch(cases: list[dict[str, Any]], folder: Path, world: int, timeout: float = 400) -> dict[str, Any]:
+    """Run the cases on `world` processes; case name -> what rank 0 recorded. Raises with the output of a failure."""
+    base_path(folder)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    spec = json.dumps({"folder": str(folder), "cases": cases})
+    command = [sys.executable, "-m", "tests.deepspeed_rank", spec]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=Path(__file__).resolve().parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, output in zip(ranks, outputs, strict=True):
+        if rank.returncode != 0:
+            raise AssertionError(f"a rank ended with {rank.returncode}:\n{output[-4000:]}")
+    return torch.load(folder / "result.pt")
+
+
+def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Train as the case says; what rank 0 returns is compared with a plain loop by the test."""
+    from rairl_ray.engines.deepspeed_engine import DeepSpeedEngine
+
+    kind, path = case["kind"], base_path(folder)
+
+    def engine_for() -> Any:
+        module = make_module(
+            kind, path, dtype=case.get("dtype", "float32"), checkpointing=case.get("checkpointing", False)
+        )
+        if "chunk" in case:
+            module.wrapped.get_output_embeddings().chunk_tokens = case["chunk"]
+        return DeepSpeedEngine(
+            module,
+            SETTINGS,
+            Learner(zero_stage=case["stage"]),
+            total_updates=TOTAL_UPDATES,
+            device="cpu",
+            timeout_seconds=case.get("timeout", 120),
+            weight_clip=case.get("weight_clip"),
+        )
+
+    def train(engine: Any, steps: range) -> list[dict[str, float]]:
+        return [step_once(engine, case, step, rank, world) for step in steps]
+
+    engine = engine_for()
+    if case.get("resume"):
+        train(engine, range(2))
+        engine.save(folder / f"saved-{case['name']}", {"version": 2})
+        train(engine, range(2, 4))
+        straight = engine.trainable_state()
+        engine.destroy()
+        engine = engine_for()
+        client = engine.load(folder / f"saved-{case['name']}")
+        reports = train(engine, range(2, 4))
+        result = {"straight": straight, "client": client, "reports": reports}
+    else:
+        result = {"reports": train(engine, range(case.get("steps", 3)))}
+    result["state"] = engine.trainable_state()
+    batch = discriminator_tensors(make_samples(99), pad_id=0)
+    if kind.startswith("policy"):
+        arguments = (batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
+        result["scores"] = engine.infer(*arguments)
+        result["reference"] = engine.module.reference_logprobs(*arguments)
+    else:
+        result["scores"] = unit_outputs(engine.infer, kind, batch)[0]
+    engine.destroy()
+    return result
+
+
+def step_once(engine: Any, case: dict[str, Any], step: int, rank: int, world: int) -> dict[str, float]:
+    """This rank's share of the step, in `sizes[step]` micro-batches; an empty one runs with weight zero."""
+    kind, penalty = case["kind"], case.get("penalty", False)
+    mine = make_samples(step)[rank::world] if not case.get("starve") else make_samples(step) if rank == 0 else []
+    count = case.get("sizes", [2, 1, 3, 5])[step]
+    losses = []
+    for part in (mine[i::count] for i in range(count)):
+        if part:
+            losses.append(lambda part=part: loss_of(engine, kind, part, penalty))
+        else:
+            losses.append(lambda: 0.0 * loss_of(engine, kind, make_samples(0)[:1], penalty))
+    if kind.startswith("policy"):  # scoring between updates must not disturb them
+        batch = discriminator_tensors(make_samples(step)[:2], pad_id=0)
+        engine.infer(batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
+    return engine.update(losses)
+
+
+def main() -> None:
+    spec, rank, world = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    from rairl_ray.engines.environment import setup_environment
+
+    setup_environment(rank, world, "127.0.0.1", int(sys.argv[4]), "cpu", 1)
+    folder = Path(spec["folder"])
+    results = {case["name"]: run_case(case, folder, rank, world) for case in spec["cases"]}
+    if rank == 0:
+        torch.save(results, folder / "result.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

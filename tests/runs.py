@@ -1,0 +1,80 @@
+"""Tiny real runs for the end-to-end tests: seconds on a laptop, every engine real."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY = [
+    "model.policy.build.hidden_size=64",
+    "model.policy.build.layers=1",
+    "model.policy.build.heads=2",
+    "model.policy.build.intermediate_size=64",
+    "rollout.engine=hf",
+    "rollout.samples_per_prompt=4",
+    "rollout.max_completion_tokens=24",
+    "trainer.prompts_per_step=4",
+    "trainer.steps=2",
+    "trainer.checkpoint_every=1",
+    "trainer.log_rollouts_every=1",
+    "eval.prompts=8",
+    "eval.samples_per_prompt=4",
+    "eval.k=[1,4]",
+    "eval.localisation_traces=8",
+    "eval.bootstrap=50",
+    "data.eval_limit=16",
+]
+"""Overrides that make any demo experiment tiny."""
+
+TINY_AIRL = [
+    *TINY,
+    "discriminator.warmup_steps=2",
+    "discriminator.warmup_pool_prompts=8",
+    "discriminator.warmup_prompts_per_step=4",
+    "discriminator.warmup_gate_auroc=null",
+]
+
+
+def launch(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """`python launch.py ARGUMENTS` in a process of its own, from the project's root."""
+    return subprocess.run(
+        [sys.executable, "launch.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+    )
+
+
+def launch_background(*arguments: str) -> subprocess.Popen[str]:
+    """The same without waiting, in a process group of its own so that it can be killed whole."""
+    return subprocess.Popen(
+        [sys.executable, "launch.py", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+    )
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids below `pid`, found by walking /proc."""
+    import psutil
+
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_hard(process: subprocess.Popen[str]) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)

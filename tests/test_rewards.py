@@ -1,0 +1,43 @@
+"""Rewards from logits (METHOD 2)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rairl_ray.algorithms.rewards import clipped_count, trace_score, unit_rewards
+from rairl_ray.config.schema import Reward
+
+
+def test_the_reward_is_log_d_minus_log_one_minus_d() -> None:
+    logits = np.array([-3.0, 0.0, 2.5], dtype=np.float32)
+    d = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    np.testing.assert_allclose(unit_rewards(logits, Reward()), np.log(d) - np.log(1 - d), atol=1e-6)
+
+
+def test_temperature_comes_before_the_clip() -> None:
+    logits = np.array([-30.0, 4.0, 12.0], dtype=np.float32)
+    config = Reward(temperature=2.0, clip=(-5.0, 5.0))
+    assert unit_rewards(logits, config).tolist() == [-5.0, 2.0, 5.0]
+    assert clipped_count(logits, config) == 2
+    assert clipped_count(logits, Reward()) == 0
+
+
+def test_the_outcome_is_mixed_into_the_last_unit_only_and_only_if_asked() -> None:
+    logits = np.array([1.0, 2.0], dtype=np.float32)
+    mixed = Reward(outcome_weight=3.0, clip=(-5.0, 5.0))
+    assert unit_rewards(logits, mixed, 1.0).tolist() == [1.0, 5.0]
+    assert unit_rewards(logits, mixed, 0.0).tolist() == [1.0, 2.0]
+    assert unit_rewards(logits, mixed, None).tolist() == [1.0, 2.0]
+    assert unit_rewards(logits, Reward(), 1.0).tolist() == [1.0, 2.0]
+    assert logits.tolist() == [1.0, 2.0], "the scores themselves stay as they were"
+
+
+@pytest.mark.parametrize(("selector", "expected"), [("mean", 1.0), ("sum", 3.0), ("last", 4.0), ("min", -2.0)])
+def test_selectors(selector: str, expected: float) -> None:
+    assert trace_score(np.array([1.0, -2.0, 4.0]), selector) == expected  # type: ignore[arg-type]
+
+
+def test_no_units_no_score() -> None:
+    with pytest.raises(ValueError, match="without units"):
+        trace_score(np.zeros(0), "mean")
