@@ -47,8 +47,12 @@ class CheckpointStore:
         temporary = self.temporary(step)
         if temporary.exists():
             shutil.rmtree(temporary)
-        for part in PARTS:
-            (temporary / part).mkdir(parents=True)
+        try:
+            for part in PARTS:
+                (temporary / part).mkdir(parents=True)
+        except OSError:
+            self.abort(step)
+            raise
         return temporary
 
     def abort(self, step: int) -> None:

@@ -72,6 +72,8 @@ class Display:
         self._live: Live | None = None
         self.broken = False
         self._console = console or Console()
+        # Rich's own answer to a closed pipe is SystemExit, even from its drawing thread.
+        self._console.on_broken_pipe = self._on_broken_pipe  # type: ignore[method-assign]
         self._terminal = self._console.is_terminal and not self._console.is_dumb_terminal
 
     @_harmless
@@ -184,6 +186,9 @@ class Display:
         seconds = (time.monotonic() - self._started) / steps * max(0, self._total - self._done)
         hours, rest = divmod(round(seconds), 3600)
         return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+    def _on_broken_pipe(self) -> None:
+        self._console.quiet = self.broken = True
 
     def _stop_live(self) -> None:
         live, self._live = self._live, None

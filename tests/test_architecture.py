@@ -228,7 +228,7 @@ def test_the_package_markers_are_empty() -> None:
             assert path.read_text().strip() == "", module
 
 
-# --- the checks themselves can fail ----------------------------------------------------------------
+# --- the checks themselves can fail ---------------------------------------------------------------
 
 
 def test_imports_are_found_inside_functions_but_not_under_type_checking() -> None:

@@ -75,7 +75,9 @@ ids = st.lists(st.integers(1, 99), min_size=1, max_size=7).map(tuple)
 @st.composite
 def policy_samples(draw: st.DrawFn) -> PolicySample:
     completion = draw(ids)
-    values = np.array(draw(st.lists(st.sampled_from([0.0, -1.5, 2.0]), min_size=7, max_size=7)), dtype=np.float32)
+    values = np.array(
+        draw(st.lists(st.sampled_from([0.0, -1.5, 2.0]), min_size=7, max_size=7)), dtype=np.float32
+    )
     advantages = values[: len(completion)]
     logprobs = -advantages if draw(st.booleans()) else None
     return PolicySample(
@@ -113,7 +115,9 @@ def test_policy_tensors_give_every_sample_back(samples: list[PolicySample]) -> N
         assert batch.advantages[row, keep].tolist() == sample.advantages.tolist()
         assert int(keep.sum()) == len(sample.completion_ids)  # an advantage of 0.0 is no padding
         assert bool(batch.expert[row]) == (sample.sampling_logprobs is None)
-        expected = [0.0] * len(sample.completion_ids) if batch.expert[row] else sample.sampling_logprobs.tolist()
+        expected = (
+            [0.0] * len(sample.completion_ids) if batch.expert[row] else sample.sampling_logprobs.tolist()
+        )
         assert batch.sampling_logprobs[row, keep].tolist() == expected
         assert int(batch.prompt_lengths[row]) == len(sample.prompt_ids)
         # No prompt or padding position is ever a target.

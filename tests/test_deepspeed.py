@@ -90,7 +90,7 @@ def plain_loop(kind: str, path: str, *, penalty: bool = False, steps: int = 3) -
         loss = loss_of(module, kind, make_samples(step), penalty)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, SETTINGS.clip_norm)))
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.step()
     return module, norms, losses
 

@@ -94,7 +94,7 @@ def test_partial_ends_at_every_step_of_a_reasoning_trace() -> None:
         ("1. first thing\n2. second. third", ["1. first thing\n", "2. second."]),
         ("- item one\n- item two\n", ["- item one\n", "- item two\n"]),
         ("see No. 5 and fig. 2. He said no. Then", ["see No. 5 and fig. 2.", " He said no."]),
-        ("He said \"stop.\" (She left.) Then", ['He said "stop."', " (She left.)"]),
+        ('He said "stop." (She left.) Then', ['He said "stop."', " (She left.)"]),
         ("wait... what?! ok", ["wait...", " what?!"]),
         ("at example.com or v1.2.3 we go. x", ["at example.com or v1.2.3 we go."]),
         ("The answer is B.</think><answer>B</answer>", ["The answer is B.", "</think>", "<answer>B</answer>"]),

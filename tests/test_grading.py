@@ -106,7 +106,10 @@ def test_another_number_or_a_hedge_is_wrong(gold: str, answer: str) -> None:
     assert not correct(answer, gold)
 
 
-@given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "{}.00", "${:,}", "{} cats", "\\boxed{{{}}}"]))
+@given(
+    st.integers(-(10**12), 10**12),
+    st.sampled_from(["{}", "{:,}", "{}.00", "${:,}", "{} cats", "\\boxed{{{}}}"]),
+)
 def test_every_integer_survives_its_notations(value: int, notation: str) -> None:
     assert correct(notation.format(value), str(value))
     assert not correct(notation.format(value + 1), str(value))
@@ -129,7 +132,9 @@ def test_no_text_crashes_a_grader(text: str) -> None:
 
 
 def test_canonical_answers_make_equal_votes() -> None:
-    votes = {grade_answer(format_completion("x", a), "1", "number").answer for a in ("18", "18.0", "$18", "18 cats")}
+    votes = {
+        grade_answer(format_completion("x", a), "1", "number").answer for a in ("18", "18.0", "$18", "18 cats")
+    }
     assert votes == {"18"}
 
 
@@ -185,8 +190,8 @@ OPTIONS = {"A": "Hepatitis", "B": "Hepatitis B", "C": "A fever", "D": "-5", "E":
     ("text", "letter"),
     [
         ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("B) Hepatitis B", "B"), ("B: Hepatitis B.", "B"),
-        ("The answer is (B)", "B"), ("Option C", "C"), ("hepatitis b", "B"), ("Hepatitis", "A"), ("a fever", "C"),
-        ("It is hepatitis B.", "B"), ("-5", "D"), ("5", "E"),
+        ("The answer is (B)", "B"), ("Option C", "C"), ("hepatitis b", "B"), ("Hepatitis", "A"),
+        ("a fever", "C"), ("It is hepatitis B.", "B"), ("-5", "D"), ("5", "E"),
         ("A or B", None), ("B and C", None), ("(A), (B)", None), ("B) a fever", None), ("", None), ("Z", None),
         ("none of them", None), ("Hepatitis and a fever", None),
     ],

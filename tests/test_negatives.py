@@ -103,7 +103,7 @@ def test_every_arithmetic_trace_gives_a_copy_of_some_kind(item: Demonstration) -
     assert len({copy.text for copy in copies}) == 2
 
 
-@pytest.mark.parametrize(("text", "wrong"), [("2+2=4", "2*2=4"), ("0+3=3", "0-3=3"), ("7*1=7", "7/1=7")])
+@pytest.mark.parametrize(("text", "wrong"), [("2+2=4", "2*2=4"), ("3+0=3", "3-0=3"), ("7*1=7", "7/1=7")])
 def test_a_flip_that_stays_true_is_never_taken(text: str, wrong: str) -> None:
     item = demonstration(tagged(text, text[-1]), text[-1])
     flips = {copy.text for key in range(60) if (copy := one(item, "operator", key))}
@@ -118,33 +118,34 @@ def test_a_flip_outside_an_equation_still_changes_the_value() -> None:
         assert "8/1 or 8/1" not in flip and "8*1 or 8*1" not in flip and "5+0" not in flip and "/0" not in flip
 
 
-def test_gsm8k_prose_is_perturbed_in_its_own_notation() -> None:
+def test_plain_text_is_perturbed_in_its_own_notation() -> None:
     text = "He sold 48/2 = 24 clips at $1,250.50 each.\nSo 48 + 24 = 72 clips.\n#### 72"
     item = demonstration(text, "72")
     seen = {kind: {c.text for key in range(40) if (c := one(item, kind, key))} for kind in ARITHMETIC_KINDS}
     assert all(seen.values())
-    assert any("48 + 30 = 78" in t and t.endswith("#### 78") for t in seen["slip"]) or all(
-        t.split("#### ")[1] != "72" and t.count("72") == 0 for t in seen["slip"]
-    )
-    assert seen["answer"] <= {text[:-2] + "71", text[:-2] + "73"}
+    assert seen["answer"] == {text[:-2] + "71", text[:-2] + "73"}
     assert all(t.startswith(text[:-2]) for t in seen["swap_answer"])
+    assert any("1,250.5" not in t for t in seen["numbers"])
+    for changed in seen["slip"]:
+        half, total = re.findall(r"= (\d+) clips", changed)
+        assert changed.endswith(f"So 48 + {half} = {total} clips.\n#### {total}")
+        assert (half == "24") != (48 + int(half) == int(total)), "exactly one of the two steps slipped"
 
 
 def test_a_slip_is_carried_into_prose_and_answer() -> None:
-    text = tagged("3 boxes of 4 is 3*4=12.\nThose 12 and 5 more make 12+5=17.", "17 things")
-    item = demonstration(text, "17")
-    for key in range(30):
+    text = tagged("3 boxes of 4 is 3*4={a}.\nThose {a} and 5 more make {a}+5={b}.", "{b} things")
+    item = demonstration(text.format(a=12, b=17), "17")
+    slipped = Counter[str]()
+    for key in range(40):
         copy = one(item, "slip", key)
         assert copy is not None
-        first, second, answer = re.findall(r"3\*4=(\d+)|12\+5=(\d+)|\n(\d+) things", copy.text) or [None] * 3 if (
-            "12+5" in copy.text
-        ) else (None, None, None)
-        if first is None:  # the first step slipped: its result moved everywhere after it
-            wrong = re.search(r"3\*4=(\d+)", copy.text)[1]  # type: ignore[index]
-            assert f"Those {wrong} and 5 more make {wrong}+5={int(wrong) + 5}." in copy.text
-            assert f"\n{int(wrong) + 5} things" in copy.text
-        else:
-            assert first[0] == "12" and second[1] == answer[2] != "17"
+        a = int(re.findall(r"4=(\d+)", copy.text)[0])
+        b = int(re.findall(r"(\d+) things", copy.text)[0])
+        assert copy.text == text.format(a=a, b=b), "every mention follows"
+        assert b != 17
+        assert (a == 12) != (b == a + 5)
+        slipped["first" if a != 12 else "second"] += 1
+    assert min(slipped["first"], slipped["second"]) > 5
 
 
 def test_a_slip_leaves_the_problems_own_number_of_the_same_value_alone() -> None:
@@ -161,7 +162,7 @@ def test_choice_moves_answer_and_conclusion_to_the_same_distractor() -> None:
     think = "The patient needs rapid anticoagulation.\nThat is heparin, so the answer is B."
     item = demonstration(tagged(think, "B"), "B", options=options)
     texts = {one(item, "choice", key).text for key in range(20)}  # type: ignore[union-attr]
-    assert len(texts) == 2
+    assert len(texts) == 2, "both distractors come up"
     for text in texts:
         letter = text[text.index("<answer>") + 9]
         assert letter in "AC"
@@ -251,6 +252,8 @@ def test_changed_span_holds_every_difference(before: str, after: str) -> None:
         ("5% = 0.05", [True]),
         ("4 x 3 = 12 = 6×2", [True, True]),
         ("-3 + 5 = 2; 3 - 5 = -2", [True, True]),
+        ("- 3 + 4 = 7\n* 2*3 = 6", [True, True]),
+        ("it is 12 = 3*4 - as said", [True]),
         ("x = 5, y == 3, 2 >= 1", []),
         ("8/0 = 4", []),
         ("3+5=9", [False]),
@@ -260,7 +263,7 @@ def test_equations(text: str, holds: list[bool]) -> None:
     assert [equation.holds for equation in find_equations(text)] == holds
 
 
-@given(st.integers(-10**6, 10**6), st.integers(0, 3), st.booleans())
+@given(st.integers(-(10**6), 10**6), st.integers(0, 3), st.booleans())
 def test_numbers_are_read_as_they_are_written(units: int, decimals: int, commas: bool) -> None:
     value = Fraction(units, 10**decimals)
     written = f"{float(value):,.{decimals}f}" if commas else f"{float(value):.{decimals}f}"
@@ -297,7 +300,8 @@ def test_real_experts(shared_data: Path) -> None:
             found[kind] += 1
             assert copy.text.split() != (item.completion or "").split()
             if kind in ("answer", "swap_answer", "slip"):
-                old, new = (find_numbers(answer_of(t), skip_enumerators=False) for t in (item.completion or "", copy.text))
+                both = (answer_of(item.completion or ""), answer_of(copy.text))
+                old, new = (find_numbers(answer, skip_enumerators=False) for answer in both)
                 assert [n.value for n in old] != [n.value for n in new]
     assert min(found[kind] for kind in ("numbers", "answer", "swap_answer")) >= 295
     assert found["operator"] >= 250

@@ -152,9 +152,7 @@ def test_gradients_are_those_of_the_formula(aggregation: str, cap: float | None)
     rows = random_rows(11)
     config = Policy(aggregation=aggregation, importance_cap=cap, kl_coefficient=0.1)
     width = max(len(row.logprobs) for row in rows)
-    logprobs = torch.tensor(
-        [r.logprobs + [0.0] * (width - len(r.logprobs)) for r in rows], requires_grad=True
-    )
+    logprobs = torch.tensor([r.logprobs + [0.0] * (width - len(r.logprobs)) for r in rows], requires_grad=True)
     loss, _ = contribution(rows, config, rows, logprobs)
     (gradient,) = torch.autograd.grad(loss, logprobs)
     step = 1e-5
@@ -175,9 +173,7 @@ def test_on_policy_gradient_is_reinforce() -> None:
         row.sampling = row.old = row.logprobs
     config = Policy(aggregation="token_mean")
     width = max(len(row.logprobs) for row in rows)
-    logprobs = torch.tensor(
-        [r.logprobs + [0.0] * (width - len(r.logprobs)) for r in rows], requires_grad=True
-    )
+    logprobs = torch.tensor([r.logprobs + [0.0] * (width - len(r.logprobs)) for r in rows], requires_grad=True)
     (gradient,) = torch.autograd.grad(contribution(rows, config, rows, logprobs)[0], logprobs)
     tokens = sum(len(row.logprobs) for row in rows)
     for b, row in enumerate(rows):

@@ -215,3 +215,18 @@ def test_spool_recovers_while_it_runs(tmp_path: Path) -> None:
     assert seen == []
     spool.put({"i": 1})
     assert spool.drain(10.0) and seen == [0, 1]
+
+
+def test_after_a_drain_that_gave_up_the_cursor_is_left_to_the_next_process(tmp_path: Path) -> None:
+    hanging = threading.Event()
+    spool = spool_in(tmp_path, lambda record: hanging.wait(30))
+    spool.put({"i": 0})
+    spool.start(lambda: False, 0.1)
+    assert not spool.drain(0.1)
+    before = (tmp_path / "cursor.json").read_text()
+    threads = [thread for thread in threading.enumerate() if thread.name == "spool"]
+    hanging.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert (tmp_path / "cursor.json").read_text() == before

@@ -121,7 +121,10 @@ def test_resume_goes_on_in_the_same_run_without_doubling(tmp_path: Path, folder:
     second = Tracker(warn=pytest.fail)
     longer = config(tmp_path, trainer={"steps": 200})
     assert second.start(longer, folder, resume_run_id=run_id, resume_from_step=2) == run_id
-    assert sqlite(tmp_path).get_run(run_id).info.status == "RUNNING"
+    deadline = time.monotonic() + 60
+    while sqlite(tmp_path).get_run(run_id).info.status != "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     for step in range(1, 8):
         second.log({"a": float(step), "b": float(step), "new": 0.0}, step)
     second.finish("FINISHED")
@@ -297,7 +300,7 @@ def test_a_server_that_is_down_then_up_then_down(tmp_path: Path, folder: Path) -
     first = Tracker(warn=warnings.append)
     begin = time.monotonic()
     assert first.start(config(tmp_path, uri), folder) is None
-    assert time.monotonic() - begin < 4.0
+    assert time.monotonic() - begin < 6.0
     for step in range(1, 21):
         begin = time.monotonic()
         first.log({"a": float(step), "nan": math.nan, "inf": math.inf}, step)
@@ -314,7 +317,7 @@ def test_a_server_that_is_down_then_up_then_down(tmp_path: Path, folder: Path) -
         second.log({"a": 21.0}, 21)
         second.log_table([{"text": "a"}], "rollouts")
         client = MlflowClient(tracking_uri=uri)
-        for _ in range(300):
+        for _ in range(600):
             run_id = second.run_id
             if run_id and len(history(client, run_id, "a")) == 21:
                 break

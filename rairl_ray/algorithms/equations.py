@@ -10,8 +10,10 @@ from itertools import pairwise
 
 _NUMBER = r"(?<![A-WYZa-wyz_\d])(?<!\d\.)\d+(?:,\d{3}(?!\d))*(?:\.\d+)?"
 _TOKEN = re.compile(
-    rf"(?P<number>{_NUMBER})|(?P<operator>[+\-−*×·/÷]|(?<=[\d)\s])x(?=[\s\d($]))|(?P<bracket>[()])"
-    r"|(?P<equals>(?<![=<>!])=(?!=))|(?P<percent>%)|(?P<space>[ \t$]+)"
+    r"(?P<bullet>(?m:^)[ \t]*[-*·•][ \t]+)"
+    rf"|(?P<number>{_NUMBER})"
+    r"|(?P<operator>[+\-−*×·/÷]|(?<=[\d)\s])x(?=[\s\d($]))"
+    r"|(?P<bracket>[()])|(?P<equals>(?<![=<>!])=(?!=))|(?P<percent>%)|(?P<space>[ \t$]+)"
 )
 _NUMBERS = re.compile(_NUMBER)
 _CANONICAL = {"−": "-", "×": "*", "·": "*", "x": "*", "÷": "/"}
@@ -215,11 +217,11 @@ def _runs(text: str) -> Iterator[list[Token]]:
     run: list[Token] = []
     end = -1
     for match in _TOKEN.finditer(text):
-        if match.start() != end and run:
+        if (match.start() != end or match.lastgroup == "bullet") and run:
             yield run
             run = []
         end = match.end()
-        if match.lastgroup != "space":
+        if match.lastgroup not in ("space", "bullet"):
             run.append(Token(str(match.lastgroup), match.group(), match.start(), end))
     if run:
         yield run
@@ -231,16 +233,24 @@ def _longest(side: list[Token], *, from_end: bool) -> tuple[tuple[Token, ...], F
     for dropped in range(len(side)):
         part = side[dropped:] if from_end else side[: len(side) - dropped]
         value = evaluate(part)
-        if value is not None:
-            return tuple(part), value
+        if value is None:
+            continue
+        if from_end:
+            cut_inside = dropped > 0 and side[dropped - 1].kind == "operator"
+        else:  # one operator at the very end is a dash of the prose
+            cut_inside = dropped > 1 and side[len(part)].kind == "operator"
+        return None if cut_inside else (tuple(part), value)
     return None
 
 
 def _has_sign(text: str, first: int, start: int) -> bool:
     if first <= start or text[first - 1] not in "-−":
         return False
-    before = text[start : first - 1].rstrip(" \t$")
-    return not before or not (before[-1].isalnum() or before[-1] in ")%")
+    before = text[start : first - 1]
+    if before and before[-1].isalpha():
+        return False  # a hyphen, as in "covid-19" or "x-5"
+    before = before.rstrip(" \t$")
+    return not before or not (before[-1].isdigit() or before[-1] in ")%")
 
 
 def _is_enumerator(text: str, match: re.Match[str]) -> bool:

@@ -97,18 +97,20 @@ def from_dict(data: Mapping[str, Any], origin: Callable[[str], str] | str = "con
         raise ConfigError("\n".join(_explain(error, data, place))) from None
 
 
-def from_yaml_file(path: str | os.PathLike[str]) -> RunConfig:
-    """A saved, resolved configuration (`config.yaml` of a run folder): no layers, and no rules, which it has
-    passed already and which may have changed since."""
-    document = read_document(Path(path), str(path))
-    return from_dict(document.data, document.origin)
-
-
 def dump_yaml(config: RunConfig) -> str:
     """The whole resolved configuration as YAML that `load_config` reads back equal."""
     return yaml.dump(
         config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, default_flow_style=None, width=100
     )
+
+
+def read_saved(path: Path) -> RunConfig:
+    """The resolved configuration of a run folder, as `dump_yaml` wrote it. Raises ConfigError.
+
+    The rules across keys are left out: it has passed them, and they may have changed since.
+    """
+    document = read_document(path, str(path))
+    return from_dict(document.data, document.origin)
 
 
 def config_hash(config: RunConfig) -> str:
@@ -131,11 +133,28 @@ def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
 
+SHARED_WITH_WARM_START = (
+    "seed",
+    "output_dir",
+    "data",
+    "rollout",
+    "learner",
+    "placement",
+    "cluster",
+    "timeouts",
+    "tracking",
+)
+"""Sections that a warm start takes over from the run that asks for it: an override reaches both."""
+
+
 def warm_start_chain(config: RunConfig) -> list[RunConfig]:
     """The experiments that must exist before this one, nearest first; empty without `warm_start`.
 
+    Each takes SHARED_WITH_WARM_START, the policy's `path`, `build`, `revision` and `dtype`, and the size of the
+    evaluation from the run that asks for it; what is its own is how it trains.
+
     Raises:
-        ConfigError: a missing file, a file that is not SFT, a circle, another policy than this run's.
+        ConfigError: a missing file, a file that is not SFT, a circle, one run folder for two runs.
     """
     chain: list[RunConfig] = []
     seen: list[str] = []
@@ -152,21 +171,26 @@ def warm_start_chain(config: RunConfig) -> list[RunConfig]:
             raise ConfigError(
                 f"warm_start={path}: has algorithm.type={earlier.algorithm.type}; name an SFT experiment file"
             )
-        if (earlier.output_dir, earlier.name) == (current.output_dir, current.name):
+        if earlier.name == current.name:
             raise ConfigError(f"warm_start={path}: has the same run folder, name={earlier.name}; rename one")
-        ours, theirs = current.model.policy, earlier.model.policy
-        its_result = Path(earlier.output_dir) / earlier.name / "final" / "policy"
-        free = (ours.path is None and ours.build is None) or ours.path == str(its_result)
-        for key in ("path", "build", "revision"):
-            mine, its = getattr(ours, key), getattr(theirs, key)
-            if not free and mine != its:
-                raise ConfigError(
-                    f"warm_start={path}: model.policy.{key}={rules.show(mine)} here, but there it is "
-                    f"{rules.show(its)}; make them equal"
-                )
+        earlier = _sharing(earlier, current)
         chain.append(earlier)
         current = earlier
     return chain
+
+
+def _sharing(earlier: RunConfig, config: RunConfig) -> RunConfig:
+    shared = {key: getattr(config, key) for key in SHARED_WITH_WARM_START}
+    ours = config.model.policy
+    # A saved configuration names the warm start's own result, which it cannot start from itself.
+    its_result = str(Path(config.output_dir) / earlier.name / "final" / "policy")
+    if (ours.path is not None or ours.build is not None) and ours.path != its_result:
+        keys = ("path", "build", "revision", "dtype")
+        policy = earlier.model.policy.model_copy(update={key: getattr(ours, key) for key in keys})
+        shared["model"] = earlier.model.model_copy(update={"policy": policy})
+    keys = ("prompts", "samples_per_prompt", "k", "temperature", "top_p", "bootstrap")
+    shared["eval"] = earlier.eval.model_copy(update={key: getattr(config.eval, key) for key in keys})
+    return earlier.model_copy(update=shared)
 
 
 def known_keys() -> list[str]:
@@ -182,12 +206,13 @@ def nearest_key(key: str) -> str:
         whole = difflib.SequenceMatcher(None, key, candidate).ratio()
         its_parent, _, its_last = candidate.rpartition(".")
         tail = difflib.SequenceMatcher(None, last, its_last).ratio()
-        return whole + tail + 0.5 * (parent == its_parent)
+        short = last == "".join(word[0] for word in its_last.split("_")) or its_last.startswith(last)
+        return whole + tail + 0.5 * (parent == its_parent) + 0.5 * short
 
     return max(known_keys(), key=likeness)
 
 
-# --- layers --------------------------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------
 
 
 def _file_layers(path: Path, name: str, above: tuple[Path, ...]) -> list[Document]:
@@ -280,7 +305,7 @@ def _refuse_idle_interval(config: RunConfig) -> None:
         )
 
 
-# --- keys and messages -----------------------------------------------------------------------------
+# --- keys and messages ----------------------------------------------------------------------------
 
 
 def _section_of(annotation: Any) -> type[Section] | None:

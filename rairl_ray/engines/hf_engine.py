@@ -76,7 +76,9 @@ class HfEngine:
     def _sample(self, requests: Sequence[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
         """One batch, decoded together. B rows are still running; finished ones leave when half are done."""
         device = self._options.device
-        uniforms = torch.stack([_uniforms(request.seed, sampling.max_tokens) for request in requests]).to(device)
+        uniforms = torch.stack([_uniforms(request.seed, sampling.max_tokens) for request in requests]).to(
+            device
+        )
         ids_BL, mask_BL = left_padded([request.prompt_ids for request in requests], device)
         rows = torch.arange(len(requests), device=device)  # [B] request of each running row
         alive_B = torch.ones(len(requests), dtype=torch.bool, device=device)
@@ -122,7 +124,9 @@ class HfEngine:
     ) -> list[list[float]]:
         self._state.require()
         check_completions(prompt_ids, completion_ids, self._options)
-        sequences = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        sequences = [
+            [*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+        ]
         scores: list[list[float]] = [[] for _ in sequences]
         for indexes in self._scoring_batches([len(sequence) for sequence in sequences]):
             ids_BL, mask_BL = left_padded([sequences[i] for i in indexes], self._options.device)
@@ -160,7 +164,9 @@ class HfEngine:
         try:
             missing, unknown = self._base.load_state_dict(named, strict=False)
         except RuntimeError as error:
-            raise WeightSyncError(f"policy version {version} does not fit the rollout engine's model: {error}") from error
+            raise WeightSyncError(
+                f"policy version {version} does not fit the rollout engine's model: {error}"
+            ) from error
         tied = set(self._base.all_tied_weights_keys)
         absent = [name for name in missing if name not in tied]
         if absent or unknown:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
@@ -106,7 +107,7 @@ def one_line_errors(path: str, load: Callable[[], T]) -> T:
     """Run `load`, turning the library's long errors into one line that names the model."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{path}: cannot be loaded ({type(error).__name__}: {reason})") from error
 

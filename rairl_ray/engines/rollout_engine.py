@@ -227,9 +227,9 @@ def check_completions(
     for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
         if not prompt or len(prompt) + len(completion) > options.max_tokens:
             raise DataError(
-                f"a trace of {len(prompt)} prompt + {len(completion)} completion tokens cannot be scored: the "
-                f"rollout engine's window has 1 to {options.max_tokens} tokens; raise data.max_prompt_tokens or "
-                "rollout.max_completion_tokens"
+                f"a trace of {len(prompt)} prompt + {len(completion)} completion tokens cannot be scored: "
+                f"the rollout engine's window has 1 to {options.max_tokens} tokens; raise data.max_prompt_tokens "
+                "or rollout.max_completion_tokens"
             )
 
 
@@ -238,8 +238,8 @@ def check_adapter(adapter_config: Mapping[str, Any], options: EngineOptions) -> 
     rank = max([int(adapter_config["r"]), *(adapter_config.get("rank_pattern") or {}).values()])
     if options.lora_rank is None:
         raise ModelError(
-            f"an adapter of rank {rank} cannot be loaded: model.policy.lora.rank is null, so the rollout engine "
-            f"was opened for full weights; set model.policy.lora.rank={rank}"
+            f"an adapter of rank {rank} cannot be loaded: model.policy.lora.rank is null, so the rollout "
+            f"engine was opened for full weights; set model.policy.lora.rank={rank}"
         )
     if rank > options.lora_rank:
         raise ModelError(

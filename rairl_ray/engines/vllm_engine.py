@@ -15,13 +15,13 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from rairl_ray.engines.rollout_engine import (
@@ -45,6 +45,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The only values that vLLM takes for its largest rank."""
 KEPT_ADAPTERS = 2
 """Adapter versions held at once: the current one and the one before."""
+HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
 PREFILL_TOKENS = 8192
 """CPU: tokens of one prefill step."""
 SMALL_BLOCK, SMALL_WINDOW = 32, 512
@@ -110,8 +111,10 @@ class VllmEngine:
     """See rollout_engine.RolloutEngine for the contract."""
 
     def __init__(self, options: EngineOptions, decode: Decode) -> None:
-        import vllm
-        from vllm.lora.request import LoRARequest
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, about vllm
+            import vllm
+            from vllm.lora.request import LoRARequest
 
         self._options = options
         self._decode = decode
@@ -203,14 +206,31 @@ class VllmEngine:
         self._retire(keep=0)
         named = as_tensors(tensors)
         try:
-            answers = self._llm.collective_rpc("reload_named_weights", args=(list(named.items()),))
+            answers = self._llm.collective_rpc(
+                "reload_named_weights", args=(list(self._with_head(named).items()),)
+            )
         except (KeyError, ValueError, AssertionError) as error:
-            raise WeightSyncError(f"policy version {version} does not fit the rollout engine's model: {error}") from error
+            raise WeightSyncError(
+                f"policy version {version} does not fit the rollout engine's model: {error}"
+            ) from error
         missing = sorted({name for names in answers for name in names})
         if missing:
-            raise WeightSyncError(f"policy version {version} came without the weights of {', '.join(missing[:5])}")
+            raise WeightSyncError(
+                f"policy version {version} came without the weights of {', '.join(missing[:5])}"
+            )
         self._llm.reset_prefix_cache()
         return self._state.finish(named, version, started)
+
+    def _with_head(self, named: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`named` with a tied head, which transformers does not count among the parameters.
+
+        On a CPU vLLM keeps a repacked copy of it, which would silently stay the old one.
+        """
+        tied = getattr(self._llm.model_config.hf_text_config, "tie_word_embeddings", False)
+        if not tied or HEAD in named or self._options.device != "cpu":
+            return named
+        embeddings = [name for name in named if name.endswith(EMBEDDINGS)]
+        return {**named, HEAD: named[embeddings[0]]} if embeddings else named
 
     def load_adapter(
         self, tensors: Mapping[str, Tensor | np.ndarray], adapter_config: Mapping[str, Any], version: int
@@ -223,7 +243,9 @@ class VllmEngine:
         self._retire(keep=KEPT_ADAPTERS - 1)
         # a name or id that was used before would be answered from vLLM's caches
         number = next(self._adapter_ids)
-        request = self._lora_request(f"policy-{version}-{number}", number, _write_adapter(named, adapter_config))
+        request = self._lora_request(
+            f"policy-{version}-{number}", number, _write_adapter(named, adapter_config)
+        )
         self._adapters.append(request)
         try:
             self._llm.llm_engine.add_lora(request)
@@ -283,7 +305,7 @@ def llm_arguments(options: EngineOptions) -> dict[str, Any]:
         "max_num_seqs": options.max_sequences,
         "enable_prefix_caching": options.prefix_caching,
         "tensor_parallel_size": options.tensor_parallel,
-        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled: after temperature and top_p
+        "logprobs_mode": "processed_logprobs",  # of what is sampled from: after temperature and top_p
         "worker_extension_cls": f"{__name__}.{WeightReloader.__name__}",
         "use_tqdm_on_load": False,
         "seed": 0,

@@ -56,7 +56,8 @@ def checksum(named: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
     for name in sorted(items):
         plain = items[name].detach().cpu().contiguous()
         digest.update(f"{name}|{plain.dtype}|{tuple(plain.shape)}|".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        if plain.numel():
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

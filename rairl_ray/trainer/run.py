@@ -7,7 +7,7 @@ from typing import Literal
 
 from rairl_ray.actors.placement import Plan
 from rairl_ray.checkpoint import CheckpointStore
-from rairl_ray.config.load import config_hash, from_yaml_file, warm_start_chain
+from rairl_ray.config.load import config_hash, read_saved, warm_start_chain
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.display import Display
 from rairl_ray.runfolder import RunFolder
@@ -88,4 +88,4 @@ def made_by(folder: RunFolder, config: RunConfig) -> bool:
     """Whether the folder holds the final policy of a run of exactly this configuration."""
     if not (folder.final_policy / "config.json").is_file():
         return False
-    return config_hash(from_yaml_file(folder.config)) == config_hash(config)
+    return config_hash(read_saved(folder.config)) == config_hash(config)

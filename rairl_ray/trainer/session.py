@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rairl_ray.actors.placement import Plan
 from rairl_ray.checkpoint import CheckpointStore
-from rairl_ray.config.load import config_hash, differences, dump_yaml, from_dict
+from rairl_ray.config.load import config_hash, differences, dump_yaml, read_saved
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.display import Display
 from rairl_ray.errors import ResumeError
@@ -190,7 +188,7 @@ def resumable(config: RunConfig, resume: str) -> RunFolder:
             f"--resume {resume}: neither {candidates[0]} nor {candidates[1]} is a run folder with a config.yaml; "
             "give the run's folder, or its name below output_dir"
         )
-    saved = from_dict(yaml.safe_load((root / "config.yaml").read_text()))
+    saved = read_saved(root / "config.yaml")
     changed = [
         f"{key} (run: {old}, now: {new})"
         for key, old, new in differences(saved, config)

