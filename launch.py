@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rairl_ray.config.load import load_config
+from rairl_ray.config.load import load_config, warm_start_chain
+from rairl_ray.config.rules import check_files
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import UserError
 
@@ -63,6 +64,7 @@ def train(
       rairl train experiments/demo/airl.yaml reward.density.type=dense trainer.steps=20
     """
     resolved = _load(config, overrides)
+    check_files(resolved)
     # Heavy imports wait until the configuration is known to be good.
     from rairl_ray.trainer.run import train as run_training
 
@@ -86,7 +88,14 @@ def doctor(
 
 
 def _load(path: str, overrides: list[str] | None) -> RunConfig:
-    return load_config(path, overrides or [])
+    """The configuration, refused here for all that can be wrong without data, models or machines."""
+    from rairl_ray.data.tasks import TASKS, make_task
+
+    config = load_config(path, overrides or [])
+    if config.data.task not in TASKS:
+        make_task(config.data)  # raises, naming the nearest task
+    warm_start_chain(config)
+    return config
 
 
 def _console() -> Console:

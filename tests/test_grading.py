@@ -226,17 +226,17 @@ def test_choice_gold_may_be_letter_or_text() -> None:
     ids=lambda text: text[:12],
 )
 def test_a_megabyte_neither_crashes_nor_stalls(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for grader in ("number", "math", "text", "choice"):
         grade_answer(text, "18", grader, {"A": "18", "B": "19"})
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_ten_thousand_numeric_answers_take_less_than_three_seconds() -> None:
     completions = [format_completion("3+5=8", f"{i:,}.0") for i in range(10_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     assert all(grade_answer(text, str(i), "number").correct for i, text in enumerate(completions))
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 # --- real data -------------------------------------------------------------------------------------

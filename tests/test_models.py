@@ -34,7 +34,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 def rows(prompts: list[int], completions: list[int]) -> dict[str, torch.Tensor]:
     """Random right-padded rows; padded target positions hold 1, as in data/batching.py."""
     generator = torch.Generator().manual_seed(0)
-    length, longest, count = max(map(sum, zip(prompts, completions, strict=True))), max(completions), len(prompts)
+    length, longest, count = (
+        max(map(sum, zip(prompts, completions, strict=True))),
+        max(completions),
+        len(prompts),
+    )
     batch = {
         "input_ids": torch.zeros(count, length, dtype=torch.long),
         "attention_mask": torch.zeros(count, length, dtype=torch.long),
@@ -192,7 +196,10 @@ def test_scalar_values_are_read_at_the_given_positions(path: str) -> None:
     for row in range(4):
         assert values[row].tolist() == pytest.approx(logits[row, [3, 7], 0].tolist(), abs=1e-6)
         assert shaping[row].tolist() == pytest.approx(logits[row, [2, 3], 1].tolist(), abs=1e-6)
-    assert ScalarModel(load_token_classifier(path, Model()))(batch["input_ids"], batch["attention_mask"], units)[1] is None
+    assert (
+        ScalarModel(load_token_classifier(path, Model()))(batch["input_ids"], batch["attention_mask"], units)[1]
+        is None
+    )
 
 
 def test_penalty_is_the_squared_gradient_norm(path: str) -> None:
@@ -259,7 +266,7 @@ def test_exported_names_are_those_of_weight_files(path: str) -> None:
 # --- sources -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_built_models_are_keyed_and_load(architecture: str, tmp_path: Path) -> None:
     model = Model(build=BUILD.model_copy(update={"architecture": architecture}))
     first = materialise(model, role="policy", cache_dir=tmp_path, seed=1)
@@ -285,7 +292,7 @@ def test_two_processes_make_one_folder(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    paths = {process.communicate(timeout=120)[0].split()[-1] for process in both}
+    paths = {process.communicate(timeout=300)[0].split()[-1] for process in both}
     assert len(paths) == 1
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [Path(paths.pop()).name]
 
@@ -319,7 +326,10 @@ def test_incomplete_folders_are_named(path: str, tmp_path: Path, missing: str, s
 def test_missing_paths_are_not_taken_for_hub_ids(bad: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         materialise(Model(path=bad), role="policy", cache_dir=tmp_path, seed=0)
-    assert materialise(Model(path="Qwen/Qwen2.5-3B"), role="policy", cache_dir=tmp_path, seed=0) == "Qwen/Qwen2.5-3B"
+    assert (
+        materialise(Model(path="Qwen/Qwen2.5-3B"), role="policy", cache_dir=tmp_path, seed=0)
+        == "Qwen/Qwen2.5-3B"
+    )
 
 
 def test_neither_path_nor_build(tmp_path: Path) -> None:
@@ -360,7 +370,9 @@ def test_adapter_folders_are_merged_once(path: str, tmp_path: Path) -> None:
             state[exported_name(name)] = parameter.detach()
     save_policy(tmp_path / "adapter", module, state, path, model)
     merged = materialise(Model(path=str(tmp_path / "adapter")), role="policy", cache_dir=tmp_path, seed=0)
-    assert materialise(Model(path=str(tmp_path / "adapter")), role="policy", cache_dir=tmp_path, seed=9) == merged
+    assert (
+        materialise(Model(path=str(tmp_path / "adapter")), role="policy", cache_dir=tmp_path, seed=9) == merged
+    )
     batch = rows(PROMPTS, COMPLETIONS)
     again = LogprobModel(load_causal_lm(merged, Model()))
     torch.testing.assert_close(again(**batch), module(**batch), rtol=0, atol=1e-5)
@@ -392,11 +404,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int64]
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 4), max_size=3)), max_size=5), st.randoms())
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 4), max_size=3)), max_size=5), st.randoms()
+)
 def test_pack_and_checksum(parts: list[tuple[int, list[int]]], random: Any) -> None:
     named = {f"t{i}": (100 * torch.randn(shape)).to(DTYPES[kind]) for i, (kind, shape) in enumerate(parts)}
     back = unpack(pack(named))
-    assert all(torch.equal(back[name], tensor) and back[name].dtype == tensor.dtype for name, tensor in named.items())
+    assert all(
+        torch.equal(back[name], tensor) and back[name].dtype == tensor.dtype for name, tensor in named.items()
+    )
     items = list(named.items())
     random.shuffle(items)
     assert checksum(items) == checksum(named) == checksum(back)

@@ -111,6 +111,18 @@ def test_a_flip_that_stays_true_is_never_taken(text: str, wrong: str) -> None:
     assert all(wrong not in flip for flip in flips)
 
 
+def test_a_nudge_that_stays_true_is_never_taken() -> None:
+    """7*0=0 is as true as 8*0=0, and 1+4=5 as 0+4=4."""
+    item = demonstration(tagged("7*0=0\n0+4=4\n4+5=9\n9+1=10", "10"), "10")
+    for key in range(150):
+        copy = one(item, "numbers", key)
+        assert copy is not None
+        holds, _ = verdicts(copy.text)
+        before, after = ((text or "").split("\n")[1:5] for text in (item.completion, copy.text))
+        changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+        assert changed and not any(holds[i] for i in changed)
+
+
 def test_a_flip_outside_an_equation_still_changes_the_value() -> None:
     item = demonstration(tagged("the price of 8*1 or 8/1 or 5-0 things", "8"), "8")
     flips = {one(item, "operator", key).text for key in range(60)}  # type: ignore[union-attr]

@@ -254,6 +254,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextmanager
 def server(folder: Path, port: int) -> Iterator[str]:
     """`mlflow server` on loopback, its whole process group ended afterwards."""
@@ -276,14 +281,16 @@ def server(folder: Path, port: int) -> Iterator[str]:
         f"{folder}/artifacts",
     ]
     process = subprocess.Popen(
-        command + stores, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command + stores,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
     )
     try:
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None
+        deadline = time.monotonic() + 240
+        while not answers(port):
+            assert process.poll() is None and time.monotonic() < deadline, "mlflow server did not start"
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -317,7 +324,7 @@ def test_a_server_that_is_down_then_up_then_down(tmp_path: Path, folder: Path) -
         second.log({"a": 21.0}, 21)
         second.log_table([{"text": "a"}], "rollouts")
         client = MlflowClient(tracking_uri=uri)
-        for _ in range(600):
+        for _ in range(1800):
             run_id = second.run_id
             if run_id and len(history(client, run_id, "a")) == 21:
                 break
@@ -330,7 +337,7 @@ def test_a_server_that_is_down_then_up_then_down(tmp_path: Path, folder: Path) -
     second.log({"a": 23.0}, 23)
     with server(tmp_path, port):
         # Up again: the running process recovers by itself.
-        second.finish("FINISHED")
+        second.finish("FINISHED", timeout_seconds=240)
         client = MlflowClient(tracking_uri=uri)
         assert [step for step, _ in history(client, run_id, "a")] == list(range(1, 24))
         assert all(math.isnan(value) for _, value in history(client, run_id, "nan"))
@@ -343,5 +350,5 @@ def test_a_server_that_is_down_then_up_then_down(tmp_path: Path, folder: Path) -
         third = Tracker(warn=pytest.fail)
         assert third.start(config(tmp_path, uri), folder) == run_id
         third.log({"a": 24.0}, 24)
-        third.finish("FINISHED")
+        third.finish("FINISHED", timeout_seconds=240)
         assert [step for step, _ in history(client, run_id, "a")] == list(range(1, 25))

@@ -64,8 +64,8 @@ def backfill(
 
     unit_char_ends [U], unit_values [U]: units of the discriminator. char_ends [T]: ends of the tokens that
     take the values (the policy's). Tokens after the last unit take the last unit's value.
-    unit_tokens [U]: pass it when both models share ONE tokenizer. Tokens that share a character end (bytes of
-    one character) cannot be told apart by characters, and indexes can. Returns [T] in unit_values' dtype.
+    unit_tokens [U]: pass it when both models share ONE tokenizer; the result is then exact by index, also
+    where tokens share a character end and an `interval` unit ends between them. Returns [T].
     """
     if len(unit_values) == 0:
         raise ValueError("backfill: a trace without units has no reward")
@@ -75,10 +75,11 @@ def backfill(
     else:
         ends = np.asarray(char_ends, dtype=np.int64)
         first = np.searchsorted(unit_char_ends, ends, side="left")
-        last = np.searchsorted(unit_char_ends, ends, side="right") - 1
+        after = np.searchsorted(unit_char_ends, ends, side="right")
         rank = np.arange(token_count) - np.searchsorted(ends, ends, side="left")
-        # The k-th of several tokens with one end takes the k-th of several units with that end.
-        unit = np.where(last > first, np.minimum(first + rank, last), first)
+        # Of several tokens with one end, the k-th takes the k-th unit with that end; once these are used up,
+        # the rest are first bytes of the next character and take the next unit.
+        unit = np.minimum(first + rank, after)
     return np.asarray(unit_values)[np.minimum(unit, unit_count - 1)]
 
 
@@ -119,7 +120,10 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
 
 
 def _tokens_at(ends: np.ndarray, char_ends: np.ndarray) -> np.ndarray:
-    """For each character end the last token of the group of tokens whose text contains it."""
-    containing = np.searchsorted(char_ends, ends, side="left")
-    containing = containing[containing < len(char_ends)]  # a cut trace may lack its last characters
-    return np.searchsorted(char_ends, char_ends[containing], side="right") - 1
+    """For each character end the token that completes it.
+
+    A token that only begins a character of several bytes has the same character end as the token before it,
+    and belongs to what follows: hence the first of equals.
+    """
+    tokens = np.searchsorted(char_ends, ends, side="left")
+    return tokens[tokens < len(char_ends)]  # sampled text may decode to more than its tokens account for

@@ -120,12 +120,19 @@ def bce(
     return torch.dot(losses, _class_weights(losses, positive, 0.5, 0.5, positive_total, negative_total))
 
 
-def wgan(logits: Tensor, positive: Tensor, *, positive_total: int, negative_total: int) -> Tensor:
+def wgan(
+    logits: Tensor, positive: Tensor, *, positive_total: int, negative_total: int, drift_penalty: float = 0.0
+) -> Tensor:
     """mean f(negative) - mean f(positive): unsmoothed, since its labels are signs and not probabilities.
 
-    It has no minimum by itself: `discriminator.loss.gradient_penalty` or `weight_clip` must bound it.
+    It has no minimum by itself: `discriminator.loss.gradient_penalty`, `weight_clip` or `drift_penalty` must
+    bound it. The last adds drift_penalty * (1/2 mean f^2 over positives + 1/2 mean f^2 over negatives).
     """
-    return torch.dot(logits, _class_weights(logits, positive, -1.0, 1.0, positive_total, negative_total))
+    totals = (positive_total, negative_total)
+    loss = torch.dot(logits, _class_weights(logits, positive, -1.0, 1.0, *totals))
+    if drift_penalty:
+        loss = loss + drift_penalty * torch.dot(logits**2, _class_weights(logits, positive, 0.5, 0.5, *totals))
+    return loss
 
 
 def bradley_terry(trace_logits: Tensor, positive: Tensor, pair_ids: Tensor, *, pair_total: int) -> Tensor:
@@ -219,6 +226,7 @@ def _wgan(items: _Items, config: DiscriminatorLoss) -> Tensor:
         items.positive,
         positive_total=items.positive_total,
         negative_total=items.negative_total,
+        drift_penalty=config.drift_penalty,
     )
 
 

@@ -131,7 +131,7 @@ def _built(build: Build) -> Shape:
         intermediate_size=build.intermediate_size,
         vocabulary=CHARACTER_VOCABULARY,
         tied=True,
-        attention_bias=build.architecture == "qwen2",
+        head_norms=build.architecture == "qwen3",
         max_length=build.max_length,
     )
 

@@ -188,8 +188,8 @@ def _sharing(earlier: RunConfig, config: RunConfig) -> RunConfig:
         keys = ("path", "build", "revision", "dtype")
         policy = earlier.model.policy.model_copy(update={key: getattr(ours, key) for key in keys})
         shared["model"] = earlier.model.model_copy(update={"policy": policy})
-    keys = ("prompts", "samples_per_prompt", "k", "temperature", "top_p", "bootstrap")
-    shared["eval"] = earlier.eval.model_copy(update={key: getattr(config.eval, key) for key in keys})
+    sizes = ("prompts", "samples_per_prompt", "k", "temperature", "top_p", "bootstrap")
+    shared["eval"] = earlier.eval.model_copy(update={key: getattr(config.eval, key) for key in sizes})
     return earlier.model_copy(update=shared)
 
 

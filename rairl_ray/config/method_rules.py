@@ -87,16 +87,13 @@ def discriminator_loss(config: RunConfig) -> Problems:
             "discriminator.loss.gradient_penalty",
             "needs discriminator.head=scalar; set it to 0 and use discriminator.loss.weight_clip",
         )
-    if loss.type == "wgan" and head == "scalar" and loss.gradient_penalty == 0 and loss.weight_clip is None:
+    bounds = (loss.drift_penalty, loss.gradient_penalty, loss.weight_clip)
+    if loss.type == "wgan" and not any(bounds):
+        control = "drift_penalty=0.1" if head == "implicit" else "gradient_penalty=10"
         yield (
             "discriminator.loss.type",
-            "is unbounded without a Lipschitz control; set discriminator.loss.gradient_penalty=10 or "
-            "discriminator.loss.weight_clip=0.01",
-        )
-    if loss.type == "wgan" and head == "implicit" and loss.weight_clip is None:
-        yield (
-            "discriminator.loss.type",
-            "is unbounded without a Lipschitz control; set discriminator.loss.weight_clip=0.01",
+            f"is unbounded without a Lipschitz control; set discriminator.loss.{control} "
+            "(or discriminator.loss.weight_clip)",
         )
 
 

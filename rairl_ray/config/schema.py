@@ -41,7 +41,7 @@ class Lora(Section):
 class Build(Section):
     """A small model made from a config and a character tokenizer, for runs without any download."""
 
-    architecture: Literal["llama", "qwen2"] = "llama"
+    architecture: Literal["llama", "qwen3"] = "llama"
     hidden_size: PositiveInt = 128
     layers: PositiveInt = 4
     heads: PositiveInt = 4
@@ -150,7 +150,9 @@ class DiscriminatorLoss(Section):
     """`trace`: one logit a trace, the sum of its units (implicit head only)."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
     gradient_penalty: NonNegativeFloat = 0.0
-    """R1 penalty on the input embeddings (scalar head); `wgan` needs this or weight_clip."""
+    """R1 penalty on the input embeddings (scalar head); `wgan` needs this, weight_clip or drift_penalty."""
+    drift_penalty: NonNegativeFloat = 0.0
+    """`wgan`: coefficient of the mean squared logit (arXiv 1710.10196), which bounds either head."""
     weight_clip: PositiveFloat | None = None
     """`wgan`: clamp of the trained weights after each update."""
     gamma: Fraction = 1.0

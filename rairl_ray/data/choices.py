@@ -40,26 +40,30 @@ def chosen_letter(text: str, options: Options) -> str | None:
     first = _LETTER_FIRST.match(text)
     if first and first[1].upper() in options and not first[2].strip(". )"):
         return first[1].upper()
-    named = {group for match in _MARKED_LETTER.finditer(text) for group in match.groups() if group in options}
+    named, rest = _options_inside(text, options)
+    named |= {group for match in _MARKED_LETTER.finditer(rest) for group in match.groups() if group in options}
     if first and first[1] in options:
         named.add(first[1])
-    named |= _options_inside(text, options)
     return named.pop() if len(named) == 1 else None
 
 
-def _options_inside(text: str, options: Options) -> set[str]:
-    """Letters of the options whose text stands in `text` as whole words, longest first: an option that is
-    only part of a longer named one ("hepatitis" in "hepatitis B") is not named itself."""
-    remaining = _normal(text)
+def _options_inside(text: str, options: Options) -> tuple[set[str], str]:
+    """Letters of the options whose text stands in `text` as whole words, and `text` without them.
+
+    Longest first: an option that is only part of a longer one ("hepatitis" in "hepatitis B") is not named
+    itself, and neither is a letter inside an option's text.
+    """
+    remaining = " ".join(text.split())
     found = set()
     for letter, option in sorted(options.items(), key=lambda item: -len(item[1])):
         words = _normal(option)
         if len(words) < 2:
             continue
-        remaining, count = re.subn(rf"(?<![\w.+-]){re.escape(words)}(?!\w|\.\d)", " | ", remaining)
+        pattern = rf"(?<![\w.+-]){re.escape(words)}(?!\w|\.\d)"
+        remaining, count = re.subn(pattern, " | ", remaining, flags=re.IGNORECASE)
         if count:
             found.add(letter)
-    return found
+    return found, remaining
 
 
 def _normal(text: str) -> str:

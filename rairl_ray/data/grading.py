@@ -24,6 +24,7 @@ MAX_ANSWER_LENGTH = 2000
 """A longer answer section is no answer."""
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"[{}]")
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*)$", re.MULTILINE)
 _DELIMITERS = (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$"))
 
@@ -125,13 +126,13 @@ def _boxed(text: str) -> list[str]:
     for match in _BOXED.finditer(text):
         if match.start() < end:
             continue
-        depth, position = 1, match.end()
-        while depth and position < len(text):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            position += 1
-        end = position
-        if depth == 0:
-            found.append(text[match.end() : position - 1].strip())
+        depth, end = 1, len(text)
+        for brace in _BRACE.finditer(text, match.end()):
+            depth += 1 if brace.group() == "{" else -1
+            if depth == 0:
+                end = brace.end()
+                found.append(text[match.end() : brace.start()].strip())
+                break
     return found
 
 

@@ -123,7 +123,7 @@ class Renderer:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def char_ends(self, ids: Sequence[int]) -> list[int]:
-        """[T] complete characters of `decode(ids)` after each token, one more at a closing end-of-sequence token.
+        """[T] complete characters of `decode(ids)` after each token; a closing end of sequence has one more.
 
         A token that ends inside a UTF-8 character counts up to the last complete one.
         """

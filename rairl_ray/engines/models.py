@@ -131,13 +131,13 @@ def _prepare(loaded: Any, model: Model, task: TaskType, seed: int) -> Any:
     loaded.train()
     if model.lora.rank is None:
         return loaded
-    targets = model.lora.target_modules
+    targets = _linear_names(loaded) if model.lora.target_modules == "all-linear" else model.lora.target_modules
     config = LoraConfig(
         task_type=task,
         r=model.lora.rank,
         lora_alpha=model.lora.alpha or 2 * model.lora.rank,
         lora_dropout=model.lora.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=list(targets),
         modules_to_save=["score"] if task == TaskType.TOKEN_CLS else None,
         bias="none",
     )
@@ -146,6 +146,18 @@ def _prepare(loaded: Any, model: Model, task: TaskType, seed: int) -> Any:
         return one_line_errors(
             loaded.name_or_path, lambda: get_peft_model(loaded, config, autocast_adapter_dtype=False)
         )
+
+
+def _linear_names(loaded: Any) -> list[str]:
+    """Last name components of all linear layers except the head.
+
+    PEFT's own "all-linear" would write full layer paths into small models' `adapter_config.json`.
+    """
+    heads = (loaded.get_output_embeddings(), getattr(loaded, "score", None))
+    named = ((name, layer) for name, layer in loaded.named_modules() if isinstance(layer, nn.Linear))
+    return sorted(
+        {name.rsplit(".", 1)[-1] for name, layer in named if all(layer is not head for head in heads)}
+    )
 
 
 def _draw_head(head: nn.Linear, seed: int) -> None:

@@ -26,8 +26,8 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from rairl_ray.config.schema import Build, Model
@@ -37,7 +37,8 @@ from rairl_ray.keys import key_seed
 
 PYPI_PREFIX = "pypi:"
 
-ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+# Not Qwen2: AutoTokenizer overrides the tokenizer of every folder of that model type with its own.
+ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
 
 def materialise(model: Model, *, role: str, cache_dir: Path, seed: int) -> str:
@@ -111,11 +112,12 @@ def _build(build: Build, seed: int, folder: Path) -> None:
         num_hidden_layers=build.layers,
         num_attention_heads=build.heads,
         num_key_value_heads=build.heads,
+        head_dim=build.hidden_size // build.heads,
         max_position_embeddings=build.max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_seed(seed, "build"))

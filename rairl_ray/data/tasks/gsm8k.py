@@ -39,7 +39,7 @@ class _Columns:
 def _gold_number(text: str, name: str) -> str:
     """The number after `####`, or a column that is only the number."""
     gold = text.rpartition("####")[2].strip()
-    if parse_quantity(gold) is None:
+    if "=" in gold or parse_quantity(gold, units=False) is None:
         raise BadRow(f"column {name!r} ends in no number after ####")
     return gold.replace(",", "")
 
