@@ -113,7 +113,7 @@ def unit_outputs(
 
 
 def launch(cases: list[dict[str, Any]], folder: Path, world: int, timeout: float = 400) -> dict[str, Any]:
-    """Run the cases on `world` processes; case name -> what rank 0 recorded. Raises with the output of a failure."""
+    """Run the cases on `world` processes: case name -> what rank 0 recorded. Raises with a failure's output."""
     base_path(folder)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

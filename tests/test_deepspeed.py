@@ -102,7 +102,7 @@ def compare(found: dict[str, Any], kind: str, path: str, **options: Any) -> None
     expected = {exported_name(n): p.detach() for n, p in module.named_parameters() if p.requires_grad}
     assert set(found["state"]) == set(expected)
     for name, tensor in expected.items():
-        # AdamW moves a weight by the learning rate however small its gradient, so rounding shows in a few of them.
+        # AdamW moves a weight by the learning rate however small its gradient: rounding shows in a few.
         off = (found["state"][name] - tensor).abs()
         assert off.max() < 2e-5 and off.mean() < 2e-7, (name, off.max(), off.mean())
     torch.testing.assert_close([r["grad_norm"] for r in found["reports"]], norms, rtol=1e-5, atol=1e-6)

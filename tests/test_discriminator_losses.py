@@ -275,7 +275,28 @@ def test_the_gradient_penalty_is_the_positives_squared_gradient_norm_and_is_spli
         x = embeddings[row].clone().requires_grad_()
         logits = torch.tanh((x * weight).sum(-1)).cumsum(0)[unit_positions][mask[row]]
         expected += float(torch.autograd.grad(logits.sum(), x)[0].pow(2).sum()) / 2
-    assert float(whole) == pytest.approx(expected, rel=1e-5)
-    assert sum(float(penalty(part)) for part in ([3, 0], [2], [1])) == pytest.approx(expected, rel=1e-5)
+    assert float(whole.detach()) == pytest.approx(expected, rel=1e-5)
+    assert sum(float(penalty(part).detach()) for part in ([3, 0], [2], [1])) == pytest.approx(
+        expected, rel=1e-5
+    )
     (gradient,) = torch.autograd.grad(whole, weight)
     assert gradient.abs().sum() > 0, "the penalty itself can be trained on"
+
+
+def test_the_drift_penalty_bounds_wgan_at_the_inverse_of_its_weight() -> None:
+    """Free logits settle at +1/drift on positives and -1/drift on negatives, whatever their counts."""
+    logits = torch.zeros(5, 1, requires_grad=True)
+    positive = torch.tensor([True, False, True, True, False])
+    totals = Totals(positive_units=3, negative_units=2, positive_traces=3, negative_traces=2, pairs=0)
+    optimizer = torch.optim.LBFGS([logits], max_iter=100, line_search_fn="strong_wolfe")
+    config = DiscriminatorLoss(type="wgan", drift_penalty=0.25)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        outputs, mask = DiscriminatorOutputs(logits), torch.ones(5, 1)
+        loss, _ = discriminator_loss(outputs, mask, positive, torch.zeros(5), None, totals, config)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert logits[:, 0].tolist() == pytest.approx([4.0, -4.0, 4.0, 4.0, -4.0], rel=1e-3)

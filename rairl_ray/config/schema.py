@@ -219,7 +219,7 @@ class Discriminator(Optimizer):
 class Advantage(Section):
     type: Literal["sequence", "discounted", "loo"] = "sequence"
     gamma: Fraction = 0.9
-    """Discount of `discounted`; 0 switches discounting off (as in the official code)."""
+    """Discount of `discounted` and `loo`; 0 keeps each token's own term (as in the official code)."""
     normalise: bool = True
     """Subtract the group's mean."""
     scale: bool = True

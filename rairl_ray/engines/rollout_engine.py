@@ -228,8 +228,8 @@ def check_completions(
         if not prompt or len(prompt) + len(completion) > options.max_tokens:
             raise DataError(
                 f"a trace of {len(prompt)} prompt + {len(completion)} completion tokens cannot be scored: "
-                f"the rollout engine's window has 1 to {options.max_tokens} tokens; raise data.max_prompt_tokens "
-                "or rollout.max_completion_tokens"
+                f"the rollout engine's window has 1 to {options.max_tokens} tokens; raise "
+                "data.max_prompt_tokens or rollout.max_completion_tokens"
             )
 
 

@@ -22,7 +22,9 @@ from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rairl_ray.engines.rollout_engine import (
     Decode,
@@ -125,7 +127,9 @@ class VllmEngine:
         self._adapter_ids = itertools.count(1)
         self._current: Any = None
         self._asleep = False
-        self._llm: Any = vllm.LLM(**llm_arguments(options))
+        self._failure: str | None = None
+        self._lora_targets = [] if options.lora_rank is None else linear_modules(options)
+        self._llm: Any = vllm.LLM(**llm_arguments(options, self._lora_targets))
 
     @property
     def version(self) -> int | None:
@@ -195,9 +199,16 @@ class VllmEngine:
     def _run(self, prompts: Sequence[Sequence[int]], params: list[Any]) -> list[Any]:
         if not prompts:
             return []
+        if self._failure is not None:
+            raise RuntimeError(f"vLLM failed in an earlier call and must be opened anew: {self._failure}")
         self.wake()
         tokens = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        return self._llm.generate(tokens, params, use_tqdm=False, lora_request=self._current)
+        try:
+            return self._llm.generate(tokens, params, use_tqdm=False, lora_request=self._current)
+        except BaseException as error:
+            # requests of this call are left behind in vLLM, and the next call would wait for them for ever
+            self._failure = repr(error)
+            raise
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor | np.ndarray]], version: int) -> SyncReport:
         started = time.perf_counter()
@@ -240,6 +251,12 @@ class VllmEngine:
         self.wake()
         self._state.begin()
         named = as_tensors(tensors.items())
+        unserved = sorted(
+            name for name in named if name.partition(".lora_")[0].rpartition(".")[2] not in self._lora_targets
+        )
+        if unserved:  # vLLM would leave some of them out without a word
+            self._retire(keep=0)
+            raise WeightSyncError(f"adapter of policy version {version}: unknown {', '.join(unserved[:5])}")
         self._retire(keep=KEPT_ADAPTERS - 1)
         # a name or id that was used before would be answered from vLLM's caches
         number = next(self._adapter_ids)
@@ -292,8 +309,26 @@ class VllmEngine:
         cleanup_dist_env_and_memory()
 
 
-def llm_arguments(options: EngineOptions) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`."""
+def linear_modules(options: EngineOptions) -> list[str]:
+    """Last names of the model's linear layers without its head: what PEFT calls "all-linear".
+
+    Named to vLLM because it would wrap the head too, and its CPU kernels for that fail on prompt
+    log-probabilities (vLLM 0.32: one row per request is expected, one per prompt token given).
+    """
+    config = AutoConfig.from_pretrained(
+        options.model_path, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+    head = model.get_output_embeddings()
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    ]
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def llm_arguments(options: EngineOptions, lora_targets: Sequence[str] = ()) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`; `lora_targets` as `linear_modules` finds them."""
     arguments: dict[str, Any] = {
         "model": options.model_path,
         "revision": options.revision,
@@ -332,6 +367,7 @@ def llm_arguments(options: EngineOptions) -> dict[str, Any]:
         arguments |= {
             "enable_lora": True,
             "max_lora_rank": fitting[0],
+            "lora_target_modules": list(lora_targets),
             "max_loras": KEPT_ADAPTERS,
             "max_cpu_loras": KEPT_ADAPTERS,
         }

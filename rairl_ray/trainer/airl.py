@@ -147,7 +147,7 @@ class AirlStrategy:
         return traces, dropped
 
     def _policy_traces(self, groups: Sequence[RolloutGroup], epoch: str) -> list[tuple[Trace, Rollout | None]]:
-        """The groups' own samples, with a share replaced by replayed ones of earlier policies (Rollout None)."""
+        """The groups' own samples, with a share replaced by replayed ones of earlier policies ."""
         fresh: list[tuple[Trace, Rollout | None]] = [
             (trace_of(group.prompt, rollout), rollout) for group in groups for rollout in group.rollouts
         ]
@@ -242,10 +242,12 @@ class AirlStrategy:
                 outcomes.append(outcome)
         rewards = unit_rewards(scores.logits, self._config.reward, outcome)
         tokens = self._renderer.tokenize(trace, same_tokenizer=True)
+        # With one tokenizer units and tokens are matched by index, exactly; with two, by characters.
+        unit_tokens = scores.unit_tokens if self._reader.same_tokenizer else None
         return RewardedTrace(
             tokens=tokens,
             sampling_logprobs=None if rollout is None else np.asarray(rollout.logprobs, dtype=np.float32),
-            token_rewards=backfill(scores.unit_char_ends, rewards, tokens.char_ends),
+            token_rewards=backfill(scores.unit_char_ends, rewards, tokens.char_ends, unit_tokens),
             last_unit_reward=float(rewards[-1]),
             policy_version=-1 if rollout is None else rollout.policy_version,
             discriminator_version=scores.discriminator_version,

@@ -63,7 +63,7 @@ def place(config: RunConfig) -> Plan:
 
 
 def rollouts_only(plan: Plan) -> Plan:
-    """The rollout engines in bundles of their own size: Ray Train reserves the learners' share of SFT itself."""
+    """The rollout engines in bundles of their own size: for SFT, Ray Train reserves the learners' itself."""
     slots = plan.roles["rollout"]
     return replace(
         plan,

@@ -185,8 +185,8 @@ def resumable(config: RunConfig, resume: str) -> RunFolder:
     root = next((path for path in candidates if (path / "config.yaml").is_file()), None)
     if root is None:
         raise ResumeError(
-            f"--resume {resume}: neither {candidates[0]} nor {candidates[1]} is a run folder with a config.yaml; "
-            "give the run's folder, or its name below output_dir"
+            f"--resume {resume}: neither {candidates[0]} nor {candidates[1]} is a run folder with a "
+            "config.yaml; give the run's folder, or its name below output_dir"
         )
     saved = read_saved(root / "config.yaml")
     changed = [

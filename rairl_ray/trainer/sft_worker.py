@@ -24,12 +24,12 @@ from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.config.load import config_hash
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import policy_tensors
-from rairl_ray.data.rendering import Renderer, load_tokenizer
 from rairl_ray.data.tasks import make_task
 from rairl_ray.metrics import PhaseTimer
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.tracking import git_state
 from rairl_ray.trainer.feed import Feed
+from rairl_ray.trainer.prepare import policy_renderer_of, usable_rows
 from rairl_ray.types import PolicySample, Trace
 
 
@@ -56,9 +56,8 @@ class Worker:
         self.device = "cpu" if settings["device"] == "cpu" else str(ray.train.torch.get_device())
         path, model = settings["policy_path"], config.model.policy
         task = make_task(config.data, config.seed)
-        system_prompt = task.system_prompt if config.data.system_prompt is None else config.data.system_prompt
-        self.renderer = Renderer(load_tokenizer(path, model), system_prompt, config.data.system_role)
-        self.feed = Feed(task, config.seed)
+        self.renderer = policy_renderer_of(path, task, config)
+        self.feed = Feed(usable_rows(task, self.renderer, config), config.seed)
         self.module = LogprobModel(load_causal_lm(path, model, device=self.device, seed=config.seed))
         self.engine = DeepSpeedEngine(
             self.module,
@@ -112,8 +111,7 @@ class Worker:
         for prompt in self.feed.next_prompts(self.config.trainer.prompts_per_step):
             text = self.feed.demonstration(prompt.id).completion or ""
             tokens = self.renderer.tokenize(Trace(prompt=prompt, text=text), same_tokenizer=True)
-            # The same window as in R-AIRL's rollouts: an expert longer than that is cut alike.
-            ids = tokens.completion_ids[: self.config.rollout.max_completion_tokens]
+            ids = tokens.completion_ids
             advantages = np.ones(len(ids), dtype=np.float32)
             samples.append(
                 PolicySample(
