@@ -87,6 +87,12 @@ def loss_of(
     if head == "policy":
         logprobs = forward(batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
         weights = torch.sin(batch.target_positions.float()) * batch.completion_mask
+        if penalty:  # as the policy's KL term: the reference pass falls between forward and backward
+            module = getattr(forward, "module", forward)
+            reference = module.reference_logprobs(
+                batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids
+            )
+            logprobs = logprobs + (logprobs - reference).pow(2)
         return (weights * logprobs).sum() / (10.0 * ROWS)
     sign = 1.0 - 2.0 * batch.positive.float()[:, None]
     values, extra = unit_outputs(forward, kind, batch, penalty)

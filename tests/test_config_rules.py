@@ -114,6 +114,11 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "head=scalar",
     ),
     ({"discriminator.loss.type": "wgan"}, "discriminator.loss.type", "gradient_penalty=10"),
+    (
+        {"discriminator.loss.gradient_penalty": 1, "learner.zero_stage": 3},
+        "discriminator.loss.gradient_penalty",
+        "zero_stage=2",
+    ),
     ({**IMPLICIT, "discriminator.loss.type": "wgan"}, "discriminator.loss.type", "drift_penalty=0.1"),
     (
         {"discriminator.loss.type": "bradley_terry", "discriminator.demonstrations_per_update": 4},

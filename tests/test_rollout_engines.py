@@ -1,139 +1,49 @@
-"""The contract of rollout engines, run against both: real vLLM (in its own process) and real transformers.
-
-The reference is a plain transformers forward pass over prompt + completion, without cache or padding.
-"""
+"""The contract of rollout engines, run against both: real vLLM (in its own process) and real transformers."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib.util
-import multiprocessing
-import os
-import traceback
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from scipy.stats import chisquare
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from rairl_ray.config.schema import RunConfig
-from rairl_ray.engines.hf_engine import HfEngine, draw
+from rairl_ray.engines.hf_engine import HfEngine
 from rairl_ray.engines.rollout_engine import (
     EngineOptions,
     GenerationRequest,
     SamplingSettings,
     StaleEngineError,
     WeightSyncError,
-    check_adapter,
-    engine_options,
 )
-from rairl_ray.engines.vllm_engine import VllmEngine, llm_arguments, vllm_environment
 from rairl_ray.engines.weights import checksum
 from rairl_ray.errors import DataError, ModelError
+from tests.rollout_harness import (
+    COMPLETION,
+    EOS,
+    PROMPT,
+    RANK,
+    SAMPLING,
+    TOLERANCE,
+    VOCABULARY,
+    EngineProcess,
+    adapter,
+    arrays,
+    assert_reference,
+    decode,
+    reference_logits,
+    reference_logprobs,
+    requests,
+    small_model,
+    tokens,
+)
 
-VOCABULARY, EOS, PROMPT, COMPLETION, RANK = 80, 1, 24, 24, 8
-TOLERANCE = 1e-3
-SAMPLING = SamplingSettings(max_tokens=COMPLETION)
 ENGINES = ["hf", "vllm"]
-START_SECONDS, CALL_SECONDS = 300, 120
-
-torch.set_num_threads(1)
-
-
-def decode(ids: Any) -> str:
-    """Stands in for the renderer: token i is a character, the end-of-sequence token is special."""
-    return "".join(chr(40 + i) for i in ids if i != EOS)
-
-
-class EngineProcess:
-    """A VllmEngine in a process of its own, as an actor holds it: its environment is set before it starts."""
-
-    def __init__(self, options: EngineOptions, folder: Path) -> None:
-        self.folder, self.stderr = folder, folder / "stderr.txt"
-        spawn = multiprocessing.get_context("spawn")
-        self.connection, child = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(child, options, str(self.stderr)), daemon=True)
-        variables = vllm_environment(device="cpu", threads=1) | {"TMPDIR": str(folder)}
-        before = dict(os.environ)
-        os.environ.update(variables)
-        try:
-            self.process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-
-    def wait_started(self) -> None:
-        self._answer(START_SECONDS)
-
-    def assert_closes_cleanly(self) -> None:
-        self.close()
-        self.process.join(CALL_SECONDS)
-        assert self.process.exitcode == 0
-        assert "Traceback" not in self.stderr.read_text()
-        assert not list(self.folder.glob("rairl-adapter-*"))
-
-    def _answer(self, seconds: float) -> Any:
-        if not self.connection.poll(seconds):
-            raise TimeoutError(f"no answer in {seconds} s; {self.stderr.read_text()[-2000:]}")
-        ok, value = self.connection.recv()
-        if not ok:
-            raise value
-        return value
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.connection.send((name, args, kwargs))
-            return self._answer(CALL_SECONDS)
-
-        return call() if name in ("version", "checksum") else call
-
-
-def _serve(connection: Connection, options: EngineOptions, stderr: str) -> None:
-    with open(stderr, "w") as file:
-        os.dup2(file.fileno(), 2)
-    try:
-        engine = VllmEngine(options, decode)
-        connection.send((True, None))
-    except BaseException as error:
-        traceback.print_exc()
-        connection.send((False, RuntimeError(repr(error))))
-        return
-    while True:
-        name, args, kwargs = connection.recv()
-        try:
-            value = getattr(engine, name)
-            connection.send((True, value(*args, **kwargs) if callable(value) else value))
-        except Exception as error:
-            connection.send((False, error))
-        if name == "close":
-            engine.close()  # twice is harmless
-            return
-
-
-def small_model(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=192,
-        max_position_embeddings=PROMPT + COMPLETION,
-        initializer_range=0.15,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -209,48 +119,6 @@ def engine(full_engine: Any) -> Any:
     """The full-weight engine, serving the weights on disk as version 1."""
     full_engine.load_weights(arrays(small_model(0)), 1)
     return full_engine
-
-
-def arrays(model: torch.nn.Module) -> list[tuple[str, np.ndarray]]:
-    """A learner's weights as they travel: named parameters (so without the tied head), read-only."""
-    named = [(name, parameter.detach().numpy().copy()) for name, parameter in model.named_parameters()]
-    for _, array in named:
-        array.flags.writeable = False
-    return named
-
-
-def requests(count: int, seed: int = 0) -> list[GenerationRequest]:
-    """Prompts of different lengths, four requests each."""
-    generator = np.random.default_rng(5)
-    prompts = [
-        tuple(int(t) for t in generator.integers(2, VOCABULARY, size=3 + i % (PROMPT - 3)))
-        for i in range(count)
-    ]
-    return [GenerationRequest(prompt_ids=prompts[i // 4], seed=seed + 1000 * i + 2**61) for i in range(count)]
-
-
-def reference_logits(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
-    """[T, V] logits that predict each completion token."""
-    ids = torch.tensor([[*prompt, *completion]])
-    with torch.no_grad():
-        return model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-
-
-def reference_logprobs(model: Any, prompt: Any, completion: Any, temperature: float = 1.0) -> list[float]:
-    scaled = torch.log_softmax(reference_logits(model, prompt, completion) / temperature, -1)
-    return scaled.gather(-1, torch.tensor(completion)[:, None])[:, 0].tolist()
-
-
-def assert_reference(
-    model: Any, asked: list[GenerationRequest], made: list[Any], temperature: float = 1.0
-) -> None:
-    for request, generation in zip(asked, made, strict=True):
-        expected = reference_logprobs(model, request.prompt_ids, generation.token_ids, temperature)
-        np.testing.assert_allclose(generation.logprobs, expected, atol=TOLERANCE)
-
-
-def tokens(generations: list[Any]) -> list[tuple[int, ...]]:
-    return [generation.token_ids for generation in generations]
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -405,7 +273,7 @@ def test_tensors_are_taken_as_well_as_arrays(engine: Any) -> None:
     """And a tied head that is sent along, and another dtype than the engine's."""
     state = {name: tensor.to(torch.bfloat16) for name, tensor in small_model(1).state_dict().items()}
     assert "lm_head.weight" in state
-    engine.load_weights(state.items(), 2)
+    engine.load_weights(list(state.items()), 2)
     rounded = small_model(1)
     rounded.load_state_dict(state)
     asked = requests(16)
@@ -436,18 +304,6 @@ def test_sleep_and_wake_do_nothing_on_a_cpu(engine: Any) -> None:
 
 
 # --- adapters ------------------------------------------------------------------------------------
-
-
-def adapter(seed: int, rank: int = RANK) -> tuple[dict[str, np.ndarray], dict[str, Any], Any]:
-    """A random adapter as a learner sends it, and the model with it merged in."""
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(copy.deepcopy(small_model(0)), config)
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.1 * torch.randn_like(parameter)
-    tensors = {name: tensor.numpy().copy() for name, tensor in get_peft_model_state_dict(model).items()}
-    return tensors, model.peft_config["default"].to_dict(), model.merge_and_unload().eval()
 
 
 def test_an_adapter_equals_its_merged_weights(lora_engine: Any) -> None:
@@ -540,55 +396,3 @@ def test_a_closed_engine_serves_nothing(options: EngineOptions) -> None:
     engine.close()
     with pytest.raises(StaleEngineError):
         engine.generate(requests(1), SAMPLING)
-
-
-# --- pure parts ----------------------------------------------------------------------------------
-
-
-def test_rank_patterns_count() -> None:
-    opened = EngineOptions(model_path="m", eos_id=1, max_prompt_tokens=1, max_completion_tokens=1, lora_rank=8)
-    check_adapter({"r": 8, "rank_pattern": {}}, opened)
-    with pytest.raises(ModelError, match="rank 32"):
-        check_adapter({"r": 8, "rank_pattern": {"q_proj": 32}}, opened)
-
-
-def test_options_come_from_the_configuration() -> None:
-    config = RunConfig.model_validate(
-        {
-            "model": {
-                "policy": {"path": "some/model", "revision": "abc", "dtype": "bfloat16", "lora": {"rank": 12}}
-            },
-            "data": {"max_prompt_tokens": 50},
-            "rollout": {"max_completion_tokens": 70, "max_sequences": 9, "memory_share": 0.3, "sleep": True},
-        }
-    )
-    opened = engine_options(config, model_path="some/model", eos_id=4, device="cuda")
-    assert (opened.max_tokens, opened.max_sequences, opened.revision) == (120, 9, "abc")
-    assert engine_options(config, model_path="/cache/folder", eos_id=4, device="cpu").revision is None
-    arguments = llm_arguments(opened)
-    assert arguments["gpu_memory_utilization"] == 0.3 and arguments["enable_sleep_mode"] is True
-    assert arguments["max_lora_rank"] == 16 and "enforce_eager" not in arguments
-    on_cpu = llm_arguments(dataclasses.replace(opened, device="cpu", lora_rank=None, max_prompt_tokens=9000))
-    assert on_cpu["enable_chunked_prefill"] is False and on_cpu["max_num_batched_tokens"] == 9070
-    assert "enable_lora" not in on_cpu
-    with pytest.raises(ModelError, match=r"lora\.rank=600"):
-        llm_arguments(dataclasses.replace(opened, lora_rank=600))
-
-
-def test_environment() -> None:
-    on_cpu = vllm_environment(device="cpu", threads=3)
-    assert on_cpu["OMP_NUM_THREADS"] == "3" and on_cpu["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
-    assert "LD_PRELOAD" not in vllm_environment(device="cuda", threads=3)
-
-
-def test_draw_inverts_the_distribution() -> None:
-    """Evenly spaced uniforms give each token its probability, to within one draw."""
-    logits = torch.tensor([[2.0, -1.0, 0.5, -torch.inf, 1.0]])
-    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    drawn, logprobs = draw(logits.expand(1000, -1), uniforms, SamplingSettings(max_tokens=1, temperature=2.0))
-    shares = torch.bincount(drawn, minlength=5) / 1000
-    expected = torch.softmax(logits[0] / 2.0, -1)
-    assert (shares - expected).abs().max() <= 1e-3 + 1e-9
-    torch.testing.assert_close(logprobs.exp(), expected[drawn])
-    edges = draw(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), SAMPLING)[0]
-    assert edges.tolist() == [0, 4]

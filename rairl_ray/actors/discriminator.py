@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rairl_ray import metrics as names
 from rairl_ray.actors.group import Member
@@ -57,7 +57,8 @@ class DiscriminatorActor(LearnerActor):
         self._model: ImplicitModel | ScalarModel
         if settings.head == "implicit":
             self._model = ImplicitModel(
-                load_causal_lm(self.model_path, model, device=self.device), beta=settings.beta
+                load_causal_lm(self.model_path, model, device=self.device, seed=self.config.seed),
+                beta=settings.beta,
             )
         else:
             outputs = 2 if settings.loss.type == "airl" else 1
@@ -104,41 +105,24 @@ class DiscriminatorActor(LearnerActor):
     def _outputs(
         self, batch: DiscriminatorTensors, forward: Any, totals: Totals | None = None
     ) -> tuple[DiscriminatorOutputs, Any]:
-        """Unit logits of a micro-batch under either head, and the gradient penalty where training asks for it."""
+        """Unit logits of a micro-batch under either head, and the gradient penalty where training wants it."""
         if self.config.discriminator.head == "implicit":
             ratios = forward(
                 batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids
             )
             values = segment_sums(ratios, batch.unit_start_index, batch.unit_end_index, batch.unit_mask)
             return DiscriminatorOutputs(values), None
-        units = batch.unit_positions.shape[1]
-        positions = batch.unit_positions
+        # Under `airl` the potential h is read at the state in front of each unit: one token before its segment.
+        before = None
         if self.config.discriminator.loss.type == "airl":
-            # The potential h is read at the state in front of each unit: one token before its segment.
             before = batch.prompt_lengths[:, None] + batch.unit_start_index - 1
-            positions = torch.cat([positions, before], dim=1)
-        if totals is None or self.config.discriminator.loss.gradient_penalty == 0:
-            values, penalty = forward(batch.input_ids, batch.attention_mask, positions), None
-        else:
-            values, penalty = forward(
-                batch.input_ids, batch.attention_mask, positions, penalty=self._penalty(batch, totals)
-            )
-        shaping = values[:, units:, 1] if values.shape[1] > units else None
-        return DiscriminatorOutputs(values[:, :units, 0], shaping), penalty
-
-    def _penalty(self, batch: DiscriminatorTensors, totals: Totals) -> Any:
-        units = batch.unit_positions.shape[1]
-
-        def penalty(values: Any, embeddings: Any) -> Any:
-            return gradient_penalty(
-                values[:, :units, 0],
-                embeddings,
-                batch.unit_mask,
-                batch.positive,
-                positive_traces=totals.positive_traces,
-            )
-
-        return penalty
+        penalty = None
+        if totals is not None and self.config.discriminator.loss.gradient_penalty > 0:
+            penalty = partial(_penalty, batch.unit_mask, batch.positive, positive_traces=totals.positive_traces)
+        values, shaping, penalty_value = forward(
+            batch.input_ids, batch.attention_mask, batch.unit_positions, before, penalty=penalty
+        )
+        return DiscriminatorOutputs(values, shaping), penalty_value
 
     def _tensors(self, samples: list[DiscriminatorSample]) -> DiscriminatorTensors:
         return discriminator_tensors(samples or [IDLE], self.pad_id).to(self.device)
@@ -159,6 +143,10 @@ class DiscriminatorActor(LearnerActor):
         state = self.engine.trainable_state()
         if self.rank == 0:
             save_reward_model(Path(folder), self._model, state, self.model_path, self.config, self.version)
+
+
+def _penalty(mask: Any, positive: Any, values: Any, embeddings: Any, *, positive_traces: int) -> Any:
+    return gradient_penalty(values, embeddings, mask, positive, positive_traces=positive_traces)
 
 
 class DiscriminatorWorkers(LearnerWorkers):

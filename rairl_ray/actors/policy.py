@@ -41,7 +41,9 @@ class PolicyActor(LearnerActor):
         from rairl_ray.engines.heads import LogprobModel
         from rairl_ray.engines.models import load_causal_lm
 
-        model = load_causal_lm(self.model_path, self.config.model.policy, device=self.device)
+        model = load_causal_lm(
+            self.model_path, self.config.model.policy, device=self.device, seed=self.config.seed
+        )
         self._model = LogprobModel(model, with_reference=self.config.policy.kl_coefficient > 0)
         return DeepSpeedEngine(
             self._model,

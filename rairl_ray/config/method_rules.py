@@ -87,6 +87,11 @@ def discriminator_loss(config: RunConfig) -> Problems:
             "discriminator.loss.gradient_penalty",
             "needs discriminator.head=scalar; set it to 0 and use discriminator.loss.weight_clip",
         )
+    if loss.gradient_penalty > 0 and config.learner.zero_stage == 3:
+        yield (
+            "discriminator.loss.gradient_penalty",
+            "differentiates twice, and ZeRO-3 has released the weights by then; set learner.zero_stage=2",
+        )
     bounds = (loss.drift_penalty, loss.gradient_penalty, loss.weight_clip)
     if loss.type == "wgan" and not any(bounds):
         control = "drift_penalty=0.1" if head == "implicit" else "gradient_penalty=10"

@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging as hf_logging
 
 from rairl_ray.engines.rollout_engine import (
     Decode,
@@ -44,6 +45,8 @@ class HfEngine:
         self._options = options
         self._decode = decode
         self._state = SyncState()
+        self._asleep = False
+        hf_logging.disable_progress_bar()
         self._base: Any = AutoModelForCausalLM.from_pretrained(
             options.model_path,
             revision=options.revision,
@@ -65,6 +68,7 @@ class HfEngine:
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
         self._state.require()
         check_requests(requests, sampling, self._options)
+        self.wake()
         by_length = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
         generations: dict[int, Generation] = {}
         for start in range(0, len(by_length), self._options.max_sequences):
@@ -124,6 +128,7 @@ class HfEngine:
     ) -> list[list[float]]:
         self._state.require()
         check_completions(prompt_ids, completion_ids, self._options)
+        self.wake()
         sequences = [
             [*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
         ]
@@ -158,6 +163,7 @@ class HfEngine:
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor | np.ndarray]], version: int) -> SyncReport:
         started = time.perf_counter()
+        self.wake()
         self._state.begin()
         self._drop_adapter()
         named = as_tensors(tensors)
@@ -181,6 +187,7 @@ class HfEngine:
     ) -> SyncReport:
         started = time.perf_counter()
         check_adapter(adapter_config, self._options)
+        self.wake()
         self._state.begin()
         named = as_tensors(tensors.items())
         self._drop_adapter()
@@ -209,9 +216,12 @@ class HfEngine:
         if self._options.sleep and self._options.device == "cuda":
             self._model.to("cpu")
             torch.cuda.empty_cache()
+            self._asleep = True
 
     def wake(self) -> None:
-        self._model.to(self._options.device)
+        if self._asleep:
+            self._model.to(self._options.device)
+            self._asleep = False
 
     def close(self) -> None:
         self._state.begin()

@@ -73,6 +73,8 @@ def vllm_environment(*, device: Literal["cpu", "cuda"], threads: int | None = No
     if device == "cpu":
         # binding would put the engines of one machine on the same cores
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # else the first call compiles a helper of the sampler with the C++ compiler for several seconds
+        variables["TORCHDYNAMO_DISABLE"] = "1"
         if threads is not None:
             variables |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         openmp = Path(sys.prefix) / "lib" / "libiomp5.so"

@@ -1,0 +1,65 @@
+"""The pure parts of the rollout engines: options, arguments, environment, the inverse-distribution draw."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.engines.hf_engine import draw
+from rairl_ray.engines.rollout_engine import EngineOptions, SamplingSettings, check_adapter, engine_options
+from rairl_ray.engines.vllm_engine import llm_arguments, vllm_environment
+from rairl_ray.errors import ModelError
+
+SAMPLING = SamplingSettings(max_tokens=1)
+
+
+def test_rank_patterns_count() -> None:
+    opened = EngineOptions(model_path="m", eos_id=1, max_prompt_tokens=1, max_completion_tokens=1, lora_rank=8)
+    check_adapter({"r": 8, "rank_pattern": {}}, opened)
+    with pytest.raises(ModelError, match="rank 32"):
+        check_adapter({"r": 8, "rank_pattern": {"q_proj": 32}}, opened)
+
+
+def test_options_come_from_the_configuration() -> None:
+    config = RunConfig.model_validate(
+        {
+            "model": {
+                "policy": {"path": "some/model", "revision": "abc", "dtype": "bfloat16", "lora": {"rank": 12}}
+            },
+            "data": {"max_prompt_tokens": 50},
+            "rollout": {"max_completion_tokens": 70, "max_sequences": 9, "memory_share": 0.3, "sleep": True},
+        }
+    )
+    opened = engine_options(config, model_path="some/model", eos_id=4, device="cuda")
+    assert (opened.max_tokens, opened.max_sequences, opened.revision) == (120, 9, "abc")
+    assert engine_options(config, model_path="/cache/folder", eos_id=4, device="cpu").revision is None
+    arguments = llm_arguments(opened)
+    assert arguments["gpu_memory_utilization"] == 0.3 and arguments["enable_sleep_mode"] is True
+    assert arguments["max_lora_rank"] == 16 and "enforce_eager" not in arguments
+    on_cpu = llm_arguments(dataclasses.replace(opened, device="cpu", lora_rank=None, max_prompt_tokens=9000))
+    assert on_cpu["enable_chunked_prefill"] is False and on_cpu["max_num_batched_tokens"] == 9070
+    assert "enable_lora" not in on_cpu
+    with pytest.raises(ModelError, match=r"lora\.rank=600"):
+        llm_arguments(dataclasses.replace(opened, lora_rank=600))
+
+
+def test_environment() -> None:
+    on_cpu = vllm_environment(device="cpu", threads=3)
+    assert on_cpu["OMP_NUM_THREADS"] == "3" and on_cpu["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert "LD_PRELOAD" not in vllm_environment(device="cuda", threads=3)
+
+
+def test_draw_inverts_the_distribution() -> None:
+    """Evenly spaced uniforms give each token its probability, to within one draw."""
+    logits = torch.tensor([[2.0, -1.0, 0.5, -torch.inf, 1.0]])
+    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    drawn, logprobs = draw(logits.expand(1000, -1), uniforms, SamplingSettings(max_tokens=1, temperature=2.0))
+    shares = torch.bincount(drawn, minlength=5) / 1000
+    expected = torch.softmax(logits[0] / 2.0, -1)
+    assert (shares - expected).abs().max() <= 1e-3 + 1e-9
+    torch.testing.assert_close(logprobs.exp(), expected[drawn])
+    edges = draw(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), SAMPLING)[0]
+    assert edges.tolist() == [0, 4]
