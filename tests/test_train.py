@@ -61,9 +61,7 @@ def test_times_of_a_step_add_up_and_versions_are_stamped(airl_run: Path) -> None
     steps = [row for row in metric_rows(airl_run) if names.TIME_STEP in row and row["step"] >= 1]
     assert [row["step"] for row in steps] == [1, 2]
     for row in steps:
-        phases = [
-            value for name, value in row.items() if name.startswith("time/") and name != names.TIME_STEP
-        ]
+        phases = [value for name, value in row.items() if name.startswith("time/") and name != names.TIME_STEP]
         assert sum(phases) == pytest.approx(row[names.TIME_STEP], rel=0.02)
         assert row[names.ROLLOUT_STALENESS] == 0
         assert row[names.POLICY_VERSION] == row["step"]
