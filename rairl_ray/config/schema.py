@@ -199,6 +199,8 @@ class Discriminator(Optimizer):
     positives: Literal["expert", "expert_and_correct"] = "expert"
     perturbations: Perturbations = Perturbations()
     replay: Replay = Replay()
+    negatives_per_prompt: PositiveInt | None = None
+    """Policy samples of each prompt that an update takes as negatives (keyed choice); None: all of them."""
     updates_per_policy_step: NonNegativeInt = 1
     """Optimizer updates of the discriminator in each step; 0 freezes it."""
     demonstrations_per_update: PositiveInt | None = None

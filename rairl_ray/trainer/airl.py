@@ -148,9 +148,14 @@ class AirlStrategy:
 
     def _policy_traces(self, groups: Sequence[RolloutGroup], epoch: str) -> list[tuple[Trace, Rollout | None]]:
         """The groups' own samples, with a share replaced by replayed ones of earlier policies ."""
-        fresh: list[tuple[Trace, Rollout | None]] = [
-            (trace_of(group.prompt, rollout), rollout) for group in groups for rollout in group.rollouts
-        ]
+        fresh: list[tuple[Trace, Rollout | None]] = []
+        for group in groups:
+            chosen = list(group.rollouts)
+            limit = self._config.discriminator.negatives_per_prompt
+            if limit is not None and limit < len(chosen):
+                key = (self._config.seed, "negatives", epoch, group.prompt.id)
+                chosen = keyed_random(*key).sample(chosen, limit)
+            fresh += [(trace_of(group.prompt, rollout), rollout) for rollout in chosen]
         count = round(self._config.discriminator.replay.share * len(fresh))
         replayed = self._replay.sample(count, (epoch,)) if count else []
         if replayed:

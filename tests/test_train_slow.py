@@ -1,0 +1,138 @@
+"""The long end-to-end cases: every density and loss, vLLM, a kill and a resume, SmolLM2 on GSM8K."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from peft import AutoPeftModelForCausalLM
+
+from rairl_ray import metrics as names
+from rairl_ray.checkpoint import CheckpointStore
+from rairl_ray.runfolder import RunFolder, read_summary
+from tests.runs import TINY, TINY_AIRL, launch, launch_background
+
+pytestmark = pytest.mark.slow
+
+
+def last_step(folder: Path) -> dict[str, float]:
+    rows = [row for row in RunFolder(folder).read_metrics() if names.POLICY_LOSS in row]
+    return rows[-1]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "reward.density.type=sparse",
+        "reward.density.type=interval",
+        "reward.density.type=dense",
+        "discriminator.loss.type=wgan",
+        "discriminator.loss.type=bradley_terry",
+        "discriminator.loss.type=airl",
+    ],
+)
+def test_every_density_and_loss_runs_on_the_demo(override: str, tmp_path: Path) -> None:
+    done = launch(
+        "train",
+        "experiments/demo/airl.yaml",
+        *TINY_AIRL,
+        override,
+        "warm_start=null",
+        "trainer.steps=1",
+        f"output_dir={tmp_path}",
+        "tracking.uri=none",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = last_step(tmp_path / "demo" / "airl")
+    assert math.isfinite(row[names.DISCRIMINATOR_LOSS]) and math.isfinite(row[names.REWARD_MEAN])
+
+
+def test_the_airl_loss_with_a_scalar_head_trains_reward_and_potential(tmp_path: Path) -> None:
+    done = launch(
+        "train",
+        "experiments/demo/airl.yaml",
+        *TINY_AIRL,
+        "discriminator.head=scalar",
+        "discriminator.loss.level=unit",
+        "discriminator.loss.type=airl",
+        "discriminator.replay.capacity=64",
+        "discriminator.replay.share=0.25",
+        "warm_start=null",
+        f"output_dir={tmp_path}",
+        "tracking.uri=none",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert math.isfinite(last_step(tmp_path / "demo" / "airl")[names.DISCRIMINATOR_LOSS])
+
+
+def test_vllm_and_a_warm_start(tmp_path: Path) -> None:
+    """The demo's own path: SFT first, in the same command, then R-AIRL with vLLM; the policy starts from it."""
+    arguments = [
+        "train",
+        "experiments/demo/airl.yaml",
+        *TINY_AIRL,
+        "rollout.engine=vllm",
+        f"output_dir={tmp_path}",
+    ]
+    done = launch(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = last_step(tmp_path / "demo" / "airl")
+    # What vLLM says of its samples and what the learner says of them must agree: weights arrived whole.
+    assert row[names.POLICY_IMPORTANCE_WEIGHT] == pytest.approx(1.0, abs=0.02)
+    assert (tmp_path / "demo" / "sft" / "final" / "policy" / "model.safetensors").is_file()
+    assert "trained first" in done.stdout
+
+
+def test_a_killed_driver_resumes_without_losing_or_doubling_a_step(tmp_path: Path) -> None:
+    arguments = [
+        "train",
+        "experiments/demo/grpo.yaml",
+        *TINY,
+        "warm_start=null",
+        "trainer.steps=30",
+        "trainer.checkpoint_every=5",
+        f"output_dir={tmp_path}",
+        "tracking.uri=none",
+    ]
+    folder = tmp_path / "demo" / "grpo"
+    process = launch_background(*arguments)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if CheckpointStore(folder).latest_valid() is not None:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    done = launch(*arguments, "--resume", "demo/grpo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [row["step"] for row in RunFolder(folder).read_metrics() if names.POLICY_LOSS in row]
+    assert steps == list(range(1, 31))
+
+
+def test_smollm2_on_gsm8k_with_vllm_and_two_policy_ranks(shared_data: Path, tmp_path: Path) -> None:
+    done = launch(
+        "train",
+        "experiments/smollm2_gsm8k.yaml",
+        f"data.path={shared_data / 'gsm8k'}",
+        f"output_dir={tmp_path}",
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "smollm2_gsm8k"
+    newest = CheckpointStore(folder).latest_valid()
+    assert newest is not None and newest.name == "step-000003"
+    assert CheckpointStore(folder).manifest(newest)["versions"]["policy"] == 3
+    shards = list((newest / "policy").rglob("*optim_states.pt"))
+    assert len(shards) == 2, shards
+    rows = [json.loads(line) for line in (folder / "evaluations" / "final" / "rows.jsonl").open()]
+    assert len({row["prompt_id"] for row in rows}) == 16
+    assert names.EVAL_RERANK_AT_1 in read_summary(folder / "evaluations" / "final" / "summary.json")
+    row = last_step(folder)
+    assert row[names.POLICY_IMPORTANCE_WEIGHT] == pytest.approx(1.0, abs=0.05)
+    policy = AutoPeftModelForCausalLM.from_pretrained(folder / "final" / "policy")
+    assert policy.active_adapter == "default"
