@@ -114,6 +114,7 @@ def test_a_killed_driver_resumes_without_losing_or_doubling_a_step(tmp_path: Pat
     assert steps == list(range(1, 31))
 
 
+@pytest.mark.timeout(1800)
 def test_smollm2_on_gsm8k_with_vllm_and_two_policy_ranks(shared_data: Path, tmp_path: Path) -> None:
     done = launch(
         "train",
