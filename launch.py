@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from typing import Annotated
 
@@ -11,7 +13,13 @@ from rich.console import Console
 from rairl_ray.config.load import load_config, warm_start_chain
 from rairl_ray.config.rules import check_files
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.errors import UserError
+from rairl_ray.errors import RunFailure, UserError
+
+# Set before any library is imported: their progress bars and hardware guesses are no output of ours.
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 app = typer.Typer(
     name="rairl",
@@ -117,6 +125,9 @@ def main() -> None:
     except UserError as error:
         print(_one_line(error), file=sys.stderr)
         code = 2
+    except RunFailure as error:
+        print(_one_line(error), file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         code = 130
     except Exception as error:

@@ -25,3 +25,7 @@ class ResumeError(UserError):
 
 class PlacementError(UserError):
     """Resources that the cluster does not have."""
+
+
+class RunFailure(RuntimeError):
+    """A run that failed on its machines: one paragraph with role, rank, node, phase and last step."""

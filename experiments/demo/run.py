@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+import launch  # noqa: F401  (quiets the libraries before they are imported)
 from rairl_ray import metrics as names
 from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig

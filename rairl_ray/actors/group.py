@@ -19,12 +19,12 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rairl_ray.actors.placement import Plan
-from rairl_ray.errors import PlacementError, UserError
+from rairl_ray.errors import PlacementError, RunFailure, UserError
 
 R = TypeVar("R")
 
 
-class GroupFailure(RuntimeError):
+class GroupFailure(RunFailure):
     """An actor died, raised or missed its deadline. The group is unusable afterwards."""
 
 
