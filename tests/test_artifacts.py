@@ -59,7 +59,9 @@ def test_policy_loads_elsewhere(
     module = LogprobModel(load_causal_lm(path, model))
     state = train_a_little(module)
     folder = tmp_path / "final" / "policy"
-    save_policy(folder, module, state, path, model, merged=merged)
+    save_policy(
+        folder, module, state, path, model.model_copy(update={"export": "merged" if merged else "adapter"})
+    )
     ids, mask = batch.input_ids, batch.attention_mask
     with torch.no_grad():
         expected = module.eval().wrapped(input_ids=ids, attention_mask=mask).logits

@@ -20,6 +20,13 @@ from rairl_ray.checkpoint import CheckpointStore, verify
 from rairl_ray.runfolder import RunFolder, read_summary
 from tests.runs import TINY, TINY_AIRL, descendants, launch, launch_background
 
+SCALAR_AIRL = [
+    *TINY_AIRL,
+    "warm_start=null",
+    "discriminator.head=scalar",
+    "discriminator.loss.level=unit",
+]
+
 
 def metric_rows(folder: Path) -> list[dict[str, float]]:
     return RunFolder(folder).read_metrics()
@@ -32,10 +39,7 @@ def airl_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = launch(
         "train",
         "experiments/demo/airl.yaml",
-        *TINY_AIRL,
-        "warm_start=null",
-        "discriminator.head=scalar",
-        "discriminator.loss.level=unit",
+        *SCALAR_AIRL,
         f"output_dir={output}",
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -108,10 +112,7 @@ def test_an_earlier_run_of_the_name_is_moved_aside_and_resume_refuses_another_co
     arguments = [
         "train",
         "experiments/demo/airl.yaml",
-        *TINY_AIRL,
-        "warm_start=null",
-        "discriminator.head=scalar",
-        "discriminator.loss.level=unit",
+        *SCALAR_AIRL,
         f"output_dir={output}",
         "--resume",
         "demo/airl",

@@ -58,6 +58,8 @@ class Model(Section):
     lora: Lora = Lora()
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    export: Literal["adapter", "merged"] = "adapter"
+    """What LoRA leaves in final/policy: a PEFT adapter folder, or base and adapter merged."""
     chat_template: str | None = None
     """File with a Jinja chat template, for a tokenizer that ships none."""
     trust_remote_code: bool = False

@@ -64,16 +64,14 @@ def save_policy(
     state: Mapping[str, Tensor],
     base: str,
     model: Model,
-    *,
-    merged: bool = False,
 ) -> None:
-    """Write the policy as an HF folder, or for LoRA as a PEFT adapter folder (`merged`: an HF folder too).
+    """Write the policy as an HF folder, or for LoRA as a PEFT adapter folder (unless `export: merged`).
 
     `base` is the path that the module was loaded from. The tokenizer is saved beside the weights.
     """
     tokenizer = load_tokenizer(base, model)
     with atomic_folder(folder) as temporary:
-        if model.lora.rank is not None and not merged:
+        if model.lora.rank is not None and model.export == "adapter":
             config = {**adapter_config(module), "base_model_name_or_path": base}
             (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
             tensors = {name: tensor.contiguous() for name, tensor in state.items()}

@@ -86,6 +86,7 @@ def with_warm_start(config: RunConfig, display: Display) -> RunConfig:
 
 def made_by(folder: RunFolder, config: RunConfig) -> bool:
     """Whether the folder holds the final policy of a run of exactly this configuration."""
-    if not (folder.final_policy / "config.json").is_file():
+    files = ("config.json", "adapter_config.json")
+    if not any((folder.final_policy / name).is_file() for name in files):
         return False
     return config_hash(read_saved(folder.config)) == config_hash(config)
