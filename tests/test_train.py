@@ -25,6 +25,7 @@ SCALAR_AIRL = [
     "warm_start=null",
     "discriminator.head=scalar",
     "discriminator.loss.level=unit",
+    "eval.at_start=true",
 ]
 
 
