@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ def discriminator_replicas(config: RunConfig) -> int:
     return config.learner.discriminator_replicas or config.learner.replicas
 
 
-class LearnerActor(RankActor):
+class LearnerActor(RankActor, ABC):
     """One data-parallel rank with a DeepSpeed engine; subclasses know the loss."""
 
     def __init__(self, rank: int, config: RunConfig, model_path: str, pad_id: int, device: str) -> None:
@@ -50,9 +51,13 @@ class LearnerActor(RankActor):
         setup_environment(self.rank, world_size, address[0], address[1], self.device, threads)
         self._engine = self.build(total_updates)
 
+    @abstractmethod
     def build(self, total_updates: int) -> Any:
         """The DeepSpeed engine around this role's module."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def export(self, folder: str) -> None:
+        """Write the role's final artifact; rank 0 writes, all ranks gather."""
 
     @property
     def engine(self) -> Any:
