@@ -104,7 +104,7 @@ class ActorGroup:
                     raise cause from None
                 raise GroupFailure(self._report(member, phase, f"{type(cause).__name__}: {cause}")) from error
             except ray.exceptions.RayError as error:
-                raise GroupFailure(self._report(member, phase, _first_line(error))) from error
+                raise GroupFailure(self._report(member, phase, _in_one_line(error))) from error
         return [results[member.rank] for member in members]
 
     def close(self) -> None:
@@ -180,6 +180,6 @@ def release(group: PlacementGroup) -> None:
     remove_placement_group(group)
 
 
-def _first_line(error: BaseException) -> str:
+def _in_one_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return " ".join(line.strip() for line in text.splitlines()[:12])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -141,13 +140,12 @@ class RolloutWorkers(ActorGroup):
                 groups[i] = RolloutGroup(prompt=prompts[i], rollouts=rollouts)
         return [groups[i] for i in range(len(prompts))]
 
-    def sync(self, payload: ray.ObjectRef, version: int) -> dict[str, float | str]:
+    def sync(self, payload: ray.ObjectRef, version: int) -> None:
         """Every replica loads the payload from the object store and must answer this version and one checksum.
 
         Raises:
             RuntimeError: when a replica answers another version, or replicas disagree on the checksum.
         """
-        start = time.perf_counter()
         reports = self.call(
             "sync",
             self._config.timeouts.sync_seconds,
@@ -156,7 +154,6 @@ class RolloutWorkers(ActorGroup):
         checksums = {report.checksum for report in reports}
         if any(report.version != version for report in reports) or len(checksums) != 1:
             raise RuntimeError(f"rollout: sync to version {version} was answered with {reports}")
-        return {"checksum": checksums.pop(), "seconds": time.perf_counter() - start}
 
     def close(self) -> None:
         if self.members:

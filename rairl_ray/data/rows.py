@@ -224,8 +224,8 @@ def _read_csv(path: Path, report: BadRowReport) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path, report: BadRowReport) -> Iterator[Row]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)

@@ -33,12 +33,6 @@ class ReadTrace:
         """[U] character end of each unit."""
         return np.asarray(self.tokens.char_ends, dtype=np.int64)[self.unit_tokens]
 
-    @property
-    def unit_char_starts(self) -> np.ndarray:
-        """[U] character end of the token before each unit (0 for the first)."""
-        ends = np.asarray((0, *self.tokens.char_ends), dtype=np.int64)
-        return ends[self.unit_starts]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
