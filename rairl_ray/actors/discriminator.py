@@ -30,6 +30,7 @@ from rairl_ray.algorithms.discriminator_losses import (
 )
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import DiscriminatorTensors, discriminator_tensors
+from rairl_ray.keys import key_seed
 from rairl_ray.types import DiscriminatorBatch, DiscriminatorSample, UpdateResult
 
 MicroBatches = list[list[DiscriminatorSample]]
@@ -74,6 +75,7 @@ class DiscriminatorActor(LearnerActor):
             total_updates=total_updates,
             device=self.device,
             timeout_seconds=self.config.timeouts.update_seconds,
+            seed=key_seed(self.config.seed, "discriminator"),
             weight_clip=settings.loss.weight_clip,
         )
 

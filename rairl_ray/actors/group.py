@@ -38,6 +38,15 @@ class Member:
     pid: int
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A verb that was started on some ranks and not waited for yet."""
+
+    phase: str
+    deadline_seconds: float
+    refs: Mapping[ray.ObjectRef, Member]
+
+
 class RankActor:
     """What every actor of ours answers. Subclasses are wrapped by `ray.remote` when the group starts."""
 
@@ -80,17 +89,31 @@ class ActorGroup:
             GroupFailure: at the first rank that fails, or for the ranks that are silent at the deadline.
             UserError: raised inside an actor comes out as itself.
         """
+        return self.wait(self.submit(phase, deadline_seconds, verb, ranks))
+
+    def submit(
+        self,
+        phase: str,
+        deadline_seconds: float,
+        verb: Callable[[Any, int], ray.ObjectRef],
+        ranks: int | None = None,
+    ) -> Pending:
+        """Start `verb` on the ranks without waiting; an actor runs what it was given in order."""
         members = self.members[:ranks]
-        refs = {verb(member.handle, member.rank): member for member in members}
+        return Pending(phase, deadline_seconds, {verb(m.handle, m.rank): m for m in members})
+
+    def wait(self, pending: Pending) -> list[Any]:
+        """Results of `submit` in rank order; its deadline counts from here. Raises as `call` does."""
+        refs, phase = pending.refs, pending.phase
         results: dict[int, Any] = {}
-        pending = list(refs)
-        deadline = time.monotonic() + deadline_seconds
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        open_refs = list(refs)
+        deadline = time.monotonic() + pending.deadline_seconds
+        while open_refs:
+            done, open_refs = ray.wait(open_refs, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
-                silent = ", ".join(self._name(refs[ref]) for ref in pending)
+                silent = ", ".join(self._name(refs[ref]) for ref in open_refs)
                 raise GroupFailure(
-                    f"{self.role}: no answer within {deadline_seconds:g} s in phase {phase} "
+                    f"{self.role}: no answer within {pending.deadline_seconds:g} s in phase {phase} "
                     f"(last finished step {self.last_step}) from {silent}"
                 )
             member = refs[done[0]]
@@ -105,7 +128,7 @@ class ActorGroup:
                 raise GroupFailure(self._report(member, phase, f"{type(cause).__name__}: {cause}")) from error
             except ray.exceptions.RayError as error:
                 raise GroupFailure(self._report(member, phase, _in_one_line(error))) from error
-        return [results[member.rank] for member in members]
+        return [results[member.rank] for member in refs.values()]
 
     def close(self) -> None:
         """End all actors at once; what they hold is lost."""

@@ -23,6 +23,7 @@ from rairl_ray.actors.learner import (
 from rairl_ray.algorithms.policy_losses import mean_metrics, policy_loss
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import PolicyTensors, policy_tensors
+from rairl_ray.keys import key_seed
 from rairl_ray.types import PolicyBatch, PolicySample, UpdateResult
 
 MicroBatches = list[list[PolicySample]]
@@ -52,6 +53,7 @@ class PolicyActor(LearnerActor):
             total_updates=total_updates,
             device=self.device,
             timeout_seconds=self.config.timeouts.update_seconds,
+            seed=key_seed(self.config.seed, "policy"),
         )
 
     def update(self, minibatches: list[MicroBatches], totals: list[tuple[int, int]]) -> tuple[dict, dict]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
 
-from rairl_ray.actors.group import ActorGroup, GroupFailure, Member, RankActor
+from rairl_ray.actors.group import ActorGroup, GroupFailure, Member, Pending, RankActor
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import balance
 from rairl_ray.data.rendering import Renderer, load_tokenizer
@@ -47,9 +49,11 @@ class RolloutActor(RankActor):
 
     def generate(
         self, requests: list[GenerationRequest], sampling: SamplingSettings
-    ) -> tuple[list[Generation], int | None]:
-        """Completions in the order of the requests, and the version that made them."""
-        return self.engine.generate(requests, sampling), self.engine.version
+    ) -> tuple[list[Generation], int | None, float]:
+        """Completions in the order of the requests, the version that made them, and the seconds it took."""
+        started = time.perf_counter()
+        generations = self.engine.generate(requests, sampling)
+        return generations, self.engine.version, time.perf_counter() - started
 
     def sync(self, payload: dict[str, Any], version: int) -> SyncReport:
         """Take new weights; answers the version and checksum that the engine now serves."""
@@ -81,6 +85,34 @@ def open_engine(config: RunConfig, policy_path: str, device: Literal["cpu", "cud
     return HfEngine(options, renderer.decode)
 
 
+@dataclass(frozen=True)
+class PendingGroups:
+    """Sampling that was started; `shares` and `requests` are by replica."""
+
+    prompts: tuple[Prompt, ...]
+    count: int
+    """Samples of each prompt."""
+    shares: Sequence[Sequence[int]]
+    requests: Sequence[Sequence[GenerationRequest]]
+    pending: Pending
+
+
+@dataclass(frozen=True)
+class PendingSync:
+    version: int
+    pending: Pending
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What `collect` answers."""
+
+    groups: list[RolloutGroup]
+    """In the order of the prompts."""
+    seconds: float
+    """How long the slowest replica sampled."""
+
+
 class RolloutWorkers(ActorGroup):
     """All rollout replicas as one sampler."""
 
@@ -104,7 +136,17 @@ class RolloutWorkers(ActorGroup):
         samples_per_prompt: int | None = None,
         sampling: SamplingSettings | None = None,
     ) -> list[RolloutGroup]:
-        """Sample every prompt; the seed of each request is keyed by (run seed, stream, prompt, sample).
+        """Sample every prompt; the seed of each request is keyed by (run seed, stream, prompt, sample)."""
+        return self.collect(self.start(prompts, stream, samples_per_prompt, sampling)).groups
+
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        stream: str,
+        samples_per_prompt: int | None = None,
+        sampling: SamplingSettings | None = None,
+    ) -> PendingGroups:
+        """Start to sample; the version that serves is the one of the newest `sync` submitted before.
 
         All samples of a prompt go to one replica, which computes the prompt once (prefix caching).
         """
@@ -124,21 +166,29 @@ class RolloutWorkers(ActorGroup):
             ]
             for share in shares
         ]
-        answers = self.call(
+        pending = self.submit(
             "generate",
             self._config.timeouts.rollout_seconds,
             lambda actor, rank: actor.generate.remote(requests[rank], settings),
         )
+        return PendingGroups(tuple(prompts), count, shares, requests, pending)
+
+    def collect(self, started: PendingGroups) -> Sampled:
+        """Wait for what `start` began."""
+        answers = self.wait(started.pending)
         groups: dict[int, RolloutGroup] = {}
-        for share, asked, (generations, version) in zip(shares, requests, answers, strict=True):
+        seconds = 0.0
+        for share, asked, answer in zip(started.shares, started.requests, answers, strict=True):
+            generations, version, spent = answer
+            seconds = max(seconds, spent)
             for place, i in enumerate(share):
-                rows = range(place * count, (place + 1) * count)
+                rows = range(place * started.count, (place + 1) * started.count)
                 rollouts = tuple(
-                    _rollout(prompts[i], sample, generations[row], asked[row].seed, version)
+                    _rollout(started.prompts[i], sample, generations[row], asked[row].seed, version)
                     for sample, row in enumerate(rows)
                 )
-                groups[i] = RolloutGroup(prompt=prompts[i], rollouts=rollouts)
-        return [groups[i] for i in range(len(prompts))]
+                groups[i] = RolloutGroup(prompt=started.prompts[i], rollouts=rollouts)
+        return Sampled([groups[i] for i in range(len(started.prompts))], seconds)
 
     def sync(self, payload: ray.ObjectRef, version: int) -> None:
         """Every replica loads the payload from the object store and must answer this version and one checksum.
@@ -146,14 +196,23 @@ class RolloutWorkers(ActorGroup):
         Raises:
             RuntimeError: when a replica answers another version, or replicas disagree on the checksum.
         """
-        reports = self.call(
+        self.finish_sync(self.start_sync(payload, version))
+
+    def start_sync(self, payload: ray.ObjectRef, version: int) -> PendingSync:
+        """Submit a sync behind whatever is being sampled; samples started after it are of this version."""
+        pending = self.submit(
             "sync",
             self._config.timeouts.sync_seconds,
             lambda actor, _rank: actor.sync.remote(payload, version),
         )
+        return PendingSync(version, pending)
+
+    def finish_sync(self, started: PendingSync) -> None:
+        """Wait for a sync and check its answers; raises as `sync`."""
+        reports = self.wait(started.pending)
         checksums = {report.checksum for report in reports}
-        if any(report.version != version for report in reports) or len(checksums) != 1:
-            raise RuntimeError(f"rollout: sync to version {version} was answered with {reports}")
+        if any(report.version != started.version for report in reports) or len(checksums) != 1:
+            raise RuntimeError(f"rollout: sync to version {started.version} was answered with {reports}")
 
     def close(self) -> None:
         if self.members:

@@ -184,6 +184,11 @@ def engine(config: RunConfig) -> Problems:
         yield "rollout.sleep", "gives back GPU memory, but placement.device=cpu; set it to false"
     if rollout.sleep and rollout.engine != "vllm":
         yield "rollout.sleep", f"is vLLM's, but rollout.engine={rollout.engine}; set it to false"
+    if rollout.sleep and config.trainer.max_staleness_steps > 0:
+        yield (
+            "trainer.max_staleness_steps",
+            "an engine that samples ahead cannot sleep; set rollout.sleep=false",
+        )
     if rollout.sleep and (config.placement.type == "disaggregated" or rollout.tensor_parallel > 1):
         yield "rollout.sleep", "nobody shares the engine's GPU in this placement; set it to false"
     if rollout.tensor_parallel > 1 and rollout.engine != "vllm":

@@ -144,6 +144,8 @@ class Reward(Section):
     """(lower, upper) bound of a unit's reward, after the temperature."""
     outcome_weight: NonNegativeFloat = 0.0
     """Weight of the task's correctness mixed into the last unit's reward; 0 learns from experts alone."""
+    rescore: bool = False
+    """Score samples on arrival too, before the discriminator learns from them, and log how rewards drifted."""
 
 
 class DiscriminatorLoss(Section):
@@ -286,8 +288,8 @@ class Trainer(Section):
     checkpoint_every: NonNegativeInt = 50
     """0: only at the end."""
     keep_checkpoints: PositiveInt = 2
-    max_staleness_steps: Annotated[int, Field(ge=0, le=0)] = 0
-    """Policy versions that rollouts may run ahead; only 0 (synchronous) for now."""
+    max_staleness_steps: NonNegativeInt = 0
+    """Policy versions that rollouts may be old: so many steps are sampled ahead of the learners; 0: none."""
     log_rollouts_every: NonNegativeInt = 10
     """Write a sample of rollouts to the run folder every n steps; 0: never."""
     failure_retries: NonNegativeInt = 1

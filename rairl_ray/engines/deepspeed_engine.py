@@ -33,6 +33,7 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from rairl_ray.config.schema import Learner, Optimizer
 from rairl_ray.engines.weights import exported_name
+from rairl_ray.keys import key_seed
 
 deepspeed_logger.setLevel(logging.WARNING)
 
@@ -138,9 +139,9 @@ class DeepSpeedEngine:
     """One rank's share of a data-parallel learner.
 
     `total_updates` is the length of the learning-rate schedule; `weight_clip` clamps every trained weight
-    after each update (`wgan`). The module's parameters must be float32, or all bfloat16 (then float32
-    master weights and float32 gradient accumulation are kept). Only parameters that require gradients are
-    trained; matrices get weight decay, vectors (norms, biases) do not.
+    after each update (`wgan`); `seed` keys dropout. The module's parameters must be float32, or all bfloat16
+    (then float32 master weights and float32 gradient accumulation are kept). Only parameters that require
+    gradients are trained; matrices get weight decay, vectors (norms, biases) do not.
     """
 
     def __init__(
@@ -153,8 +154,10 @@ class DeepSpeedEngine:
         device: str,
         timeout_seconds: float = 1800.0,
         weight_clip: float | None = None,
+        seed: int = 0,
     ) -> None:
         join_group(device, timeout_seconds)
+        self._seed = seed
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
         self.module = module
@@ -209,6 +212,8 @@ class DeepSpeedEngine:
         if not losses:
             raise ValueError("a rank without micro-batches must pass one whose loss is multiplied by zero")
         self._engine.train()
+        # Dropout must not depend on what this process has drawn before: a resumed run repeats itself.
+        torch.manual_seed(key_seed(self._seed, "dropout", self._engine.global_steps, self.rank))
         learning_rate = self._scheduler.get_last_lr()[0]
         total = 0.0
         for loss in losses:

@@ -69,7 +69,7 @@ class Run:
         self.policy = parts.policy
         self.progress = Progress()
         self._saved: dict[str, Any] = {}
-        self.feed = Feed(prepared.task, config.seed)
+        self.feed = Feed(prepared.task, config.seed, config.trainer.max_staleness_steps)
         self.airl: AirlStrategy | None = None
         if parts.discriminator is not None:
             self.airl = AirlStrategy(
@@ -137,6 +137,7 @@ class Run:
     def _evaluate(self, name: str, log: bool = True) -> Summary:
         """Evaluate on held-out problems, write rows and summary, log the numbers at the current step."""
         self.session.display.phase(f"evaluating ({name})")
+        self.loop.ahead.settle()
         summary, rows = self.heldout.evaluate()
         self.session.write_evaluation(name, summary, rows)
         if log:
@@ -163,6 +164,9 @@ class Run:
                 groups, demonstrations = pool.next()
                 metrics = self.airl.update(groups, demonstrations, epoch=f"warmup/{update}")
             self.progress.warmup = update
+            if self.config.trainer.checkpoint_every and update % self.config.trainer.checkpoint_every == 0:
+                with timer.phase(names.TIME_CHECKPOINT):
+                    self._save()
             if update % GATE_EVERY == 0:
                 auroc = self._separation(pool)
                 metrics[names.DISCRIMINATOR_AUROC] = auroc
@@ -190,6 +194,7 @@ class Run:
 
     def _save(self) -> None:
         store, step = self.session.store, self.progress.step
+        self.loop.ahead.settle()
         folder = store.begin(step)
         self.policy.save(folder / "policy")
         versions = {"policy": self.policy.version}
@@ -204,6 +209,7 @@ class Run:
             "progress": vars(self.progress),
             "feed": self.feed.state(),
             "strategy": self.strategy.state(),
+            "rollouts": self.loop.ahead.state(),
         }
 
     def _restore(self) -> bool:
@@ -218,6 +224,7 @@ class Run:
         self.progress = Progress(**state["progress"])
         self.feed.restore(state["feed"])
         self.strategy.restore(state["strategy"])
+        self.loop.ahead.restore(state["rollouts"])
         self.policy.load(path / "policy")
         if self.parts.discriminator is not None:
             self.parts.discriminator.load(path / "discriminator")

@@ -1,5 +1,6 @@
 """R-AIRL's own part of a step: train the discriminator, then let it score the policy's samples.
 
+    groups ──> discriminator.score                    (only with reward.rescore: stamped d, for the drift)
     groups ──> labelled batch (experts +, samples -, perturbed experts -, replayed samples -)
                    └─> discriminator.update  x updates_per_policy_step      (version d -> d + n)
     groups ──> discriminator.score ──> unit rewards ──> token rewards        (stamped d + n)
@@ -20,7 +21,7 @@ from rairl_ray.algorithms.density import backfill
 from rairl_ray.algorithms.negatives import perturb
 from rairl_ray.algorithms.replay import ReplayBuffer
 from rairl_ray.algorithms.rewards import clipped_count, unit_rewards
-from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.schema import Reward, RunConfig
 from rairl_ray.data.rendering import Renderer
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.keys import keyed_random
@@ -45,6 +46,9 @@ from rairl_ray.types import (
     Trace,
     TraceScores,
 )
+
+Candidate = tuple[Trace, Rollout | None]
+"""A trace that gets a reward: a sample with its rollout, or an expert trace with None."""
 
 
 class AirlStrategy:
@@ -76,13 +80,21 @@ class AirlStrategy:
     ) -> tuple[list[list[RewardedTrace]], dict[str, float]]:
         """Update the discriminator on the groups, score them, and return rewarded traces per group."""
         metrics: dict[str, float] = {}
+        candidates = [self._candidates(group) for group in groups]
+        arrived: list[TraceScores] | None = None
+        if self._config.reward.rescore:
+            with timer.phase(names.TIME_SCORE):
+                arrived = self._score_candidates(candidates)
         with timer.phase(names.TIME_DISCRIMINATOR):
             demonstrations = [self._feed.demonstration(group.prompt.id) for group in groups]
             for repeat in range(self._config.discriminator.updates_per_policy_step):
                 metrics = self.update(groups, demonstrations, epoch=f"step/{step}/{repeat}")
             self._replay.add([trace_of(group.prompt, r) for group in groups for r in group.rollouts])
         with timer.phase(names.TIME_SCORE):
-            rewarded, reward_metrics = self._score_groups(groups)
+            scores = self._score_candidates(candidates)
+            rewarded, reward_metrics = self._rewarded_groups(candidates, scores)
+        if arrived is not None:
+            reward_metrics[names.REWARD_DRIFT] = _drift(arrived, scores, self._config.reward)
         return rewarded, {**metrics, **reward_metrics}
 
     def update(
@@ -200,12 +212,13 @@ class AirlStrategy:
             for read, values in zip(reads, logits, strict=True)
         ]
 
-    def _score_groups(
-        self, groups: Sequence[RolloutGroup]
+    def _score_candidates(self, candidates: Sequence[Sequence[Candidate]]) -> list[TraceScores]:
+        return self.score([trace for traces in candidates for trace, _ in traces])
+
+    def _rewarded_groups(
+        self, candidates: Sequence[Sequence[Candidate]], trace_scores: Sequence[TraceScores]
     ) -> tuple[list[list[RewardedTrace]], dict[str, float]]:
-        candidates = [self._candidates(group) for group in groups]
-        flat = [trace for traces in candidates for trace, _ in traces]
-        scores = iter(self.score(flat))
+        scores = iter(trace_scores)
         rewarded: list[list[RewardedTrace]] = []
         values: list[float] = []
         clipped = units = 0
@@ -228,9 +241,9 @@ class AirlStrategy:
             names.REWARD_OUTCOME: mean(outcomes),
         }
 
-    def _candidates(self, group: RolloutGroup) -> list[tuple[Trace, Rollout | None]]:
+    def _candidates(self, group: RolloutGroup) -> list[Candidate]:
         """The group's samples, followed by its expert traces where `advantage.expert` asks for them."""
-        traces: list[tuple[Trace, Rollout | None]] = [(trace_of(group.prompt, r), r) for r in group.rollouts]
+        traces: list[Candidate] = [(trace_of(group.prompt, r), r) for r in group.rollouts]
         copies = {"none": 0, "single": 1, "balanced": len(group.rollouts)}[self._config.advantage.expert]
         if copies and group.rollouts:
             expert = _expert_trace(self._feed.demonstration(group.prompt.id))
@@ -266,6 +279,15 @@ class AirlStrategy:
 
     def restore(self, state: dict) -> None:
         self._replay = ReplayBuffer.from_state(state["replay"])
+
+
+def _drift(before: Sequence[TraceScores], after: Sequence[TraceScores], config: Reward) -> float:
+    """Mean absolute change of a unit's reward from one discriminator version to another."""
+    changes = [
+        np.abs(unit_rewards(new.logits, config, None) - unit_rewards(old.logits, config, None))
+        for old, new in zip(before, after, strict=True)
+    ]
+    return float(np.concatenate(changes).mean()) if changes else float("nan")
 
 
 def _expert_trace(demonstration: Demonstration) -> Trace:

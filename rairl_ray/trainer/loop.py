@@ -8,8 +8,9 @@
                           │                                             v
                     PolicyWorkers <──[PolicyBatch]── advantages per group
 
-One step runs strictly left to right; every arrow is a wait with a deadline. The loop knows the order,
-not the mathematics (rairl_ray/algorithms), not the machines (rairl_ray/actors).
+One step runs strictly left to right; every arrow is a wait with a deadline. With
+`trainer.max_staleness_steps` the rollouts of later steps are sampled meanwhile (trainer/ahead.py). The loop
+knows the order, not the mathematics (rairl_ray/algorithms), not the machines (rairl_ray/actors).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rairl_ray.algorithms.advantages import advantages
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import PhaseTimer, mean
+from rairl_ray.trainer.ahead import RunAhead, StepRollouts
 from rairl_ray.trainer.feed import Feed
 from rairl_ray.types import PolicyBatch, PolicySample, RewardedTrace, RolloutGroup
 
@@ -54,30 +56,29 @@ class Loop:
         strategy: Strategy,
     ) -> None:
         self.config = config
-        self.feed = feed
-        self.rollouts = rollouts
+        self.ahead = RunAhead(config, feed, rollouts)
         self.policy = policy
         self.strategy = strategy
 
     def step(self, step: int, timer: PhaseTimer) -> tuple[dict[str, float], list[RolloutGroup]]:
         """One whole step; returns its metrics and its rollouts (for the log)."""
-        prompts = self.feed.next_prompts(self.config.trainer.prompts_per_step)
         with timer.phase(names.TIME_ROLLOUT):
-            groups = self.rollouts.generate(prompts, f"train/{step}")
+            rollouts = self.ahead.take(step)
+        groups = rollouts.groups
         rewarded, metrics = self.strategy.rewards(groups, step, timer)
         batches = policy_batches(rewarded, self.config, step)
         with timer.phase(names.TIME_POLICY):
             result = self.policy.update(batches)
         with timer.phase(names.TIME_SYNC):
             self.sync()
-        metrics |= rollout_metrics(groups, timer.seconds(names.TIME_ROLLOUT), result.version - 1)
+        metrics |= rollout_metrics(rollouts, result.version - 1)
         metrics |= result.metrics
         metrics[names.POLICY_VERSION] = float(result.version)
         return metrics, groups
 
     def sync(self) -> None:
         """Give the newest policy to every rollout replica; each answers version and checksum."""
-        self.rollouts.sync(self.policy.weights(), self.policy.version)
+        self.ahead.sync(self.policy.weights(), self.policy.version)
 
 
 def policy_batches(
@@ -116,15 +117,16 @@ def policy_batch(samples: Sequence[PolicySample]) -> PolicyBatch:
     )
 
 
-def rollout_metrics(groups: Sequence[RolloutGroup], seconds: float, trained_version: int) -> dict[str, float]:
+def rollout_metrics(step: StepRollouts, trained_version: int) -> dict[str, float]:
     """What the samples of a step look like; staleness is in policy versions, averaged over samples."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rollouts = [rollout for group in step.groups for rollout in group.rollouts]
     tokens = sum(len(rollout.token_ids) for rollout in rollouts)
     return {
         names.ROLLOUT_TOKENS: float(tokens),
-        names.ROLLOUT_TOKENS_PER_SECOND: tokens / seconds if seconds else float("nan"),
+        names.ROLLOUT_TOKENS_PER_SECOND: tokens / step.seconds if step.seconds else float("nan"),
         names.ROLLOUT_COMPLETION_TOKENS: tokens / len(rollouts) if rollouts else float("nan"),
         names.ROLLOUT_TRUNCATED: mean([float(r.finish_reason == "length") for r in rollouts]),
         names.ROLLOUT_STALENESS: mean([float(trained_version - r.policy_version) for r in rollouts]),
-        names.ROLLOUT_FAILED_GROUPS: float(sum(not group.rollouts for group in groups)),
+        names.ROLLOUT_FAILED_GROUPS: float(sum(not group.rollouts for group in step.groups)),
+        names.ROLLOUT_DROPPED_GROUPS: float(step.dropped_groups),
     }

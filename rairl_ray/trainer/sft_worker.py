@@ -25,6 +25,7 @@ from rairl_ray.config.load import config_hash
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import policy_tensors
 from rairl_ray.data.tasks import make_task
+from rairl_ray.keys import key_seed
 from rairl_ray.metrics import PhaseTimer
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.tracking import git_state
@@ -66,6 +67,7 @@ class Worker:
             total_updates=config.trainer.steps,
             device=self.device,
             timeout_seconds=config.timeouts.update_seconds,
+            seed=key_seed(self.config.seed, "policy"),
         )
         self.folder = RunFolder(settings["folder"])
         self.store = CheckpointStore(self.folder.root, config.trainer.keep_checkpoints)

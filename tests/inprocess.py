@@ -1,0 +1,70 @@
+"""Whole runs inside the test's own process, on one Ray cluster for all of them: seconds less a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from rairl_ray.config.load import load_config
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.runfolder import RunFolder
+from rairl_ray.trainer.run import train
+from tests.runs import ROOT, TINY, TINY_AIRL
+
+MACHINE = ("time/", "rollout/tokens_per_second", "checkpoint/")
+"""Metrics that measure the machine, not the run."""
+
+
+def config_of(experiment: str, output: Path, *overrides: str) -> RunConfig:
+    """A demo experiment (`airl`, `grpo`, `sft`) made tiny."""
+    tiny = TINY_AIRL if experiment == "airl" else TINY
+    return load_config(
+        ROOT / "experiments" / "demo" / f"{experiment}.yaml",
+        [
+            *tiny,
+            *([] if experiment == "sft" else ["warm_start=null"]),
+            "eval.prompts=4",
+            "eval.samples_per_prompt=2",
+            "eval.k=[1]",
+            "eval.localisation_traces=4",
+            "tracking.uri=none",
+            f"output_dir={output}",
+            *overrides,
+        ],
+    )
+
+
+def run(config: RunConfig, resume: bool = False) -> list[dict[str, float]]:
+    """Train and return the rows of metrics.jsonl without what measures the machine."""
+    assert train(config, resume=config.name if resume else None) == 0
+    return rows_of(config)
+
+
+def rows_of(config: RunConfig) -> list[dict[str, float]]:
+    rows = RunFolder(Path(config.output_dir) / config.name).read_metrics()
+    return [{name: value for name, value in row.items() if not name.startswith(MACHINE)} for row in rows]
+
+
+def differing(one: Sequence[dict[str, float]], other: Sequence[dict[str, float]]) -> list[str]:
+    """Every metric that is not the same float in both, as readable lines; NaN equals NaN."""
+    found = [] if len(one) == len(other) else [f"{len(one)} rows against {len(other)}"]
+    for a, b in zip(one, other, strict=False):
+        for name in sorted({*a, *b}):
+            if repr(a.get(name)) != repr(b.get(name)):
+                found.append(f"step {a.get('step')}: {name}: {a.get(name)!r} != {b.get(name)!r}")
+    return found
+
+
+def killed_after(config: RunConfig, checkpoint: int, output: Path) -> RunConfig:
+    """The run as kill -9 leaves it when `checkpoint` is its newest one: later rows of metrics remain.
+
+    The folder is copied to `output`; returns the configuration that resumes the copy.
+    """
+    target = output / config.name
+    shutil.copytree(Path(config.output_dir) / config.name, target, symlinks=True)
+    for folder in (target / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > checkpoint:
+            shutil.rmtree(folder)
+    shutil.rmtree(target / "final", ignore_errors=True)
+    return config.model_copy(update={"output_dir": str(output)})
