@@ -29,6 +29,8 @@ def config_of(experiment: str, output: Path, *overrides: str) -> RunConfig:
             "eval.k=[1]",
             "eval.localisation_traces=4",
             "tracking.uri=none",
+            # room for two runs at once on two cores
+            "placement.cpus_per_actor=0.25",
             f"output_dir={output}",
             *overrides,
         ],

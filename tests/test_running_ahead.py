@@ -13,6 +13,7 @@ import ray
 from rairl_ray import metrics as names
 from rairl_ray.actors.rollout import PendingGroups, PendingSync, Sampled
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.errors import ConfigError
 from rairl_ray.metrics import PhaseTimer
 from rairl_ray.trainer.ahead import RunAhead
 from rairl_ray.trainer.feed import Feed
@@ -202,12 +203,6 @@ def test_rescoring_logs_how_far_the_discriminator_moved_and_changes_nothing_else
 
 
 def test_a_sleeping_engine_cannot_run_ahead(tmp_path: Path) -> None:
-    from rairl_ray.config.rules import check
-    from rairl_ray.errors import ConfigError
-
-    config = config_of(
-        "airl", tmp_path, "trainer.max_staleness_steps=1", "rollout.engine=vllm", "rollout.sleep=true",
-        "placement.device=gpu",
-    )  # fmt: skip
-    with pytest.raises(ConfigError, match="max_staleness_steps"):
-        check(config)
+    sleeping = ("rollout.engine=vllm", "rollout.sleep=true", "placement.device=gpu")
+    with pytest.raises(ConfigError, match="trainer.max_staleness_steps=1: .*rollout.sleep=false"):
+        config_of("airl", tmp_path, "trainer.max_staleness_steps=1", *sleeping)

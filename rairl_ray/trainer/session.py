@@ -115,6 +115,7 @@ class Session:
                 "generation_idx": rollout.sample_index,
                 "finish_reason": rollout.finish_reason,
                 "policy_version": rollout.policy_version,
+                "seed": rollout.seed,
                 "answer": group.prompt.answer,
                 "correct": self.prepared.task.grade(group.prompt, rollout.text).correct,
             }
