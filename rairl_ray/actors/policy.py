@@ -51,7 +51,7 @@ class PolicyActor(LearnerActor):
             self.config.learner,
             total_updates=total_updates,
             device=self.device,
-            timeout_seconds=self.config.timeouts.update_seconds,
+            timeout_seconds=self.config.timeouts.collective_seconds,
         )
 
     def update(self, minibatches: list[MicroBatches], totals: list[tuple[int, int]]) -> tuple[dict, dict]:
