@@ -204,5 +204,5 @@ def test_rescoring_logs_how_far_the_discriminator_moved_and_changes_nothing_else
 
 def test_a_sleeping_engine_cannot_run_ahead(tmp_path: Path) -> None:
     sleeping = ("rollout.engine=vllm", "rollout.sleep=true", "placement.device=gpu")
-    with pytest.raises(ConfigError, match="trainer.max_staleness_steps=1: .*rollout.sleep=false"):
+    with pytest.raises(ConfigError, match=r"trainer\.max_staleness_steps=1: .*rollout\.sleep=false"):
         config_of("airl", tmp_path, "trainer.max_staleness_steps=1", *sleeping)

@@ -74,7 +74,7 @@ class DiscriminatorActor(LearnerActor):
             self.config.learner,
             total_updates=total_updates,
             device=self.device,
-            timeout_seconds=self.config.timeouts.update_seconds,
+            timeout_seconds=self.config.timeouts.collective_seconds,
             seed=key_seed(self.config.seed, "discriminator"),
             weight_clip=settings.loss.weight_clip,
         )

@@ -11,40 +11,55 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rairl_ray.actors.placement import Plan
+from rairl_ray.actors.roster import FAULTS, Member, Roster
 from rairl_ray.errors import PlacementError, RunFailure, UserError
 
-R = TypeVar("R")
+LAST_LOOK_SECONDS = 1.0
+"""Least time that a wait gives to answers which came while the driver was busy elsewhere."""
 
 
 class GroupFailure(RunFailure):
-    """An actor died, raised or missed its deadline. The group is unusable afterwards."""
+    """An actor died, raised or missed its deadline. The group is unusable afterwards.
+
+    `role`, `rank` and `node` are the culprit's as far as it could be found: in a collective all ranks fall
+    silent when one stops, and a dead learner may show in a rollout engine that waits for its weights.
+    `waited_seconds` runs from the failed call's start to here, the look at the processes included.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        role: str = "",
+        rank: int | None = None,
+        node: str = "",
+        phase: str = "",
+        last_step: int = 0,
+        waited_seconds: float = 0.0,
+    ) -> None:
+        super().__init__(text)
+        self.role, self.rank, self.node = role, rank, node
+        self.phase, self.last_step, self.waited_seconds = phase, last_step, waited_seconds
 
 
-@dataclass(frozen=True)
-class Member:
-    """One rank: its handle and where it lives."""
-
-    rank: int
-    handle: Any
-    node: str
-    pid: int
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Pending:
-    """A verb that was started on some ranks and not waited for yet."""
+    """A call that all its ranks have been given, with the answers that have come so far."""
 
     phase: str
     deadline_seconds: float
-    refs: Mapping[ray.ObjectRef, Member]
+    refs: dict[ray.ObjectRef, Member]
+    """Still without an answer."""
+    submitted: float
+    results: dict[int, Any] = field(default_factory=dict)
 
 
 class RankActor:
@@ -53,9 +68,9 @@ class RankActor:
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def whereabouts(self) -> tuple[str, int]:
-        """(node address, process id)"""
-        return ray.util.get_node_ip_address(), os.getpid()
+    def whereabouts(self) -> tuple[str, int, str]:
+        """(node address, process id, Ray's node id)"""
+        return whereabouts()
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port on this rank's node, for the group's collectives."""
@@ -64,14 +79,22 @@ class RankActor:
             return ray.util.get_node_ip_address(), sock.getsockname()[1]
 
 
+def whereabouts() -> tuple[str, int, str]:
+    """(node address, process id, Ray's node id) of the calling process."""
+    return ray.util.get_node_ip_address(), os.getpid(), ray.get_runtime_context().get_node_id()
+
+
 class ActorGroup:
     """N actors of one role. Use the subclasses with their verbs."""
 
-    def __init__(self, role: str, members: Sequence[Member]) -> None:
+    def __init__(self, role: str, members: Sequence[Member], roster: Roster | None = None) -> None:
         self.role = role
         self.members = list(members)
+        self.roster = roster
+        """Where a failure finds its culprit; without one the first silent rank is named."""
         self.last_step = 0
         """Newest step that the driver finished with this group; failures name it."""
+        self._queue: list[Pending] = []
 
     def __len__(self) -> int:
         return len(self.members)
@@ -83,12 +106,7 @@ class ActorGroup:
         verb: Callable[[Any, int], ray.ObjectRef],
         ranks: int | None = None,
     ) -> list[Any]:
-        """Run `verb(handle, rank)` on all ranks (or the first `ranks`) and return their results in rank order.
-
-        Raises:
-            GroupFailure: at the first rank that fails, or for the ranks that are silent at the deadline.
-            UserError: raised inside an actor comes out as itself.
-        """
+        """`submit` and `wait`: run `verb(handle, rank)` on all ranks (or the first `ranks`)."""
         return self.wait(self.submit(phase, deadline_seconds, verb, ranks))
 
     def submit(
@@ -98,37 +116,55 @@ class ActorGroup:
         verb: Callable[[Any, int], ray.ObjectRef],
         ranks: int | None = None,
     ) -> Pending:
-        """Start `verb` on the ranks without waiting; an actor runs what it was given in order."""
-        members = self.members[:ranks]
-        return Pending(phase, deadline_seconds, {verb(m.handle, m.rank): m for m in members})
+        """Give `verb(handle, rank)` to the ranks, which run it after what they were given before.
+
+        An actor does one thing after another, so the call's clock starts when it can run: now, or when
+        the group's earlier calls have answered. Their deadlines add up; none eats another's.
+        """
+        refs = {verb(member.handle, member.rank): member for member in self.members[:ranks]}
+        pending = Pending(phase, deadline_seconds, refs, time.monotonic())
+        self._queue.append(pending)
+        return pending
 
     def wait(self, pending: Pending) -> list[Any]:
-        """Results of `submit` in rank order; its deadline counts from here. Raises as `call` does."""
-        refs, phase = pending.refs, pending.phase
-        results: dict[int, Any] = {}
-        open_refs = list(refs)
-        deadline = time.monotonic() + pending.deadline_seconds
-        while open_refs:
-            done, open_refs = ray.wait(open_refs, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        """The results of a call in rank order. Calls submitted earlier are waited for first and keep theirs.
+
+        Raises:
+            GroupFailure: at the first rank that fails, or for the ranks that are silent at the deadline.
+            UserError: raised inside an actor comes out as itself.
+        """
+        started = pending.submitted
+        while pending in self._queue:
+            first = self._queue[0]
+            self._finish(first, max(started, first.submitted))
+            started = time.monotonic()
+            self._queue.remove(first)
+        return [pending.results[rank] for rank in sorted(pending.results)]
+
+    def _finish(self, pending: Pending, started: float) -> None:
+        """Wait until every rank has answered this one call, whose clock started at `started`."""
+        deadline = max(started + pending.deadline_seconds, time.monotonic() + LAST_LOOK_SECONDS)
+        while pending.refs:
+            left = max(0.0, deadline - time.monotonic())
+            done, _ = ray.wait(list(pending.refs), num_returns=1, timeout=left)
             if not done:
-                silent = ", ".join(self._name(refs[ref]) for ref in open_refs)
-                raise GroupFailure(
-                    f"{self.role}: no answer within {pending.deadline_seconds:g} s in phase {phase} "
-                    f"(last finished step {self.last_step}) from {silent}"
-                )
-            member = refs[done[0]]
+                raise self._silence(pending, started)
+            member = pending.refs[done[0]]
             try:
-                results[member.rank] = ray.get(done[0])
+                # The answer exists; fetching it from another node is a wait of its own.
+                pending.results[member.rank] = ray.get(done[0], timeout=pending.deadline_seconds)
             except UserError:
                 raise
             except ray.exceptions.RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, BaseException) else error
                 if isinstance(cause, UserError):
                     raise cause from None
-                raise GroupFailure(self._report(member, phase, f"{type(cause).__name__}: {cause}")) from error
+                text = _in_one_line(f"{type(cause).__name__}: {cause}")
+                raise self._failure(pending, member, text, started) from error
             except ray.exceptions.RayError as error:
-                raise GroupFailure(self._report(member, phase, _in_one_line(error))) from error
-        return [results[member.rank] for member in refs.values()]
+                text = _in_one_line(str(error)) or type(error).__name__
+                raise self._failure(pending, member, text, started) from error
+            del pending.refs[done[0]]
 
     def close(self) -> None:
         """End all actors at once; what they hold is lost."""
@@ -136,32 +172,68 @@ class ActorGroup:
             ray.kill(member.handle, no_restart=True)
         self.members = []
 
-    def _name(self, member: Member) -> str:
-        return f"rank {member.rank} (node {member.node}, pid {member.pid})"
+    # --- who is to blame ---------------------------------------------------------------------------
 
-    def _report(self, member: Member, phase: str, cause: str) -> str:
-        return (
-            f"{self.role}: {self._name(member)} failed in phase {phase}, "
-            f"last finished step {self.last_step}: {cause}"
+    def _silence(self, pending: Pending, started: float) -> GroupFailure:
+        silent = list(pending.refs.values())
+        text = (
+            f"{self.role}: no answer within {pending.deadline_seconds:g} s in phase {pending.phase} "
+            f"(last finished step {self.last_step}) from {', '.join(member.name for member in silent)}"
         )
+        return blamed(text, silent[0], self.roster, pending.phase, self.last_step, started)
+
+    def _failure(self, pending: Pending, member: Member, cause: str, started: float) -> GroupFailure:
+        text = (
+            f"{member.name} failed in phase {pending.phase}, last finished step {self.last_step}: "
+            f"{cause.rstrip('.')}"
+        )
+        return blamed(text, member, self.roster, pending.phase, self.last_step, started)
 
 
-def start_members(
+def blamed(
+    text: str, suspect: Member, roster: Roster | None, phase: str, last_step: int, started: float
+) -> GroupFailure:
+    """The failure, with the culprit that the processes themselves show, else with the suspect.
+
+    Args:
+        started: `time.monotonic()` at which the wait began that failed.
+    """
+    states = roster.states() if roster is not None else {}
+    told = ", ".join(f"{role} rank {rank} {state}" for (role, rank), state in sorted(states.items()))
+    # A fault among the suspect's own ranks explains a failure before one elsewhere.
+    faulty = sorted(
+        (key for key, state in states.items() if state in FAULTS),
+        key=lambda key: (key[0] != suspect.role, FAULTS.index(states[key]), key),
+    )
+    if roster is not None and faulty:
+        suspect = roster.members[faulty[0]]
+        text = f"{suspect.name} is {states[faulty[0]]}. {text}"
+    return GroupFailure(
+        f"{text}. Processes: {told}" if told else text,
+        role=suspect.role,
+        rank=suspect.rank,
+        node=suspect.node,
+        phase=phase,
+        last_step=last_step,
+        waited_seconds=time.monotonic() - started,
+    )
+
+
+def create_members(
     role: str,
     actor_class: type[RankActor],
     plan: Plan,
-    group: PlacementGroup,
+    roster: Roster,
     environment: Mapping[str, str],
-    arguments: Callable[[int], tuple[Any, ...]],
-    deadline_seconds: float,
+    arguments: tuple[object, ...],
 ) -> list[Member]:
-    """Create the role's actors in their bundles, all at once, and wait until each has answered.
+    """Create the role's actors in their bundles, without waiting for their processes.
 
     Args:
         environment: variables that must be set before the process imports its heavy library.
-        arguments: rank -> positional constructor arguments after `rank`.
+        arguments: positional constructor arguments after `rank`.
     """
-    handles = []
+    members = []
     for rank, (bundle, resources) in enumerate(plan.roles[role]):
         others = {key: value for key, value in resources.items() if key not in ("CPU", "GPU")}
         options = ray.remote(actor_class).options(
@@ -169,17 +241,35 @@ def start_members(
             num_gpus=resources.get("GPU", 0),
             resources=others or None,
             max_restarts=0,
-            runtime_env={"env_vars": dict(environment)},
+            runtime_env={"env_vars": {**environment, **roster.mark(role, rank)}},
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
+                roster.groups[0], placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
             ),
         )
-        handles.append(options.remote(rank, *arguments(rank)))
-    members = [Member(rank, handle, "unknown", 0) for rank, handle in enumerate(handles)]
-    places = ActorGroup(role, members).call(
-        "start", deadline_seconds, lambda handle, _rank: handle.whereabouts.remote()
-    )
-    return [Member(m.rank, m.handle, node, pid) for m, (node, pid) in zip(members, places, strict=True)]
+        members.append(Member(role, rank, options.remote(rank, *arguments)))
+        roster.add(members[-1])
+    return members
+
+
+def start_members(
+    created: Mapping[str, Sequence[Member]], roster: Roster, deadline_seconds: float
+) -> dict[str, list[Member]]:
+    """Wait until every process answers where it lives; all roles start side by side."""
+    groups = {role: ActorGroup(role, members, roster) for role, members in created.items()}
+    asked = {
+        role: group.submit("start", deadline_seconds, lambda handle, _rank: handle.whereabouts.remote())
+        for role, group in groups.items()
+    }
+    started: dict[str, list[Member]] = {}
+    for role, group in groups.items():
+        places = group.wait(asked[role])
+        started[role] = [
+            Member(role, member.rank, member.handle, *place)
+            for member, place in zip(group.members, places, strict=True)
+        ]
+        for member in started[role]:
+            roster.add(member)
+    return started
 
 
 def reserve(plan: Plan, deadline_seconds: float) -> PlacementGroup:
@@ -198,11 +288,5 @@ def reserve(plan: Plan, deadline_seconds: float) -> PlacementGroup:
     return group
 
 
-def release(group: PlacementGroup) -> None:
-    """Give the bundles back; actors in them end."""
-    remove_placement_group(group)
-
-
-def _in_one_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return " ".join(line.strip() for line in text.splitlines()[:12])
+def _in_one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.strip().splitlines()[:12])

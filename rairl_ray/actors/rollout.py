@@ -218,7 +218,8 @@ class RolloutWorkers(ActorGroup):
         if self.members:
             # A dead or hung engine cannot be closed politely; the kill below ends it.
             with contextlib.suppress(GroupFailure):
-                self.call("close", 30, lambda actor, _rank: actor.close.remote())
+                deadline = self._config.timeouts.teardown_seconds
+                self.call("close", deadline, lambda actor, _rank: actor.close.remote())
         super().close()
 
     def _seed(self, stream: str, prompt: Prompt, sample: int) -> int:

@@ -293,6 +293,10 @@ class Trainer(Section):
     log_rollouts_every: NonNegativeInt = 10
     """Write a sample of rollouts to the run folder every n steps; 0: never."""
     failure_retries: NonNegativeInt = 1
+    """Rebuilds from the newest checkpoint that the failures of ONE role may cost; each role has its own budget.
+    Errors of the user are never retried."""
+    retry_backoff_seconds: NonNegativeFloat = 2.0
+    """Pause before the first rebuild; it doubles with every further one, up to five minutes."""
 
 
 class Eval(Section):
@@ -331,7 +335,7 @@ class Cluster(Section):
 
 
 class Timeouts(Section):
-    """Deadlines in seconds; no wait is without one."""
+    """Deadlines in seconds; no wait is without one. A call's clock starts when its actor can run it."""
 
     placement_seconds: PositiveFloat = 300
     start_seconds: PositiveFloat = 600
@@ -340,6 +344,21 @@ class Timeouts(Section):
     score_seconds: PositiveFloat = 1800
     sync_seconds: PositiveFloat = 600
     checkpoint_seconds: PositiveFloat = 1800
+    probe_seconds: PositiveFloat = 15
+    """How long a failure looks at the processes on their nodes, to name the culprit."""
+    teardown_seconds: PositiveFloat = 60
+    """Ending all actors of a run, and each polite request before."""
+
+    @property
+    def collective_seconds(self) -> float:
+        """For collectives inside the ranks: never shorter than the phase that they belong to."""
+        return max(
+            self.start_seconds,
+            self.update_seconds,
+            self.score_seconds,
+            self.sync_seconds,
+            self.checkpoint_seconds,
+        )
 
 
 class Tracking(Section):

@@ -1,25 +1,26 @@
 """An airl or grpo run around `Loop.step`: start or resume, warm up, step, evaluate, checkpoint, export.
 
-A failed actor group ends the attempt; the next one starts all groups anew from the newest checkpoint.
+A failed actor group ends the attempt; `attempts.py` starts the next one from the newest checkpoint.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from rairl_ray import metrics as names
-from rairl_ray.actors.group import GroupFailure
 from rairl_ray.algorithms.warmup import WarmupGate
 from rairl_ray.data.cursor import Cursor
 from rairl_ray.metrics import PhaseTimer
 from rairl_ray.runfolder import Summary
 from rairl_ray.trainer.airl import AirlStrategy
+from rairl_ray.trainer.attempts import run_attempts
 from rairl_ray.trainer.feed import Feed
 from rairl_ray.trainer.grpo import GrpoStrategy
 from rairl_ray.trainer.heldout import HeldOut, values_of
 from rairl_ray.trainer.loop import Loop
-from rairl_ray.trainer.parts import Parts, start_parts
+from rairl_ray.trainer.parts import Parts
 from rairl_ray.trainer.session import Session
 from rairl_ray.types import Demonstration, RolloutGroup
 
@@ -29,21 +30,7 @@ GATE_EVERY = 25
 
 def run(session: Session) -> bool:
     """The whole run; True when it finished, False when it was asked to stop (its state is saved)."""
-    resume = session.resumed
-    retries = session.config.trainer.failure_retries
-    for attempt in range(retries + 1):
-        session.display.phase("starting actors")
-        parts = start_parts(session.prepared, session.plan)
-        try:
-            return Run(session, parts).run(resume)
-        except GroupFailure as failure:
-            session.event(f"attempt {attempt + 1} of {retries + 1} failed: {failure}")
-            if attempt == retries:
-                raise
-            resume = True
-        finally:
-            parts.close()
-    raise AssertionError("unreachable")
+    return run_attempts(session, lambda parts, resume, ready: Run(session, parts).run(resume, ready))
 
 
 @dataclass
@@ -81,11 +68,13 @@ class Run:
         self.loop = Loop(config, self.feed, parts.rollouts, parts.policy, strategy)
         self.heldout = HeldOut(config, prepared.task, parts.rollouts, self.airl)
 
-    def run(self, resume: bool) -> bool:
+    def run(self, resume: bool, ready: Callable[[], None]) -> bool:
+        """One attempt from start or checkpoint; `ready` is called once it can go on where it should."""
         session, config = self.session, self.config
         self._open()
         restored = self._restore() if resume else False
         self.loop.sync()
+        ready()
         if config.eval.at_start and not restored:
             self._evaluate("start")
         if not self._warm_up():
@@ -222,6 +211,7 @@ class Run:
             return False
         state = store.read(path)
         self.progress = Progress(**state["progress"])
+        self.parts.finished(self.progress.step)
         self.feed.restore(state["feed"])
         self.strategy.restore(state["strategy"])
         self.loop.ahead.restore(state["rollouts"])

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import ray
-from ray.util.placement_group import PlacementGroup
 
 from rairl_ray.actors.discriminator import DiscriminatorActor, DiscriminatorWorkers
-from rairl_ray.actors.group import Member, RankActor, release, reserve, start_members
+from rairl_ray.actors.group import RankActor, create_members, reserve, start_members
 from rairl_ray.actors.learner import learner_environment
 from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device
 from rairl_ray.actors.policy import PolicyActor, PolicyWorkers
 from rairl_ray.actors.rollout import RolloutActor, RolloutWorkers, rollout_environment
+from rairl_ray.actors.roster import Roster
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import PlacementError
 from rairl_ray.trainer.prepare import Prepared
@@ -76,7 +76,7 @@ def rollouts_only(plan: Plan) -> Plan:
 class Parts:
     """Running actor groups. `policy` and `discriminator` are None where the algorithm has none."""
 
-    group: PlacementGroup
+    roster: Roster
     device: str
     rollouts: RolloutWorkers
     policy: PolicyWorkers | None
@@ -89,50 +89,46 @@ class Parts:
                 workers.last_step = step
 
     def close(self) -> None:
+        """End a healthy run: the engines close themselves, the placement group takes the rest with it."""
         for workers in (self.rollouts, self.policy, self.discriminator):
             if workers is not None:
                 workers.close()
-        release(self.group)
+        self.roster.release()
 
 
-def start_parts(prepared: Prepared, plan: Plan) -> Parts:
-    """Reserve the plan's bundles and start its roles (of SFT only the rollout engine, for evaluation)."""
+def start_parts(prepared: Prepared, plan: Plan, roster: Roster) -> Parts:
+    """Reserve the plan's bundles and start its roles (of SFT only the rollout engine, for evaluation).
+
+    Whatever fails, the roster knows what there is to end.
+    """
     config = prepared.config
     device: Literal["cpu", "cuda"] = "cuda" if plan.device == "gpu" else "cpu"
     threads = config.placement.threads_per_actor or os.cpu_count() or 1
     if config.algorithm.type == "sft":
         plan = rollouts_only(plan)
-    group = reserve(plan, config.timeouts.placement_seconds)
+    roster.groups.append(reserve(plan, config.timeouts.placement_seconds))
     learners = learner_environment(config, device, threads)
-
-    def start(
-        role: str, actor: type[RankActor], environment: Mapping[str, str], *arguments: object
-    ) -> list[Member]:
-        return start_members(
-            role,
-            actor,
-            plan,
-            group,
-            environment,
-            lambda _rank: (config, *arguments),
-            config.timeouts.start_seconds,
-        )
-
-    try:
-        environment = rollout_environment(config, device, threads)
-        members = start("rollout", RolloutActor, environment, prepared.policy_path, device)
-        parts = Parts(group, device, RolloutWorkers(members, config, prepared.policy_renderer), None, None)
-        if "policy" in plan.roles:
-            pad_id = prepared.policy_renderer.pad_id
-            members = start("policy", PolicyActor, learners, prepared.policy_path, pad_id, device)
-            parts.policy = PolicyWorkers(members, config)
-        if "discriminator" in plan.roles:
-            pad_id = prepared.reader.renderer.pad_id
-            members = start(
-                "discriminator", DiscriminatorActor, learners, prepared.discriminator_path, pad_id, device
-            )
-            parts.discriminator = DiscriminatorWorkers(members, config)
-    except BaseException:
-        release(group)
-        raise
+    pad_ids = (prepared.policy_renderer.pad_id, prepared.reader.renderer.pad_id)
+    roles: dict[str, tuple[type[RankActor], Mapping[str, str], tuple[object, ...]]] = {
+        "rollout": (
+            RolloutActor, rollout_environment(config, device, threads), (prepared.policy_path, device)
+        ),
+        "policy": (PolicyActor, learners, (prepared.policy_path, pad_ids[0], device)),
+        "discriminator": (DiscriminatorActor, learners, (prepared.discriminator_path, pad_ids[1], device)),
+    }  # fmt: skip
+    created = {
+        role: create_members(role, roles[role][0], plan, roster, roles[role][1], (config, *roles[role][2]))
+        for role in plan.roles
+    }
+    members = start_members(created, roster, config.timeouts.start_seconds)
+    parts = Parts(
+        roster,
+        device,
+        RolloutWorkers(members["rollout"], config, prepared.policy_renderer),
+        PolicyWorkers(members["policy"], config) if "policy" in members else None,
+        DiscriminatorWorkers(members["discriminator"], config) if "discriminator" in members else None,
+    )
+    for workers in (parts.rollouts, parts.policy, parts.discriminator):
+        if workers is not None:
+            workers.roster = roster
     return parts

@@ -23,7 +23,8 @@ from rairl_ray.trainer.prepare import Prepared
 from rairl_ray.types import RolloutGroup
 
 FREE_KEYS = ("output_dir", "tracking.", "cluster.", "timeouts.", "trainer.checkpoint_every",
-             "trainer.keep_checkpoints", "trainer.log_rollouts_every", "trainer.failure_retries")  # fmt: skip
+             "trainer.keep_checkpoints", "trainer.log_rollouts_every", "trainer.failure_retries",
+             "trainer.retry_backoff_seconds")  # fmt: skip
 """Keys that may differ on a resume: they change where and how often things are written, never a number."""
 
 SUMMARY_COLUMNS = ("metric", "value", "95% interval", "n")
@@ -40,6 +41,10 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self._event.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Pause; True at once when a stop is asked for."""
+        return self._event.wait(seconds)
 
     @contextmanager
     def listening(self, display: Display) -> Iterator[None]:

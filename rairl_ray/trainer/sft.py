@@ -4,9 +4,12 @@ driver                                  TorchTrainer workers (one per rank, `sft
 ──────                                  ───────────────────────────────────────────────────────────────
 evaluate the untrained policy
 trainer.fit() ────────────────────────> same cursor on every rank, each takes its own micro-batches
-metrics, MLflow, display  <──queue───── rank 0: one row per update, checkpoints of the same layout
-stop request              ──queue─────> rank 0, which tells the others
+metrics, MLflow, display  <──relay───── rank 0: its phase, one row per update, checkpoints of the same layout
+stop request              ──relay─────> rank 0, which tells the others
 evaluate, report          <──────────── final/policy
+
+Ray Train waits for its workers without an end; here each phase that rank 0 tells has its deadline. Whatever
+fails ends the attempt, and `attempts.py` makes the next one: Ray Train itself retries nothing.
 """
 
 from __future__ import annotations
@@ -15,51 +18,56 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.util.queue import Empty, Queue
+from ray.train.torch import TorchConfig, TorchTrainer
 
-from rairl_ray.actors.group import GroupFailure
+from rairl_ray.actors.group import GroupFailure, blamed
 from rairl_ray.actors.learner import learner_environment
+from rairl_ray.actors.roster import ANY_RANK, Member
+from rairl_ray.config.schema import Timeouts
 from rairl_ray.engines.weights import read_payload
 from rairl_ray.errors import UserError
 from rairl_ray.runfolder import Summary
+from rairl_ray.trainer.attempts import run_attempts
 from rairl_ray.trainer.heldout import HeldOut, values_of
-from rairl_ray.trainer.parts import Parts, start_parts
+from rairl_ray.trainer.parts import Parts
+from rairl_ray.trainer.relay import Message, Relay
 from rairl_ray.trainer.session import Session
 from rairl_ray.trainer.sft_worker import train_worker
+
+POLL_SECONDS = 0.2
 
 
 def run(session: Session) -> bool:
     """The whole run; True when it finished, False when it was asked to stop (its state is saved)."""
-    config, prepared = session.config, session.prepared
-    session.display.phase("starting actors")
-    parts = start_parts(prepared, session.plan)
-    try:
-        parts.rollouts.open()
-        heldout = HeldOut(config, prepared.task, parts.rollouts, None)
-        if config.eval.at_start and not session.resumed:
+    return run_attempts(session, lambda parts, resume, ready: _attempt(session, parts, resume, ready))
+
+
+def _attempt(session: Session, parts: Parts, resume: bool, ready: Callable[[], None]) -> bool:
+    config = session.config
+    parts.rollouts.open()
+    heldout = HeldOut(config, session.prepared.task, parts.rollouts, None)
+    if not resume or session.store.latest_valid() is None:
+        session.folder.truncate_to_step(-1)
+        if config.eval.at_start:
             parts.rollouts.serve_disk_weights()
             _evaluate(session, heldout, "start", 0)
-        if not session.resumed:
-            session.folder.truncate_to_step(0)
-        session.display.phase("training", config.trainer.steps)
-        last, finished = _fit(session, parts)
-        if not finished:
-            session.event(f"stopped after update {last}; go on with --resume {config.name}")
-            return False
-        summary: Summary = {}
-        if config.eval.at_end:
-            parts.rollouts.sync(ray.put(read_payload(session.folder.final_policy)), max(last, 1))
-            summary = _evaluate(session, heldout, "final", last)
-        session.finish(summary)
-        return True
-    finally:
-        parts.close()
+    session.display.phase("training", config.trainer.steps)
+    last, finished = Fit(session, parts, ready).run()
+    if not finished:
+        session.event(f"stopped after update {last}; go on with --resume {config.name}")
+        return False
+    summary: Summary = {}
+    if config.eval.at_end:
+        parts.rollouts.sync(ray.put(read_payload(session.folder.final_policy)), max(last, 1))
+        summary = _evaluate(session, heldout, "final", last)
+    session.finish(summary)
+    return True
 
 
 def _evaluate(session: Session, heldout: HeldOut, name: str, step: int) -> Summary:
@@ -71,52 +79,132 @@ def _evaluate(session: Session, heldout: HeldOut, name: str, step: int) -> Summa
     return summary
 
 
-def _fit(session: Session, parts: Parts) -> tuple[int, bool]:
-    """Run the workers, relaying their rows as they come; (last update, whether training is complete).
+class Fit:
+    """Ray Train's part of one attempt, under watch: rows come out as they are made, no phase lasts for ever."""
 
-    Raises:
-        GroupFailure: when the workers failed more often than `trainer.failure_retries`.
-    """
-    rows, stop = Queue(actor_options={"num_cpus": 0}), Queue(actor_options={"num_cpus": 0})
-    trainer = _trainer(session, parts, rows, stop)
-    outcome: dict[str, BaseException | None] = {}
+    def __init__(self, session: Session, parts: Parts, ready: Callable[[], None]) -> None:
+        self._session, self._parts, self._ready = session, parts, ready
+        self._roster = parts.roster
+        self._relay = Relay(self._roster, session.config.timeouts)
+        for rank in range(session.config.learner.replicas):
+            self._roster.add(Member("policy", rank, None))
+        self._error: BaseException | None = None
+        self._phase, self._since = "start", time.monotonic()
+        self._last, self._finished = 0, False
 
-    def fit() -> None:
+    def run(self) -> tuple[int, bool]:
+        """(last update, whether training is complete).
+
+        Raises:
+            GroupFailure: a worker failed, or a phase missed its deadline.
+            UserError: raised inside a worker comes out as itself.
+        """
+        thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+        thread.start()
+        asked = False
+        while True:
+            alive = thread.is_alive()
+            messages = self._relay.take()
+            for message in messages:
+                self._hear(message)
+            if not alive and not messages:
+                break
+            if time.monotonic() - self._since > phase_seconds(self._session.config.timeouts, self._phase):
+                if self._finished:
+                    self._session.event(
+                        "Ray Train does not end after its last update; it is left to the cluster"
+                    )
+                    break
+                raise self._late()
+            if self._session.stop and not asked:
+                self._relay.ask_to_stop()
+                asked = True
+            if not messages:
+                time.sleep(POLL_SECONDS)
+        if self._error is not None:
+            raise self._explained(self._error)
+        self._relay.close()
+        shutil.rmtree(self._session.folder.root / ".ray_train", ignore_errors=True)
+        return self._last, self._finished
+
+    def _fit(self) -> None:
         try:
-            trainer.fit()
-            outcome["error"] = None
+            _trainer(self._session, self._parts, self._relay).fit()
         except BaseException as error:
-            outcome["error"] = error
+            self._error = error
 
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    last, finished, asked = 0, False, False
-    for message in _messages(rows, thread):
-        kind, step, metrics = message
-        if kind == "restored":
+    def _hear(self, message: Message) -> None:
+        session, step = self._session, message.step
+        if message.kind == "joined":
+            joined = message.content
+            self._roster.add(Member("policy", joined.rank, None, *joined.place))
+            if joined.group is not None and joined.group not in self._roster.groups:
+                self._roster.groups.append(joined.group)
+            return
+        self._since = time.monotonic()
+        if message.kind == "phase":
+            self._phase = message.content
+        elif message.kind == "restored":
             dropped = session.folder.truncate_to_step(step)
+            self._progress(step)
+            self._ready()
             session.event(
                 f"workers start from update {step}; {dropped} later rows of metrics.jsonl are made again"
             )
-        elif kind == "finished":
-            finished = True
-        elif kind == "update":
-            session.log(step, metrics)
-            session.display.step(step, metrics)
-        last = max(last, step) if kind == "update" else step
-        if session.stop and not asked:
-            stop.put(True)
-            asked = True
-    for channel in (rows, stop):
-        channel.shutdown()
-    shutil.rmtree(session.folder.root / ".ray_train", ignore_errors=True)
-    error = outcome.get("error")
-    if error is not None:
-        raise _explained(error, last)
-    return last, finished
+        elif message.kind == "finished":
+            self._finished = True
+        elif message.kind == "update":
+            session.log(step, message.content)
+            session.display.step(step, message.content)
+            self._progress(step)
+
+    def _progress(self, step: int) -> None:
+        self._last = self._relay.last_step = step
+        self._parts.finished(step)
+
+    def _late(self) -> GroupFailure:
+        seconds = phase_seconds(self._session.config.timeouts, self._phase)
+        return self._blamed(
+            f"policy (SFT workers): no sign of life within {seconds:g} s in phase {self._phase} "
+            f"(last finished step {self._last})"
+        )
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """The worker's own error where it is one that a user can act on, else a one-paragraph failure."""
+        cause: Any = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                return cause
+            inner = getattr(cause, "worker_failures", None)
+            cause = (
+                next(iter(inner.values()), None)
+                if inner
+                else (cause.__cause__ or getattr(cause, "cause", None))
+            )
+        text = " ".join(str(error).split())[:800]
+        return self._blamed(
+            f"policy (SFT workers): failed in phase {self._phase}, last finished step {self._last}: {text}"
+        )
+
+    def _blamed(self, text: str) -> GroupFailure:
+        suspect = self._roster.members["policy", 0]
+        return blamed(text, suspect, self._roster, self._phase, self._last, self._since)
 
 
-def _trainer(session: Session, parts: Parts, rows: Queue, stop: Queue) -> TorchTrainer:
+def phase_seconds(timeouts: Timeouts, phase: str) -> float:
+    """The deadline of a phase of the workers; each message from rank 0 starts the clock anew."""
+    return {
+        "start": timeouts.placement_seconds + timeouts.start_seconds,
+        "open": timeouts.start_seconds,
+        "load": timeouts.checkpoint_seconds,
+        "update": timeouts.update_seconds,
+        "save": timeouts.checkpoint_seconds,
+        "export": timeouts.checkpoint_seconds,
+        "end": timeouts.teardown_seconds,
+    }[phase]
+
+
+def _trainer(session: Session, parts: Parts, relay: Relay) -> TorchTrainer:
     config = session.config
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     gpu = parts.device != "cpu"
@@ -124,6 +212,10 @@ def _trainer(session: Session, parts: Parts, rows: Queue, stop: Queue) -> TorchT
     if gpu:
         resources["GPU"] = config.placement.policy_gpu_fraction
     threads = config.placement.threads_per_actor or os.cpu_count() or 1
+    environment = {
+        **learner_environment(config, parts.device, threads),
+        **parts.roster.mark("policy", ANY_RANK),
+    }
     return TorchTrainer(
         train_worker,
         train_loop_config={
@@ -132,41 +224,17 @@ def _trainer(session: Session, parts: Parts, rows: Queue, stop: Queue) -> TorchT
             "device": parts.device,
             "folder": str(session.folder.root),
             "mlflow_run_id": session.tracker.run_id,
-            "rows": rows,
-            "stop": stop,
+            "relay": relay.handle,
         },
+        torch_config=TorchConfig(timeout_s=int(config.timeouts.start_seconds) + 1),
         scaling_config=ScalingConfig(
             num_workers=config.learner.replicas, use_gpu=gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name="sft",
+            # A name of its own: Ray Train would go on from an earlier attempt's bookkeeping.
+            name=f"sft-{parts.roster.attempt}",
             storage_path=str(session.folder.root / ".ray_train"),
-            failure_config=FailureConfig(max_failures=config.trainer.failure_retries),
-            worker_runtime_env={"env_vars": dict(learner_environment(config, parts.device, threads))},
+            failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": environment},
         ),
     )
-
-
-def _messages(rows: Queue, thread: threading.Thread) -> Iterator[tuple[str, int, dict[str, float]]]:
-    """What rank 0 sends, until the trainer's thread has ended and the queue is empty."""
-    while True:
-        alive = thread.is_alive()
-        try:
-            yield rows.get(timeout=0.5)
-        except Empty:
-            if not alive:
-                return
-
-
-def _explained(error: BaseException, last: int) -> BaseException:
-    """The worker's own error where it is one that a user can act on, else a one-paragraph failure."""
-    cause: Any = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            return cause
-        inner = getattr(cause, "worker_failures", None)
-        cause = (
-            next(iter(inner.values()), None) if inner else (cause.__cause__ or getattr(cause, "cause", None))
-        )
-    text = " ".join(str(error).split())[:800]
-    return GroupFailure(f"policy (SFT workers): failed after update {last}: {text}")

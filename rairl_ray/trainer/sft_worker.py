@@ -31,29 +31,34 @@ from rairl_ray.runfolder import RunFolder
 from rairl_ray.tracking import git_state
 from rairl_ray.trainer.feed import Feed
 from rairl_ray.trainer.prepare import policy_renderer_of, usable_rows
+from rairl_ray.trainer.relay import WorkerSide
 from rairl_ray.types import PolicySample, Trace
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Entry point for `TorchTrainer`; see `Worker`."""
     context = ray.train.get_context()
+    relay = WorkerSide(settings["relay"], settings["config"].timeouts)
+    relay.join(context.get_world_rank())
     os.environ["DS_ACCELERATOR"] = "cpu" if settings["device"] == "cpu" else "cuda"
     os.environ["LOCAL_SIZE"] = str(context.get_local_world_size())
     if settings["device"] == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    Worker(settings, context.get_world_rank(), context.get_world_size()).run()
+    Worker(settings, relay, context.get_world_rank(), context.get_world_size()).run()
 
 
 class Worker:
     """This rank's model, engine and place in the data."""
 
-    def __init__(self, settings: dict[str, Any], rank: int, world: int) -> None:
+    def __init__(self, settings: dict[str, Any], relay: WorkerSide, rank: int, world: int) -> None:
         from rairl_ray.engines.deepspeed_engine import DeepSpeedEngine
         from rairl_ray.engines.heads import LogprobModel
         from rairl_ray.engines.models import load_causal_lm
 
         config: RunConfig = settings["config"]
         self.config, self.rank, self.world, self.settings = config, rank, world, settings
+        self.relay = relay
+        self._send("phase", 0, "open")
         self.device = "cpu" if settings["device"] == "cpu" else str(ray.train.torch.get_device())
         path, model = settings["policy_path"], config.model.policy
         task = make_task(config.data, config.seed)
@@ -66,7 +71,7 @@ class Worker:
             config.learner,
             total_updates=config.trainer.steps,
             device=self.device,
-            timeout_seconds=config.timeouts.update_seconds,
+            timeout_seconds=config.timeouts.collective_seconds,
             seed=key_seed(self.config.seed, "policy"),
         )
         self.folder = RunFolder(settings["folder"])
@@ -74,22 +79,27 @@ class Worker:
 
     def run(self) -> None:
         """Train from the newest checkpoint (or the start) to the end or a stop request."""
+        self._send("phase", 0, "load")
         step = self._restore()
-        self._send("restored", step, {})
+        self._send("restored", step)
         steps, every = self.config.trainer.steps, self.config.trainer.checkpoint_every
         stopped = False
         while step < steps and not stopped:
             step += 1
             timer = PhaseTimer()
+            self._send("phase", step, "update")
             metrics = self._update(timer)
             stopped = self._asked_to_stop()
             if stopped or step == steps or (every and step % every == 0):
+                self._send("phase", step, "save")
                 with timer.phase(names.TIME_CHECKPOINT):
                     self._save(step)
             self._send("update", step, {**metrics, names.POLICY_VERSION: float(step), **timer.finish()})
         if step == steps:
+            self._send("phase", step, "export")
             self._export()
-            self._send("finished", step, {})
+            self._send("finished", step)
+        self._send("phase", step, "end")
         self.engine.destroy()
 
     def _update(self, timer: PhaseTimer) -> dict[str, float]:
@@ -135,7 +145,7 @@ class Worker:
 
     def _asked_to_stop(self) -> bool:
         """Rank 0 looks for a stop request and tells the others, so that all leave after the same update."""
-        asked = self.rank == 0 and not self.settings["stop"].empty()
+        asked = self.rank == 0 and self.relay.asked_to_stop()
         flag = torch.tensor([int(asked)], device=self.device)
         dist.broadcast(flag, src=0)
         return bool(flag)
@@ -182,6 +192,6 @@ class Worker:
             )
         dist.barrier()
 
-    def _send(self, kind: str, step: int, metrics: dict[str, float]) -> None:
+    def _send(self, kind: str, step: int, content: Any = None) -> None:
         if self.rank == 0:
-            self.settings["rows"].put((kind, step, metrics))
+            self.relay.send(kind, step, content)

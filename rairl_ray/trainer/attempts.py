@@ -1,0 +1,103 @@
+"""What happens when part of the machine fails: everything is torn down and rebuilt from the newest checkpoint.
+
+    start parts ──> attempt ──> finished or stopped
+         ^             │ GroupFailure (role, rank, node, phase, step)
+         │             v
+      backoff <── tear down, look that nothing is left (bounded by timeouts.teardown_seconds)
+
+Each role has a budget of `trainer.failure_retries` rebuilds: a node that keeps killing a discriminator does
+not use up what a policy needs. Errors of the user are never tried again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from rairl_ray.actors.group import GroupFailure
+from rairl_ray.actors.roster import Roster
+from rairl_ray.errors import PlacementError, RunFailure
+from rairl_ray.trainer.parts import Parts, start_parts
+from rairl_ray.trainer.session import Session
+
+LONGEST_BACKOFF_SECONDS = 300.0
+
+Body = Callable[[Parts, bool, Callable[[], None]], bool]
+"""(parts, whether to go on from the newest checkpoint, to be called once training goes on) -> finished."""
+
+
+def run_attempts(session: Session, body: Body) -> bool:
+    """Run `body` until it ends, anew after each failure that is left in its role's budget.
+
+    Returns what `body` returned: True when the run finished, False when it was asked to stop.
+
+    Raises:
+        GroupFailure: the first one beyond its role's budget.
+        RunFailure: when the cluster no longer has room for the run after a failure.
+    """
+    trainer, timeouts = session.config.trainer, session.config.timeouts
+    failures: Counter[str] = Counter()
+    rebuild: Rebuild | None = None
+    while True:
+        roster = Roster(timeouts.probe_seconds)
+        session.display.phase("starting actors")
+        try:
+            parts = start_parts(session.prepared, session.plan, roster)
+            done = body(parts, session.resumed or rebuild is not None, partial(_ready, session, rebuild))
+            parts.close()
+            return done
+        except GroupFailure as failure:
+            failures[failure.role] += 1
+            rebuild = Rebuild(failure, _pause(trainer.retry_backoff_seconds, failures.total()))
+            session.event(
+                f"failure {failures[failure.role]} of role {failure.role}, whose budget is "
+                f"{trainer.failure_retries}, after {failure.waited_seconds:.1f} s of waiting: {failure}"
+            )
+            if failures[failure.role] > trainer.failure_retries:
+                raise
+        except PlacementError as error:
+            if rebuild is None:
+                raise
+            raise RunFailure(f"{rebuild.failure}. No room for a rebuild: {error}") from rebuild.failure
+        finally:
+            _end(session, roster)
+        rebuild.torn_down = time.monotonic()
+        if session.stop.wait(rebuild.pause):
+            session.event(f"stopped after a failure; go on with --resume {session.config.name}")
+            return False
+
+
+@dataclass
+class Rebuild:
+    """One failure on its way to a running attempt."""
+
+    failure: GroupFailure
+    pause: float
+    """Seconds of backoff after the teardown."""
+    raised: float = field(default_factory=time.monotonic)
+    torn_down: float = 0.0
+
+
+def _pause(first: float, failures: int) -> float:
+    return min(LONGEST_BACKOFF_SECONDS, first * 2 ** min(failures - 1, 30))
+
+
+def _end(session: Session, roster: Roster) -> None:
+    """Nothing of an attempt survives it, however it ended; what could not be confirmed is an event."""
+    for left in roster.end(session.config.timeouts.teardown_seconds):
+        session.event(f"teardown: {left}")
+
+
+def _ready(session: Session, rebuild: Rebuild | None) -> None:
+    """The body restored its state and goes on: after a failure, say what that took."""
+    if rebuild is None:
+        return
+    failure, seconds = rebuild.failure, time.monotonic() - rebuild.raised
+    teardown = rebuild.torn_down - rebuild.raised
+    session.event(
+        f"recovered from the failure of {failure.role} in phase {failure.phase} in {seconds:.1f} s: teardown "
+        f"{teardown:.1f} s, backoff {rebuild.pause:.1f} s, restart {seconds - teardown - rebuild.pause:.1f} s"
+    )
