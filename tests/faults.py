@@ -70,7 +70,8 @@ class Fault:
 def plant(fault: Fault, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next runs of this process meet the fault, once."""
     base: Any = getattr(parts, CLASSES[fault.role])
-    mark, counter = str(fault.mark(folder)), f"_calls_of_{fault.verb}"
+    mark = str(fault.mark(folder))
+    counter = f"calls:{mark}"
 
     def faulty(self: Any, *args: Any, **kwargs: Any) -> Any:
         rank = args[0] if fault.verb == "__init__" else self.rank

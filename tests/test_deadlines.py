@@ -68,13 +68,13 @@ class Worker(RankActor):
 @pytest.fixture
 def group() -> Iterator[ActorGroup]:
     plan = Plan(({"CPU": 0.5},), "PACK", {"tester": (Slot(0, {"CPU": 0.1}), Slot(0, {"CPU": 0.1}))}, "cpu")
-    roster = Roster(probe_seconds=20)
+    roster = Roster(probe_seconds=60)
     roster.groups.append(reserve(plan, 30))
     members = start_members(
-        {"tester": create_members("tester", Worker, plan, roster, {}, ())}, roster, deadline_seconds=60
+        {"tester": create_members("tester", Worker, plan, roster, {}, ())}, roster, deadline_seconds=300
     )
     yield ActorGroup("tester", members["tester"], roster)
-    assert roster.end(30) == []
+    assert roster.end(60) == []
     assert_nothing_left()
 
 
@@ -106,7 +106,7 @@ def test_a_stopped_rank_is_told_from_one_that_waits_for_it(group: ActorGroup) ->
     failure = pickle.loads(pickle.dumps(caught.value))
     found = (failure.role, failure.rank, failure.node, failure.phase, failure.last_step)
     assert found == ("tester", 1, group.members[1].node, "update", 7)
-    assert 2 <= failure.waited_seconds < 25
+    assert 2 <= failure.waited_seconds < 2 + 60 + 5
     text = str(failure)
     assert text.startswith("tester rank 1 (node ") and "is stopped" in text
     assert "no answer within 2 s in phase update (last finished step 7)" in text
@@ -133,7 +133,7 @@ def test_stopped_processes_and_their_children_are_gone_after_the_end(group: Acto
         os.kill(member.pid, signal.SIGSTOP)
     os.kill(children[0], signal.SIGSTOP)
     assert len(marked_processes()) >= 2 + len(children)
-    assert group.roster is not None and group.roster.end(30) == []
+    assert group.roster is not None and group.roster.end(60) == []
     assert_nothing_left()
 
 

@@ -77,9 +77,8 @@ def assert_recovered(folder: Path, output: Path, fault: Fault, phase: str, last:
     detection = at - float(fault.mark(output).read_text())
     assert detection < deadline + 30
     [(_, recovered)] = events(folder, f"^recovered from the failure of {fault.role} in phase {phase}")
-    print(
-        f"{fault.role} {fault.rank} {fault.verb} {fault.number.name}: detected in {detection:.1f} s; {recovered}"
-    )
+    met = f"{fault.role} {fault.rank} {fault.verb} {fault.number.name}"
+    print(f"{met}: detected in {detection:.1f} s; {recovered}")
 
 
 @pytest.mark.parametrize(

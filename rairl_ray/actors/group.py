@@ -166,6 +166,10 @@ class ActorGroup:
                 raise self._failure(pending, member, text, started) from error
             del pending.refs[done[0]]
 
+    def forget(self) -> None:
+        """Wait no longer for what was submitted; a later call's clock starts at once."""
+        self._queue.clear()
+
     def close(self) -> None:
         """End all actors at once; what they hold is lost."""
         for member in self.members:

@@ -216,6 +216,7 @@ class RolloutWorkers(ActorGroup):
 
     def close(self) -> None:
         if self.members:
+            self.forget()
             # A dead or hung engine cannot be closed politely; the kill below ends it.
             with contextlib.suppress(GroupFailure):
                 deadline = self._config.timeouts.teardown_seconds

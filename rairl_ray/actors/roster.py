@@ -173,7 +173,7 @@ def kill(attempt: str, seconds: float = 10.0) -> list[int]:
         _, left = psutil.wait_procs(processes, timeout=max(0.0, deadline - time.monotonic()))
         # Once more: a killed process may have had a child meanwhile.
         if not processes or left:
-            return [process.pid for process in left if process.status() != psutil.STATUS_ZOMBIE]
+            return [process.pid for process in left]
 
 
 def _marked(attempt: str) -> list[tuple[psutil.Process, str, int]]:

@@ -344,7 +344,7 @@ class Timeouts(Section):
     score_seconds: PositiveFloat = 1800
     sync_seconds: PositiveFloat = 600
     checkpoint_seconds: PositiveFloat = 1800
-    probe_seconds: PositiveFloat = 15
+    probe_seconds: PositiveFloat = 30
     """How long a failure looks at the processes on their nodes, to name the culprit."""
     teardown_seconds: PositiveFloat = 60
     """Ending all actors of a run, and each polite request before."""
