@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import ray
 
 from rairl_ray import metrics as names
 from rairl_ray.actors.rollout import PendingGroups, PendingSync, Sampled
+from rairl_ray.actors.roster import Roster
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import ConfigError
 from rairl_ray.metrics import PhaseTimer
@@ -75,12 +77,18 @@ def test_without_staleness_it_is_the_plain_synchronous_run(tmp_path: Path) -> No
     logged = [row for row in run(config) if names.POLICY_LOSS in row]
     assert [row[names.ROLLOUT_STALENESS] for row in logged] == [0, 0, 0]
     prepared = prepare(config)
-    parts = start_parts(prepared, place(config))
-    try:
+    with parts_of(prepared) as parts:
         plain = list(synchronous_losses(prepared, parts))
-    finally:
-        parts.close()
     assert plain == [(row[names.POLICY_LOSS], row[names.POLICY_GRAD_NORM]) for row in logged]
+
+
+@contextmanager
+def parts_of(prepared: Prepared) -> Iterator[Parts]:
+    roster = Roster(probe_seconds=30)
+    try:
+        yield start_parts(prepared, place(prepared.config), roster)
+    finally:
+        roster.end(60)
 
 
 def synchronous_losses(prepared: Prepared, parts: Parts) -> Iterator[tuple[float, float]]:
@@ -125,14 +133,11 @@ class Recorder:
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Prepared, Parts]]:
     prepared = prepare(config_of("grpo", tmp_path_factory.mktemp("replicas"), *AHEAD))
-    parts = start_parts(prepared, place(prepared.config))
-    assert parts.policy is not None
-    parts.rollouts.open()
-    parts.policy.open(5)
-    try:
+    with parts_of(prepared) as parts:
+        assert parts.policy is not None
+        parts.rollouts.open()
+        parts.policy.open(5)
         yield prepared, parts
-    finally:
-        parts.close()
 
 
 def ahead_of(replicas: tuple[Prepared, Parts]) -> tuple[RunAhead, Recorder, Parts]:
