@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import ray
-
 from rairl_ray.actors.group import ActorGroup, GroupFailure, Member, RankActor
+from rairl_ray.actors.weight_sync import WeightUpdate, fetched
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import balance
 from rairl_ray.data.rendering import Renderer, load_tokenizer
@@ -20,9 +20,12 @@ from rairl_ray.engines.rollout_engine import (
     SyncReport,
     engine_options,
 )
-from rairl_ray.engines.weights import unpack
+from rairl_ray.engines.weights import whole
 from rairl_ray.keys import key_seed
 from rairl_ray.types import Prompt, Rollout, RolloutGroup
+
+Traces = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""Prompt ids and completion ids of each trace."""
 
 
 class RolloutActor(RankActor):
@@ -36,7 +39,8 @@ class RolloutActor(RankActor):
         self._engine: RolloutEngine | None = None
 
     def open(self) -> None:
-        """Load the engine. It is STALE, and serves nothing, until its first sync."""
+        """Load the engine, anew if there is one. It is STALE, and serves nothing, until its first sync."""
+        self.close()
         self._engine = open_engine(self._config, self._policy_path, self._device)
 
     @property
@@ -51,12 +55,40 @@ class RolloutActor(RankActor):
         """Completions in the order of the requests, and the version that made them."""
         return self.engine.generate(requests, sampling), self.engine.version
 
-    def sync(self, payload: dict[str, Any], version: int) -> SyncReport:
-        """Take new weights; answers the version and checksum that the engine now serves."""
-        tensors = unpack(payload["tensors"])
-        if payload["kind"] == "adapter":
-            return self.engine.load_adapter(tensors, payload["adapter_config"], version)
-        return self.engine.load_weights(tensors.items(), version)
+    def sync(self, update: WeightUpdate, probe: Traces = ()) -> tuple[SyncReport, list[list[float]]]:
+        """Take new weights; answers the version and checksum that the engine now serves, and its
+        log-probabilities of the probe's completions ([N][T_i], at temperature 1)."""
+        report = self.load(update)
+        return report, self.engine.score_tokens([p for p, _ in probe], [c for _, c in probe])
+
+    def load(self, update: WeightUpdate) -> SyncReport:
+        if update.chunks is None:
+            assert self.engine.version is not None and self.engine.checksum is not None
+            return SyncReport(version=self.engine.version, checksum=self.engine.checksum, seconds=0.0)
+        chunks = fetched(update.chunks)
+        if update.adapter_config is not None:
+            return self.engine.load_adapter(whole(chunks), update.adapter_config, update.version)
+        return self.engine.load_weights(chunks, update.version)
+
+    # What a learner calls while it pushes weights itself (vLLM's own verbs, see weight_sync.EngineClient).
+
+    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
+        self._vllm.init_weight_transfer_engine(init_info)
+
+    def start_weight_update(self) -> None:
+        self._update_started = time.perf_counter()
+        self._vllm.start_weight_update()
+
+    def update_weights(self, update_info: Mapping[str, Any], version: int) -> None:
+        self._vllm.update_weights(update_info, version)
+
+    def finish_weight_update(self, version: int) -> None:
+        self._vllm.finish_weight_update(version, self._update_started)
+
+    @property
+    def _vllm(self) -> Any:
+        """The engine, where it is one that a learner can push weights into (config.transport)."""
+        return self.engine
 
     def serve_disk_weights(self) -> None:
         """Declare the weights that the engine was opened with to be version 0."""
@@ -140,20 +172,38 @@ class RolloutWorkers(ActorGroup):
                 groups[i] = RolloutGroup(prompt=prompts[i], rollouts=rollouts)
         return [groups[i] for i in range(len(prompts))]
 
-    def sync(self, payload: ray.ObjectRef, version: int) -> None:
-        """Every replica loads the payload from the object store and must answer this version and one checksum.
+    def sync(self, update: WeightUpdate, probe: Traces = ()) -> list[list[list[float]]]:
+        """Every replica takes the update and answers the sender's version and checksum.
+
+        Returns:
+            [replicas][traces][T_i] log-probabilities of the probe's completions.
 
         Raises:
-            RuntimeError: when a replica answers another version, or replicas disagree on the checksum.
+            GroupFailure: naming the first replica that serves something else than was sent.
         """
-        reports = self.call(
+        answers = self.call(
             "sync",
             self._config.timeouts.sync_seconds,
-            lambda actor, _rank: actor.sync.remote(payload, version),
+            lambda actor, _rank: actor.sync.remote(update, probe),
         )
-        checksums = {report.checksum for report in reports}
-        if any(report.version != version for report in reports) or len(checksums) != 1:
-            raise RuntimeError(f"rollout: sync to version {version} was answered with {reports}")
+        for rank, (report, _) in enumerate(answers):
+            if (report.version, report.checksum) != (update.version, update.checksum):
+                raise self.refused(
+                    rank,
+                    f"policy version {update.version} left the learner with checksum {update.checksum}, and "
+                    f"the engine now holds version {report.version} with checksum {report.checksum}: its "
+                    "weights are not the learner's",
+                )
+        return [scores for _, scores in answers]
+
+    def refused(self, rank: int, cause: str) -> GroupFailure:
+        """The failure of a replica whose weights or numbers cannot be trusted."""
+        return GroupFailure(self._report(self.members[rank], "sync", cause))
+
+    @property
+    def renderer(self) -> Renderer:
+        """How the policy reads prompts."""
+        return self._renderer
 
     def close(self) -> None:
         if self.members:

@@ -27,6 +27,7 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import PhaseTimer, mean
 from rairl_ray.trainer.feed import Feed
+from rairl_ray.trainer.probe import PROBE_TRACES, make_probe
 from rairl_ray.types import PolicyBatch, PolicySample, RewardedTrace, RolloutGroup
 
 
@@ -58,6 +59,7 @@ class Loop:
         self.rollouts = rollouts
         self.policy = policy
         self.strategy = strategy
+        self.probe = make_probe(feed.fixed(PROBE_TRACES, "probe"), rollouts.renderer, config)
 
     def step(self, step: int, timer: PhaseTimer) -> tuple[dict[str, float], list[RolloutGroup]]:
         """One whole step; returns its metrics and its rollouts (for the log)."""
@@ -69,15 +71,31 @@ class Loop:
         with timer.phase(names.TIME_POLICY):
             result = self.policy.update(batches)
         with timer.phase(names.TIME_SYNC):
-            self.sync()
+            metrics |= self.sync()
         metrics |= rollout_metrics(groups, timer.seconds(names.TIME_ROLLOUT), result.version - 1)
         metrics |= result.metrics
         metrics[names.POLICY_VERSION] = float(result.version)
         return metrics, groups
 
-    def sync(self) -> None:
-        """Give the newest policy to every rollout replica; each answers version and checksum."""
-        self.rollouts.sync(self.policy.weights(), self.policy.version)
+    def sync(self) -> dict[str, float]:
+        """Give the newest policy to every rollout replica; each proves that it serves what the learner has.
+
+        Raises:
+            GroupFailure: an engine answers another version or checksum, or other log-probabilities.
+        """
+        update = self.policy.weights(self.rollouts.members)
+        every = self.config.rollout.probe_every
+        if not every or update.version % every:
+            self.rollouts.sync(update)
+            return {}
+        answers = self.rollouts.sync(update, self.probe.traces)
+        learner = self.policy.logprobs(self.probe.samples, temperature=1.0)
+        gaps = [self.probe.gap(learner, scores) for scores in answers]
+        for rank, gap in enumerate(gaps):
+            cause = self.probe.refusal(gap, update.version, self.config.model.policy.dtype)
+            if cause is not None:
+                raise self.rollouts.refused(rank, cause)
+        return {names.SYNC_LOGPROB_GAP: max(gaps)}
 
 
 def policy_batches(

@@ -18,14 +18,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from rairl_ray.actors.group import GroupFailure
 from rairl_ray.actors.learner import learner_environment
-from rairl_ray.engines.weights import read_payload
+from rairl_ray.actors.weight_sync import put_update
+from rairl_ray.engines.weights import saved_chunks
 from rairl_ray.errors import UserError
 from rairl_ray.runfolder import Summary
 from rairl_ray.trainer.heldout import HeldOut, values_of
@@ -54,7 +54,8 @@ def run(session: Session) -> bool:
             return False
         summary: Summary = {}
         if config.eval.at_end:
-            parts.rollouts.sync(ray.put(read_payload(session.folder.final_policy)), max(last, 1))
+            chunks, adapter = saved_chunks(session.folder.final_policy)
+            parts.rollouts.sync(put_update(chunks, max(last, 1), adapter))
             summary = _evaluate(session, heldout, "final", last)
         session.finish(summary)
         return True
