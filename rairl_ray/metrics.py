@@ -66,6 +66,9 @@ ROLLOUT_COMPLETION_TOKENS = "rollout/completion_tokens"
 ROLLOUT_TRUNCATED = "rollout/truncated_share"
 ROLLOUT_FAILED_GROUPS = "rollout/failed_groups"
 ROLLOUT_DROPPED_GROUPS = "rollout/dropped_groups"
+ROLLOUT_LOGPROB_GAP = "rollout/logprob_gap"
+ROLLOUT_GAP_TOKENS = "rollout/logprob_gap_tokens"
+SYNC_LOGPROB_GAP = "sync/logprob_gap"
 
 # where the time of a step goes
 TIME_ROLLOUT = "time/rollout"

@@ -23,6 +23,7 @@ from rairl_ray.config.schema import Build, Learner, Lora, Model, Optimizer
 from rairl_ray.data.batching import DiscriminatorTensors, discriminator_tensors
 from rairl_ray.engines.heads import ImplicitModel, LogprobModel, ScalarModel
 from rairl_ray.engines.models import load_causal_lm, load_token_classifier, materialise
+from rairl_ray.engines.weights import Checksum, checksum, whole
 from rairl_ray.keys import keyed_generator
 from rairl_ray.types import DiscriminatorSample
 
@@ -30,6 +31,8 @@ BUILD = Build(hidden_size=64, layers=2, heads=2, intermediate_size=96, max_lengt
 SETTINGS = Optimizer(learning_rate=1e-3, clip_norm=0.5, weight_decay=0.1, warmup_share=0.25)
 ROWS = 8
 TOTAL_UPDATES = 4
+CHUNK = 40_000
+"""Bytes; the largest tensor of the test models has 24576."""
 
 
 def base_path(folder: Path) -> str:
@@ -178,7 +181,7 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
         train(engine, range(2))
         engine.save(folder / f"saved-{case['name']}", {"version": 2})
         train(engine, range(2, 4))
-        straight = engine.trainable_state()
+        straight = whole(engine.trainable_state())
         engine.destroy()
         engine = engine_for()
         client = engine.load(folder / f"saved-{case['name']}")
@@ -186,7 +189,8 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
         result = {"straight": straight, "client": client, "reports": reports}
     else:
         result = {"reports": train(engine, range(case.get("steps", 3)))}
-    result["state"] = engine.trainable_state()
+    result["state"] = whole(engine.trainable_state())
+    result["chunks"] = chunk_record(engine)
     batch = discriminator_tensors(make_samples(99), pad_id=0)
     if kind.startswith("policy"):
         arguments = (batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
@@ -196,6 +200,39 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
         result["scores"] = unit_outputs(engine.infer, kind, batch)[0]
     engine.destroy()
     return result
+
+
+def chunk_record(engine: Any) -> dict[str, Any]:
+    """How the state comes in chunks of CHUNK: bytes gathered for each, what stays gathered, checksums."""
+    gathered: list[int] = []
+    gather = engine._gathered
+
+    def watched(parameters: Any) -> Any:
+        gathered.append(sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters))
+        return gather(parameters)
+
+    engine._gathered = watched
+    digest, left, sizes = Checksum(), [], []
+    for chunk in engine.trainable_state(chunk_bytes=CHUNK):
+        digest.update(chunk)
+        sizes.append(sum(tensor.nbytes for tensor in chunk.values()))
+        # matrices stay partitioned between their uses; vectors always stay whole (persistent)
+        left.append([n for n, p in engine.module.named_parameters() if p.ndim > 1 and whole_here(p)])
+    engine._gathered = gather
+    on_device = list(engine.trainable_state(chunk_bytes=CHUNK, on_device=True))
+    return {
+        "gathered": gathered,
+        "sizes": sizes,
+        "left": left,
+        "checksum": digest.hexdigest(),
+        "on_device": checksum(whole(on_device)),
+        "shapes": engine.trainable_shapes(),
+    }
+
+
+def whole_here(parameter: Any) -> bool:
+    """Whether ZeRO-3 has gathered this parameter and not let it go."""
+    return getattr(parameter, "ds_status", None) is not None and parameter.ds_status.name == "AVAILABLE"
 
 
 def step_once(engine: Any, case: dict[str, Any], step: int, rank: int, world: int) -> dict[str, float]:

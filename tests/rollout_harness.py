@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rairl_ray.engines.rollout_engine import EngineOptions, GenerationRequest, SamplingSettings
 from rairl_ray.engines.vllm_engine import VllmEngine, vllm_environment
+from rairl_ray.engines.weights import SHARED_MEMORY
 
 VOCABULARY, EOS, PROMPT, COMPLETION, RANK = 80, 1, 24, 24, 8
 TOLERANCE = 1e-3
@@ -55,7 +56,12 @@ class EngineProcess:
         self.process.join(CALL_SECONDS)
         assert self.process.exitcode == 0
         assert "Traceback" not in self.stderr.read_text()
-        assert not list(self.folder.glob("rairl-adapter-*"))
+        assert not self.adapter_folders()
+
+    def adapter_folders(self) -> list[Path]:
+        """What the engine has left of adapters, in shared memory or in its temporary folder."""
+        name = f"rairl-adapter-{self.process.pid}-*"
+        return [*self.folder.glob(name), *SHARED_MEMORY.glob(name)]
 
     def _answer(self, seconds: float) -> Any:
         if not self.connection.poll(seconds):
@@ -114,12 +120,13 @@ def small_model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def arrays(model: torch.nn.Module) -> list[tuple[str, np.ndarray]]:
-    """A learner's weights as they travel: named parameters (so without the tied head), read-only."""
-    named = [(name, parameter.detach().numpy().copy()) for name, parameter in model.named_parameters()]
-    for _, array in named:
-        array.flags.writeable = False
-    return named
+def chunks(model: torch.nn.Module, size: int = 3) -> list[dict[str, torch.Tensor]]:
+    """A learner's weights as they travel: named parameters (so without the tied head), a few in a chunk.
+
+    Small chunks end in the middle of vLLM's fused layers (q, k and v are one there).
+    """
+    named = [(name, parameter.detach().clone()) for name, parameter in model.named_parameters()]
+    return [dict(named[start : start + size]) for start in range(0, len(named), size)]
 
 
 def requests(count: int, seed: int = 0) -> list[GenerationRequest]:
@@ -156,7 +163,7 @@ def tokens(generations: list[Any]) -> list[tuple[int, ...]]:
     return [generation.token_ids for generation in generations]
 
 
-def adapter(seed: int, rank: int = RANK) -> tuple[dict[str, np.ndarray], dict[str, Any], Any]:
+def adapter(seed: int, rank: int = RANK) -> tuple[dict[str, torch.Tensor], dict[str, Any], Any]:
     """A random adapter as a learner sends it, and the model with it merged in."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(copy.deepcopy(small_model(0)), config)
@@ -164,5 +171,5 @@ def adapter(seed: int, rank: int = RANK) -> tuple[dict[str, np.ndarray], dict[st
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = 0.1 * torch.randn_like(parameter)
-    tensors = {name: tensor.numpy().copy() for name, tensor in get_peft_model_state_dict(model).items()}
+    tensors = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
     return tensors, model.peft_config["default"].to_dict(), model.merge_and_unload().eval()

@@ -28,7 +28,11 @@ STRANGERS = {frozenset({"data", "algorithms"})}
 
 SOLE_IMPORTERS = {
     "deepspeed": {"rairl_ray.engines.deepspeed_engine"},
-    "vllm": {"rairl_ray.engines.vllm_engine"},
+    "vllm": {
+        "rairl_ray.engines.vllm_engine",
+        "rairl_ray.engines.weight_transfer",
+        "rairl_ray.engines.weight_transfer_vllm",
+    },
     "mlflow": {"rairl_ray.tracking"},
 }
 FORBIDDEN = {

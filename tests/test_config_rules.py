@@ -32,6 +32,9 @@ JSONL = {"data.task": "jsonl", "data.path": "x.jsonl"}
 UNANSWERED = {**JSONL, "data.fields.answer": None}
 IMPLICIT = {"discriminator.head": "implicit"}
 GPU = {"placement.device": "gpu"}
+CPU = {"placement.device": "cpu"}
+APART = {"placement.type": "disaggregated"}
+TRANSPORT = "rollout.weight_transport"
 
 # (what a user writes, the key that is blamed, a part of the remedy)
 BROKEN: list[tuple[dict[str, Any], str, str]] = [
@@ -58,6 +61,12 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"model.policy.build.hidden_size": 100}, "model.policy.build.hidden_size", "make it 104"),
     ({"model.policy.build.hidden_size": 64}, "model.policy.build.hidden_size", "heads of 16"),
     ({**GPU, "rollout.tensor_parallel": 8}, "model.policy.build.heads", "multiple of rollout.tensor_parallel"),
+    ({**CPU, **APART, "rollout.weight_transport": "nccl"}, TRANSPORT, "placement.device=cpu"),
+    ({**GPU, **APART, "rollout.weight_transport": "nccl", "rollout.engine": "hf"}, TRANSPORT, "vLLM's"),
+    ({**GPU, "rollout.weight_transport": "ipc", "model.policy.lora.rank": 8}, TRANSPORT, "an adapter"),
+    ({**GPU, "rollout.weight_transport": "nccl"}, TRANSPORT, "write ipc"),
+    ({**GPU, **APART, "rollout.weight_transport": "ipc"}, TRANSPORT, "write nccl"),
+    ({**GPU, "rollout.weight_transport": "ipc", "rollout.replicas": 2}, TRANSPORT, "than learner.replicas"),
     ({"data.max_prompt_tokens": 65}, "model.policy.build.max_length", "raise it to 129"),
     ({"model.discriminator.build": {"max_length": 95}}, "model.discriminator.build.max_length", "to 96"),
     (

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from rairl_ray.config.schema import Optimizer
-from rairl_ray.engines.weights import exported_name
+from rairl_ray.engines.weights import checksum, exported_name
 from tests.deepspeed_rank import (
+    CHUNK,
     SETTINGS,
     TOTAL_UPDATES,
     base_path,
@@ -129,6 +130,22 @@ def _batch(samples: list[Any]) -> Any:
 def test_two_ranks_equal_a_plain_loop(plan: dict[str, Any], two_ranks: tuple[Path, dict[str, Any]]) -> None:
     folder, results = two_ranks
     compare(results[plan["name"]], plan["kind"], base_path(folder), penalty=plan.get("penalty", False))
+
+
+@pytest.mark.parametrize("plan", [*PLAIN, *OTHERS], ids=[plan["name"] for plan in [*PLAIN, *OTHERS]])
+def test_no_rank_holds_more_than_a_chunk_of_the_model(
+    plan: dict[str, Any], two_ranks: tuple[Path, dict[str, Any]]
+) -> None:
+    found = two_ranks[1][plan["name"]]
+    chunks, state = found["chunks"], found["state"]
+    assert max(chunks["gathered"]) <= CHUNK and max(chunks["sizes"]) <= CHUNK
+    assert chunks["sizes"] == chunks["gathered"]
+    assert sum(chunks["sizes"]) == sum(tensor.nbytes for tensor in state.values())
+    assert chunks["left"] == [[] for _ in chunks["sizes"]]
+    assert chunks["checksum"] == chunks["on_device"] == checksum(state)
+    assert chunks["shapes"] == [(name, t.dtype, tuple(t.shape)) for name, t in state.items()]
+    if not plan["kind"].endswith("-lora"):
+        assert len(chunks["sizes"]) > 3, "the model must be larger than a few chunks for this to show anything"
 
 
 def test_resume_is_bit_exact(two_ranks: tuple[Path, dict[str, Any]]) -> None:

@@ -217,6 +217,22 @@ def test_metrics_are_means_over_the_policys_own_tokens() -> None:
     assert means[metrics.POLICY_ENTROPY] == pytest.approx((2 - math.log(ratio)) / 2, rel=1e-4)
 
 
+def test_the_gap_compares_the_learner_before_the_update_with_what_sampled() -> None:
+    row = Row([-1.0, -2.0], [-1.5, -2.5], [-1.4, -2.8], [0.0, 0.0], [1.0, 1.0])
+    expert = Row([-9.0], [0.0], [float("nan")], [0.0], [1.0], expert=True)
+    for old, expected in ((True, (0.1 + 0.3) / 2), (False, (0.4 + 0.8) / 2)):
+        _, sums = contribution([row, expert], Policy(), [row, expert], old=old)
+        means = mean_metrics({name: float(value) for name, value in sums.items()})
+        assert means[metrics.ROLLOUT_LOGPROB_GAP] == pytest.approx(expected, rel=1e-5)
+        assert metrics.ROLLOUT_GAP_TOKENS not in means
+    # an update that no longer sees the sampling policy counts for every metric but this one
+    _, later = contribution([row], Policy(importance_cap=None), [row], old=False)
+    both = {name: float(sums[name]) + float(later[name]) for name in sums}
+    for name in (metrics.ROLLOUT_LOGPROB_GAP, metrics.ROLLOUT_GAP_TOKENS):
+        both[name] = float(sums[name])
+    assert mean_metrics(both)[metrics.ROLLOUT_LOGPROB_GAP] == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_kl_estimate_is_never_negative_and_zero_at_equality() -> None:
     x = torch.linspace(-3, 0, 20)
     assert float(k3(x, x).abs().max()) == 0

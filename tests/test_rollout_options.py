@@ -42,6 +42,7 @@ def test_options_come_from_the_configuration() -> None:
     on_cpu = llm_arguments(dataclasses.replace(opened, device="cpu", lora_rank=None, max_prompt_tokens=9000))
     assert on_cpu["enable_chunked_prefill"] is False and on_cpu["max_num_batched_tokens"] == 9070
     assert "enable_lora" not in on_cpu
+    assert on_cpu["weight_transfer_config"] == {"backend": "rairl_object_store"}
     with pytest.raises(ModelError, match=r"lora\.rank=600"):
         llm_arguments(dataclasses.replace(opened, lora_rank=600))
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from rairl_ray import metrics as names
 from rairl_ray.actors.rollout import PendingGroups, PendingSync, Sampled
 from rairl_ray.actors.roster import Roster
+from rairl_ray.actors.weight_sync import WeightUpdate
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import ConfigError
 from rairl_ray.metrics import PhaseTimer
@@ -99,7 +100,7 @@ def synchronous_losses(prepared: Prepared, parts: Parts) -> Iterator[tuple[float
     parts.policy.open(config.trainer.steps * config.policy.minibatches_per_step)
     feed, strategy = Feed(prepared.task, config.seed), GrpoStrategy(prepared.task, prepared.policy_renderer)
     for step in range(1, config.trainer.steps + 1):
-        parts.rollouts.sync(parts.policy.weights(), parts.policy.version)
+        parts.rollouts.sync(parts.policy.weights(parts.rollouts.members))
         groups = parts.rollouts.generate(feed.next_prompts(config.trainer.prompts_per_step), f"train/{step}")
         rewarded, _ = strategy.rewards(groups, step, PhaseTimer())
         result = parts.policy.update(policy_batches(rewarded, config, step))
@@ -121,13 +122,13 @@ class Recorder:
         self.notes.append("collect")
         return self.workers.collect(started)
 
-    def start_sync(self, payload: ray.ObjectRef, version: int) -> PendingSync:
-        self.notes.append(f"start sync {version}")
-        return self.workers.start_sync(payload, version)
+    def start_sync(self, update: WeightUpdate, probe: Any) -> PendingSync:
+        self.notes.append(f"start sync {update.version}")
+        return self.workers.start_sync(update, probe)
 
-    def finish_sync(self, started: PendingSync) -> None:
-        self.notes.append(f"finish sync {started.version}")
-        self.workers.finish_sync(started)
+    def finish_sync(self, started: PendingSync) -> list[list[list[float]]]:
+        self.notes.append(f"finish sync {started.update.version}")
+        return self.workers.finish_sync(started)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,12 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Prepare
         parts.rollouts.open()
         parts.policy.open(5)
         yield prepared, parts
+
+
+def version(parts: Parts, number: int) -> WeightUpdate:
+    """The learner's weights under any version number."""
+    assert parts.policy is not None
+    return replace(parts.policy.weights(parts.rollouts.members), version=number)
 
 
 def ahead_of(replicas: tuple[Prepared, Parts]) -> tuple[RunAhead, Recorder, Parts]:
@@ -152,12 +159,11 @@ def test_later_steps_are_sampled_beside_the_learners_and_a_sync_waits_its_turn(
     replicas: tuple[Prepared, Parts],
 ) -> None:
     ahead, recorder, parts = ahead_of(replicas)
-    assert parts.policy is not None
-    ahead.sync(parts.policy.weights(), 0)
+    ahead.sync(version(parts, 0))
     ahead.take(1)
-    ahead.sync(parts.policy.weights(), 1)  # learners of step 1 are done; steps 2 and 3 are still being sampled
+    ahead.sync(version(parts, 1))  # learners of step 1 are done; steps 2 and 3 are still being sampled
     ahead.take(2)
-    ahead.sync(parts.policy.weights(), 2)
+    ahead.sync(version(parts, 2))
     ahead.take(3)
     taken = ahead.take(4)
     assert recorder.notes == [
@@ -173,8 +179,7 @@ def test_later_steps_are_sampled_beside_the_learners_and_a_sync_waits_its_turn(
 
 def test_what_is_too_old_is_dropped_and_counted_or_sampled_again(replicas: tuple[Prepared, Parts]) -> None:
     ahead, _, parts = ahead_of(replicas)
-    assert parts.policy is not None
-    ahead.sync(parts.policy.weights(), 6)
+    ahead.sync(version(parts, 6))
     ahead.take(1)
     ahead.settle()
     (later, _) = state = ahead.state()

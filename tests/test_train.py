@@ -69,6 +69,7 @@ def test_times_of_a_step_add_up_and_versions_are_stamped(airl_run: Path) -> None
         phases = [value for name, value in row.items() if name.startswith("time/") and name != names.TIME_STEP]
         assert sum(phases) == pytest.approx(row[names.TIME_STEP], rel=0.02)
         assert row[names.ROLLOUT_STALENESS] == 0
+        assert row[names.SYNC_LOGPROB_GAP] < 1e-5 and row[names.ROLLOUT_LOGPROB_GAP] < 1e-5
         assert row[names.POLICY_VERSION] == row["step"]
         assert row[names.DISCRIMINATOR_VERSION] == 2 + row["step"]  # two warm-up updates, then one a step
     rollouts = [json.loads(line) for line in (airl_run / "rollouts" / "step-000002.jsonl").open()]
@@ -151,6 +152,24 @@ def test_two_ranks_and_lora_with_an_implicit_head(tmp_path: Path) -> None:
     assert (folder / "final" / "reward_model" / "reward.json").is_file()
     row = next(row for row in metric_rows(folder) if row["step"] == 1)
     assert math.isfinite(row[names.POLICY_KL])
+
+
+def test_engines_that_disagree_with_the_learner_end_the_run_in_one_paragraph(tmp_path: Path) -> None:
+    """Two engines of the same weights differ by rounding; a bound below it makes that a disagreement."""
+    done = launch(
+        "train",
+        "experiments/demo/grpo.yaml",
+        *TINY,
+        "warm_start=null",
+        "rollout.max_sync_logprob_gap=1e-12",
+        "trainer.failure_retries=0",
+        f"output_dir={tmp_path}",
+        "tracking.uri=none",
+    )
+    assert done.returncode not in (0, 2, 130)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "rollout: rank 0" in last and "phase sync" in last and "rollout.max_sync_logprob_gap" in last
+    assert not [row for row in metric_rows(tmp_path / "demo" / "grpo") if row["step"] >= 1]
 
 
 def test_grpo_is_the_same_step_without_a_discriminator(tmp_path: Path) -> None:

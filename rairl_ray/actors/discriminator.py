@@ -141,8 +141,9 @@ class DiscriminatorActor(LearnerActor):
     def export(self, folder: str) -> None:
         """Write final/reward_model: a folder that scores as in training."""
         from rairl_ray.engines.artifacts import save_reward_model
+        from rairl_ray.engines.weights import whole
 
-        state = self.engine.trainable_state()
+        state = whole(self.engine.trainable_state())
         if self.rank == 0:
             save_reward_model(Path(folder), self._model, state, self.model_path, self.config, self.version)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from rairl_ray import metrics as names
 from rairl_ray.actors.group import Member
@@ -20,8 +20,10 @@ from rairl_ray.actors.learner import (
     shard,
     summed,
 )
+from rairl_ray.actors.weight_sync import EngineClient, WeightUpdate, put_update
 from rairl_ray.algorithms.policy_losses import mean_metrics, policy_loss
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.transport import weight_transport
 from rairl_ray.data.batching import PolicyTensors, policy_tensors
 from rairl_ray.keys import key_seed
 from rairl_ray.types import PolicyBatch, PolicySample, UpdateResult
@@ -36,6 +38,9 @@ IDLE = PolicySample(
 
 class PolicyActor(LearnerActor):
     """One rank of the policy."""
+
+    _sender: Any = None
+    """vLLM's trainer engine, where this learner pushes its weights."""
 
     def build(self, total_updates: int) -> Any:
         from rairl_ray.engines.deepspeed_engine import DeepSpeedEngine
@@ -66,11 +71,19 @@ class PolicyActor(LearnerActor):
         olds = self._old_logprobs(minibatches)
         sums: list[dict[str, float]] = []
         report: dict[str, float] = {}
-        for batches, old, (tokens, samples) in zip(minibatches, olds, totals, strict=True):
+        for index, (batches, old, (tokens, samples)) in enumerate(zip(minibatches, olds, totals, strict=True)):
+            # without old log-probabilities only the first update still sees the weights that were sent
+            moved = index > 0 and self.config.policy.importance_cap is None
+            unknown = (names.ROLLOUT_LOGPROB_GAP, names.ROLLOUT_GAP_TOKENS) if moved else ()
 
-            def loss(item: tuple[list[PolicySample], Any], tokens: int = tokens, samples: int = samples) -> Any:
+            def loss(
+                item: tuple[list[PolicySample], Any],
+                tokens: int = tokens,
+                samples: int = samples,
+                unknown: Sequence[str] = unknown,
+            ) -> Any:
                 contribution, metrics = self._loss(item[0], item[1], tokens, samples)
-                sums.append({name: float(value) for name, value in metrics.items()})
+                sums.append({name: float(value) for name, value in metrics.items() if name not in unknown})
                 return contribution
 
             report = self.engine.update(losses_of(list(zip(batches, old, strict=True)), loss))
@@ -118,37 +131,69 @@ class PolicyActor(LearnerActor):
     def _tensors(self, samples: list[PolicySample]) -> PolicyTensors:
         return policy_tensors(samples or [IDLE], self.pad_id).to(self.device)
 
-    def _logprobs(self, samples: list[PolicySample]) -> Any:
+    def _logprobs(self, samples: list[PolicySample], temperature: float | None = None) -> Any:
         batch = self._tensors(samples)
         return self.engine.infer(
             batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids,
-            temperature=self._temperature,
+            temperature=temperature or self._temperature,
         )  # fmt: skip
 
-    def logprobs(self, minibatches: list[MicroBatches]) -> list[np.ndarray]:
+    def logprobs(self, minibatches: list[MicroBatches], temperature: float | None) -> list[np.ndarray]:
         """[T] per sample, in the order of the micro-batches."""
         rows: list[np.ndarray] = []
         for samples in (part for batches in minibatches for part in batches):
-            values = self._logprobs(samples).float().cpu().numpy()
+            values = self._logprobs(samples, temperature).float().cpu().numpy()
             rows += [values[i, : len(s.completion_ids)].copy() for i, s in enumerate(samples)]
         return rows
 
-    def weights(self) -> list[ray.ObjectRef]:
-        """Rank 0 puts what the rollout engines need into the object store; all ranks help to gather it."""
-        from rairl_ray.engines.models import adapter_config
-        from rairl_ray.engines.weights import payload
+    def weights(self, engines: Sequence[Any]) -> WeightUpdate | None:
+        """Send what the rollout engines need; all ranks help to gather it, rank 0 answers.
 
-        state = self.engine.trainable_state()
-        if self.rank != 0:
-            return []
+        Through the object store rank 0 puts it there, chunk by chunk. Over NCCL or CUDA IPC it is in the
+        engines when this returns.
+
+        Args:
+            engines: handles of the rollout actors, for the control calls of NCCL and IPC.
+        """
+        from rairl_ray.engines.models import adapter_config
+
+        if weight_transport(self.config, self.device) != "object_store":
+            return self._push(engines)
         lora = self.config.model.policy.lora.rank is not None
-        return [ray.put(payload(state, adapter_config(self._model) if lora else None))]
+        adapter = adapter_config(self._model) if lora else None
+        update = put_update(self.engine.trainable_state(), self.version, adapter)
+        return update if self.rank == 0 else None
+
+    def _push(self, engines: Sequence[Any]) -> WeightUpdate | None:
+        """Not run: no GPU was available."""
+        from rairl_ray.engines.weight_transfer import check_vllm
+
+        if self._sender is None:
+            check_vllm()
+            from rairl_ray.engines.weight_transfer_vllm import LearnerSource, open_sender
+
+            workers = self.config.rollout.tensor_parallel
+            self._sender = open_sender(
+                weight_transport(self.config, self.device),
+                LearnerSource(
+                    self.engine.trainable_shapes(), partial(self.engine.trainable_state, on_device=True)
+                ),
+                EngineClient(engines, workers, self.config.timeouts.sync_seconds),
+                rank=self.rank,
+                address=self.rendezvous(),  # rank 0 is the one that is met
+                receivers=len(engines) * workers,
+            )
+        self._sender.client.version = self.version
+        self._sender.send_weights()
+        checksum = self._sender.source.digest.hexdigest()
+        return WeightUpdate(version=self.version, checksum=checksum, chunks=None) if self.rank == 0 else None
 
     def export(self, folder: str) -> None:
         """Write final/policy: a Hugging Face folder, or a PEFT adapter folder."""
         from rairl_ray.engines.artifacts import save_policy
+        from rairl_ray.engines.weights import whole
 
-        state = self.engine.trainable_state()
+        state = whole(self.engine.trainable_state())  # files are written from whole tensors, on rank 0's CPU
         if self.rank == 0:
             save_policy(Path(folder), self._model, state, self.model_path, self.config.model.policy)
 
@@ -181,21 +226,25 @@ class PolicyWorkers(LearnerWorkers):
             },
         )
 
-    def logprobs(self, samples: Sequence[PolicySample]) -> list[np.ndarray]:
-        """[T] log-probabilities of each sample's completion under the newest policy."""
+    def logprobs(self, samples: Sequence[PolicySample], temperature: float | None = None) -> list[np.ndarray]:
+        """[T] log-probabilities of each sample's completion under the newest policy.
+
+        `temperature` None: that of the rollouts.
+        """
         plan = self._shard(samples)
         refs = put_shards([(samples, plan)])
         answers = self.call(
             "logprobs",
             self.config.timeouts.score_seconds,
-            lambda actor, rank: actor.logprobs.remote(refs[rank]),
+            lambda actor, rank: actor.logprobs.remote(refs[rank], temperature),
         )
         return gather_rows(plan, answers, len(samples))
 
-    def weights(self) -> ray.ObjectRef:
-        """Reference to the newest weights (or adapter) in the object store; they never pass the driver."""
+    def weights(self, engines: Sequence[Member]) -> WeightUpdate:
+        """The newest weights (or adapter), on their way to these rollout actors; they never pass the driver."""
         deadline = self.config.timeouts.sync_seconds
-        return self.call("weights", deadline, lambda actor, _rank: actor.weights.remote())[0][0]
+        handles = [member.handle for member in engines]
+        return self.call("weights", deadline, lambda actor, _rank: actor.weights.remote(handles))[0]
 
     def _shard(self, samples: Sequence[PolicySample]) -> list[list[list[int]]]:
         lengths = [_length(sample) for sample in samples]

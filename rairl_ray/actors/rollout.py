@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import ray
-
 from rairl_ray.actors.group import ActorGroup, GroupFailure, Member, Pending, RankActor
+from rairl_ray.actors.weight_sync import WeightUpdate, fetched
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import balance
 from rairl_ray.data.rendering import Renderer, load_tokenizer
@@ -22,9 +21,12 @@ from rairl_ray.engines.rollout_engine import (
     SyncReport,
     engine_options,
 )
-from rairl_ray.engines.weights import unpack
+from rairl_ray.engines.weights import whole
 from rairl_ray.keys import key_seed
 from rairl_ray.types import Prompt, Rollout, RolloutGroup
+
+Traces = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""Prompt ids and completion ids of each trace."""
 
 
 class RolloutActor(RankActor):
@@ -38,7 +40,8 @@ class RolloutActor(RankActor):
         self._engine: RolloutEngine | None = None
 
     def open(self) -> None:
-        """Load the engine. It is STALE, and serves nothing, until its first sync."""
+        """Load the engine, anew if there is one. It is STALE, and serves nothing, until its first sync."""
+        self.close()
         self._engine = open_engine(self._config, self._policy_path, self._device)
 
     @property
@@ -55,12 +58,40 @@ class RolloutActor(RankActor):
         generations = self.engine.generate(requests, sampling)
         return generations, self.engine.version, time.perf_counter() - started
 
-    def sync(self, payload: dict[str, Any], version: int) -> SyncReport:
-        """Take new weights; answers the version and checksum that the engine now serves."""
-        tensors = unpack(payload["tensors"])
-        if payload["kind"] == "adapter":
-            return self.engine.load_adapter(tensors, payload["adapter_config"], version)
-        return self.engine.load_weights(tensors.items(), version)
+    def sync(self, update: WeightUpdate, probe: Traces = ()) -> tuple[SyncReport, list[list[float]]]:
+        """Take new weights; answers the version and checksum that the engine now serves, and its
+        log-probabilities of the probe's completions ([N][T_i], at temperature 1)."""
+        report = self.load(update)
+        return report, self.engine.score_tokens([p for p, _ in probe], [c for _, c in probe])
+
+    def load(self, update: WeightUpdate) -> SyncReport:
+        if update.chunks is None:
+            assert self.engine.version is not None and self.engine.checksum is not None
+            return SyncReport(version=self.engine.version, checksum=self.engine.checksum, seconds=0.0)
+        chunks = fetched(update.chunks)
+        if update.adapter_config is not None:
+            return self.engine.load_adapter(whole(chunks), update.adapter_config, update.version)
+        return self.engine.load_weights(chunks, update.version)
+
+    # What a learner calls while it pushes weights itself (vLLM's own verbs, see weight_sync.EngineClient).
+
+    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
+        self._vllm.init_weight_transfer_engine(init_info)
+
+    def start_weight_update(self) -> None:
+        self._update_started = time.perf_counter()
+        self._vllm.start_weight_update()
+
+    def update_weights(self, update_info: Mapping[str, Any], version: int) -> None:
+        self._vllm.update_weights(update_info, version)
+
+    def finish_weight_update(self, version: int) -> None:
+        self._vllm.finish_weight_update(version, self._update_started)
+
+    @property
+    def _vllm(self) -> Any:
+        """The engine, where it is one that a learner can push weights into (config.transport)."""
+        return self.engine
 
     def serve_disk_weights(self) -> None:
         """Declare the weights that the engine was opened with to be version 0."""
@@ -99,7 +130,9 @@ class PendingGroups:
 
 @dataclass(frozen=True)
 class PendingSync:
-    version: int
+    """A sync that was submitted; it keeps the update's chunks alive until the engines have read them."""
+
+    update: WeightUpdate
     pending: Pending
 
 
@@ -190,29 +223,56 @@ class RolloutWorkers(ActorGroup):
                 groups[i] = RolloutGroup(prompt=started.prompts[i], rollouts=rollouts)
         return Sampled([groups[i] for i in range(len(started.prompts))], seconds)
 
-    def sync(self, payload: ray.ObjectRef, version: int) -> None:
-        """Every replica loads the payload from the object store and must answer this version and one checksum.
+    def sync(self, update: WeightUpdate, probe: Traces = ()) -> list[list[list[float]]]:
+        """Every replica takes the update and answers the sender's version and checksum.
+
+        Returns:
+            [replicas][traces][T_i] log-probabilities of the probe's completions.
 
         Raises:
-            RuntimeError: when a replica answers another version, or replicas disagree on the checksum.
+            GroupFailure: naming the first replica that serves something else than was sent.
         """
-        self.finish_sync(self.start_sync(payload, version))
+        return self.finish_sync(self.start_sync(update, probe))
 
-    def start_sync(self, payload: ray.ObjectRef, version: int) -> PendingSync:
+    def start_sync(self, update: WeightUpdate, probe: Traces = ()) -> PendingSync:
         """Submit a sync behind whatever is being sampled; samples started after it are of this version."""
         pending = self.submit(
             "sync",
             self._config.timeouts.sync_seconds,
-            lambda actor, _rank: actor.sync.remote(payload, version),
+            lambda actor, _rank: actor.sync.remote(update, probe),
         )
-        return PendingSync(version, pending)
+        return PendingSync(update, pending)
 
-    def finish_sync(self, started: PendingSync) -> None:
-        """Wait for a sync and check its answers; raises as `sync`."""
-        reports = self.wait(started.pending)
-        checksums = {report.checksum for report in reports}
-        if any(report.version != started.version for report in reports) or len(checksums) != 1:
-            raise RuntimeError(f"rollout: sync to version {started.version} was answered with {reports}")
+    def finish_sync(self, started: PendingSync) -> list[list[list[float]]]:
+        """Wait for a sync and check its answers; returns and raises as `sync`."""
+        update = started.update
+        answers = self.wait(started.pending)
+        for rank, (report, _) in enumerate(answers):
+            if (report.version, report.checksum) != (update.version, update.checksum):
+                raise self.refused(
+                    rank,
+                    f"policy version {update.version} left the learner with checksum {update.checksum}, and "
+                    f"the engine now holds version {report.version} with checksum {report.checksum}: its "
+                    "weights are not the learner's",
+                )
+        return [scores for _, scores in answers]
+
+    def refused(self, rank: int, cause: str) -> GroupFailure:
+        """The failure of a replica whose weights or numbers cannot be trusted."""
+        member = self.members[rank]
+        return GroupFailure(
+            f"{member.name} failed in phase sync, last finished step {self.last_step}: {cause}",
+            role=self.role,
+            rank=rank,
+            node=member.node,
+            phase="sync",
+            last_step=self.last_step,
+        )
+
+    @property
+    def renderer(self) -> Renderer:
+        """How the policy reads prompts."""
+        return self._renderer
 
     def close(self) -> None:
         if self.members:

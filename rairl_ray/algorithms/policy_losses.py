@@ -70,6 +70,8 @@ def policy_loss(
         metrics.POLICY_CLIP_SHARE: (clipped_gain < unclipped_gain)[own].sum(),
         metrics.POLICY_IMPORTANCE_WEIGHT: weight[own].sum(),
         metrics.POLICY_ENTROPY: -logprobs.detach()[own].sum(),
+        metrics.ROLLOUT_LOGPROB_GAP: (old - sampling).abs()[own].sum(),
+        metrics.ROLLOUT_GAP_TOKENS: own.sum(),
     }
     return loss, sums
 
@@ -85,13 +87,22 @@ def mean_metrics(sums: dict[str, float]) -> dict[str, float]:
 
     The loss is a sum of contributions already; the rest are means over the policy's own tokens.
     `policy/entropy` is the one-sample estimate, the mean of -log pi of the sampled tokens.
+    `rollout/logprob_gap` is the mean |log pi_old - log pi_sampling| over the tokens for which pi_old is known:
+    what sampling and learning disagree about. Below it lies rounding; staleness, and top_p < 1 (up to
+    -log top_p), add to it.
     """
     tokens = sums[metrics.POLICY_TOKENS]
+    counts = {metrics.ROLLOUT_LOGPROB_GAP: sums[metrics.ROLLOUT_GAP_TOKENS]}
     whole = {metrics.POLICY_TOKENS, metrics.POLICY_LOSS}
     return {
-        name: value if name in whole else (value / tokens if tokens else float("nan"))
+        name: value if name in whole else _mean(value, counts.get(name, tokens))
         for name, value in sums.items()
+        if name != metrics.ROLLOUT_GAP_TOKENS
     }
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else float("nan")
 
 
 def _constants(

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from rairl_ray.config.estimate import shape_of
 from rairl_ray.config.schema import Model, RunConfig
+from rairl_ray.config.transport import engines_own_gpus, learner_beside_every_engine
 
 Problems = Iterator[tuple[str, str]]
 
@@ -205,6 +206,30 @@ def engine(config: RunConfig) -> Problems:
         )
 
 
+def transport(config: RunConfig) -> Problems:
+    key, asked = "rollout.weight_transport", config.rollout.weight_transport
+    if asked not in ("nccl", "ipc"):
+        return
+    if config.placement.device == "cpu":
+        yield key, "moves weights between GPUs, but placement.device=cpu; write auto or object_store"
+    if config.rollout.engine != "vllm":
+        yield key, f"is vLLM's, but rollout.engine={config.rollout.engine}; write auto or object_store"
+    if config.model.policy.lora.rank is not None:
+        rank = config.model.policy.lora.rank
+        yield key, f"moves full weights, but model.policy.lora.rank={rank} trains an adapter; write auto"
+    if asked == "nccl" and not engines_own_gpus(config):
+        yield (
+            key,
+            "needs engines on GPUs of their own; write ipc, or set placement.type=disaggregated",
+        )
+    if asked == "ipc" and not learner_beside_every_engine(config):
+        yield (
+            key,
+            "needs a policy rank on every engine's GPU: placement.type=colocated, rollout.tensor_parallel=1 "
+            "and no more rollout.replicas than learner.replicas; write nccl or auto",
+        )
+
+
 def fractions(config: RunConfig) -> Problems:
     """Roles that share a GPU cannot take more than all of it."""
     placement = config.placement
@@ -247,5 +272,6 @@ MACHINE_RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     ranks,
     zero,
     engine,
+    transport,
     fractions,
 )

@@ -265,6 +265,13 @@ class Rollout(Section):
     prefix_caching: bool = True
     sleep: bool = False
     """GPU, colocated: give the engine's memory back while the learners work."""
+    weight_transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
+    """How full weights reach the engines; auto: `ipc` where they share GPUs with the policy learner, `nccl`
+    where they have GPUs of their own, else `object_store`. Adapters always use the object store."""
+    probe_every: NonNegativeInt = 1
+    """After every n-th sync, compare learner and engines on a few fixed traces; 0: never."""
+    max_sync_logprob_gap: PositiveFloat | None = None
+    """Largest mean |difference| a token in that comparison; None: 0.001 in float32, 0.1 in bfloat16."""
 
 
 class Learner(Section):

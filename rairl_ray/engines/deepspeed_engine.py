@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +32,7 @@ import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 
 from rairl_ray.config.schema import Learner, Optimizer
-from rairl_ray.engines.weights import exported_name
+from rairl_ray.engines.weights import CHUNK_BYTES, bounded, exported_name
 from rairl_ray.keys import key_seed
 
 deepspeed_logger.setLevel(logging.WARNING)
@@ -135,6 +135,11 @@ def _stage(learner: Learner, bfloat16: bool) -> int:
     return max(1, learner.zero_stage) if bfloat16 else learner.zero_stage
 
 
+def _nbytes(parameter: nn.Parameter) -> int:
+    """Bytes of the whole parameter, also where this rank holds a part of it."""
+    return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+
+
 class DeepSpeedEngine:
     """One rank's share of a data-parallel learner.
 
@@ -225,25 +230,43 @@ class DeepSpeedEngine:
         norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
         return {"grad_norm": norm, "learning_rate": learning_rate, "loss": total}
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Trained weights on the CPU under Hugging Face (full) or PEFT (adapter) names.
+    def trainable_state(
+        self, *, chunk_bytes: int = CHUNK_BYTES, on_device: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """Trained weights under Hugging Face (full) or PEFT (adapter) names, in chunks of `chunk_bytes`.
 
-        All ranks must call it; rank 0 gets the weights, the others an empty dict. Under ZeRO-3 one
-        parameter at a time is gathered.
+        All ranks must run through it together: under ZeRO-3 each chunk is gathered as it is asked for and let
+        go before the next, so no rank ever holds more than one chunk (or one tensor that is larger) besides
+        its share. Rank 0 gets copies on the CPU, the others empty chunks; `on_device` gives copies on the
+        device to all ranks.
         """
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            with self._gathered(parameter):
-                if self.rank == 0:
-                    state[exported_name(name)] = parameter.detach().to("cpu", copy=True)
-        return state
+        named = ((item, _nbytes(item[1])) for item in self._trained())
+        for group in bounded(named, chunk_bytes):
+            yield self._chunk(group, on_device)  # no name of ours keeps it while the next one is gathered
 
-    def _gathered(self, parameter: nn.Parameter) -> Any:
+    def trainable_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and whole shape of what `trainable_state` yields, in its order; gathers nothing."""
+        return [
+            (exported_name(name), p.dtype, tuple(getattr(p, "ds_shape", p.shape)))
+            for name, p in self._trained()
+        ]
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    def _chunk(self, group: Sequence[tuple[str, nn.Parameter]], on_device: bool) -> dict[str, Tensor]:
+        with self._gathered([parameter for _, parameter in group]):
+            if self.rank != 0 and not on_device:
+                return {}
+            return {
+                exported_name(name): p.detach().to(p.device if on_device else "cpu", copy=True)
+                for name, p in group
+            }
+
+    def _gathered(self, parameters: Sequence[nn.Parameter]) -> Any:
         if not self._sharded:
             return nullcontext()
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=None)
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
 
     def save(self, folder: Path, client_state: dict[str, Any]) -> None:
         """Write this rank's share of weights, optimizer and schedule, and `client_state`. All ranks call it.

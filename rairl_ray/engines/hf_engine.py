@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
@@ -28,11 +27,11 @@ from rairl_ray.engines.rollout_engine import (
     SyncReport,
     SyncState,
     WeightSyncError,
-    as_tensors,
     check_adapter,
     check_completions,
     check_requests,
 )
+from rairl_ray.engines.weights import Checksum, checksum
 
 LOGITS_PER_PASS = 2**27
 """Largest number of float32 logits (rows x positions x vocabulary) held at once while scoring: 0.5 GiB."""
@@ -161,39 +160,44 @@ class HfEngine:
     def _model(self) -> Any:
         return self._base if self._adapted is None else self._adapted
 
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor | np.ndarray]], version: int) -> SyncReport:
+    def load_weights(self, chunks: Iterable[Mapping[str, Tensor]], version: int) -> SyncReport:
         started = time.perf_counter()
         self.wake()
         self._state.begin()
         self._drop_adapter()
-        named = as_tensors(tensors)
-        try:
-            missing, unknown = self._base.load_state_dict(named, strict=False)
-        except RuntimeError as error:
+        digest = Checksum()
+        absent = set(self._base.state_dict()) - set(self._base.all_tied_weights_keys)
+        for chunk in chunks:
+            try:
+                _, unknown = self._base.load_state_dict(chunk, strict=False)
+            except RuntimeError as error:
+                raise WeightSyncError(
+                    f"policy version {version} does not fit the rollout engine's model: {error}"
+                ) from error
+            if unknown:
+                raise WeightSyncError(
+                    f"policy version {version} does not fit the rollout engine's model: "
+                    f"unknown {', '.join(unknown[:5])}"
+                )
+            digest.update(chunk)
+            absent -= set(chunk)
+        if absent:
             raise WeightSyncError(
-                f"policy version {version} does not fit the rollout engine's model: {error}"
-            ) from error
-        tied = set(self._base.all_tied_weights_keys)
-        absent = [name for name in missing if name not in tied]
-        if absent or unknown:
-            raise WeightSyncError(
-                f"policy version {version} does not fit the rollout engine's model: "
-                f"missing {', '.join(absent[:5]) or 'nothing'}, unknown {', '.join(unknown[:5]) or 'nothing'}"
+                f"policy version {version} came without the weights of {', '.join(sorted(absent)[:5])}"
             )
-        return self._state.finish(named, version, started)
+        return self._state.finish(digest.hexdigest(), version, started)
 
     def load_adapter(
-        self, tensors: Mapping[str, Tensor | np.ndarray], adapter_config: Mapping[str, Any], version: int
+        self, tensors: Mapping[str, Tensor], adapter_config: Mapping[str, Any], version: int
     ) -> SyncReport:
         started = time.perf_counter()
         check_adapter(adapter_config, self._options)
         self.wake()
         self._state.begin()
-        named = as_tensors(tensors.items())
         self._drop_adapter()
         config = LoraConfig.from_peft_type(**{**adapter_config, "inference_mode": True})
         adapted = get_peft_model(self._base, config)
-        result = set_peft_model_state_dict(adapted, dict(named))
+        result = set_peft_model_state_dict(adapted, dict(tensors))
         self._adapted = adapted.eval()
         absent = [name for name in result.missing_keys if "lora_" in name]
         if absent or result.unexpected_keys:
@@ -202,7 +206,7 @@ class HfEngine:
                 f"adapter of policy version {version}: missing {', '.join(absent[:5]) or 'nothing'}, "
                 f"unknown {', '.join(result.unexpected_keys[:5]) or 'nothing'}"
             )
-        return self._state.finish(named, version, started)
+        return self._state.finish(checksum(tensors), version, started)
 
     def _drop_adapter(self) -> None:
         if self._adapted is not None:

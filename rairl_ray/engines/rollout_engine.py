@@ -17,12 +17,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.engines.weights import checksum
+from rairl_ray.config.transport import Transport, weight_transport
 from rairl_ray.errors import DataError, ModelError
 from rairl_ray.types import FinishReason
 
@@ -64,6 +62,8 @@ class EngineOptions:
     """CPU: size of the key-value cache in GiB."""
     sleep: bool = False
     """CUDA: `sleep()` gives the memory back; elsewhere it does nothing."""
+    weight_transport: Transport = "object_store"
+    """vLLM: how full weights reach it; `object_store` is what `load_weights` needs."""
 
     @property
     def max_tokens(self) -> int:
@@ -105,7 +105,7 @@ class SyncReport:
 
     version: int
     checksum: str
-    """`weights.checksum` over the tensors as they were received."""
+    """`weights.Checksum` of the tensors as they were received."""
     seconds: float
 
 
@@ -128,13 +128,16 @@ class RolloutEngine(Protocol):
     ) -> list[list[float]]:
         """[N][T_i] log-probabilities of given completion tokens, at temperature 1 over the full vocabulary."""
 
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor | np.ndarray]], version: int) -> SyncReport:
-        """All weights of the model under their Hugging Face names (a tied head may be left out)."""
+    def load_weights(self, chunks: Iterable[Mapping[str, Tensor]], version: int) -> SyncReport:
+        """All weights of the model under their Hugging Face names (a tied head may be left out).
+
+        One chunk after the other is loaded and let go; its tensors are read, never written.
+        """
 
     def load_adapter(
-        self, tensors: Mapping[str, Tensor | np.ndarray], adapter_config: Mapping[str, Any], version: int
+        self, tensors: Mapping[str, Tensor], adapter_config: Mapping[str, Any], version: int
     ) -> SyncReport:
-        """A LoRA adapter as PEFT saves it: its tensors and its adapter_config.json."""
+        """A LoRA adapter as PEFT saves it: its tensors (read, never written) and its adapter_config.json."""
 
     def mark_synced(self, version: int, checksum: str | None = None) -> None:
         """Declare the weights it was opened with to be policy `version`."""
@@ -169,6 +172,7 @@ def engine_options(
         memory_share=rollout.memory_share,
         cpu_cache_gib=rollout.cpu_cache_gib,
         sleep=rollout.sleep,
+        weight_transport=weight_transport(config, device),
     )
 
 
@@ -190,19 +194,9 @@ class SyncState:
         """A sync that fails half-way must leave the engine stale, not half new."""
         self.version = self.checksum = None
 
-    def finish(self, tensors: Mapping[str, Tensor], version: int, started: float) -> SyncReport:
-        self.version, self.checksum = version, checksum(tensors)
-        return SyncReport(version=version, checksum=self.checksum, seconds=time.perf_counter() - started)
-
-
-def as_tensors(named: Iterable[tuple[str, Tensor | np.ndarray]]) -> dict[str, Tensor]:
-    """Arrays as tensors, without a copy where the array is writable (the object store's are not)."""
-    return {
-        name: value
-        if isinstance(value, Tensor)
-        else torch.from_numpy(value if value.flags.writeable else value.copy())
-        for name, value in named
-    }
+    def finish(self, checksum: str, version: int, started: float) -> SyncReport:
+        self.version, self.checksum = version, checksum
+        return SyncReport(version=version, checksum=checksum, seconds=time.perf_counter() - started)
 
 
 def check_requests(

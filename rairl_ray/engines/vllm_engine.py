@@ -2,26 +2,21 @@
 
 vLLM runs inside the calling process (its workers too, unless tensor_parallel > 1). It reads its settings
 from the environment at import, so an actor starts under `vllm_environment`; importing this module does not
-import vllm. Two things of vLLM are version-bound and live here alone: weights are reloaded in place by a
-worker extension, and adapters get a fresh id and folder at every sync.
+import vllm. Full weights go through vLLM's own weight transfer (`weight_transfer.py`); an adapter gets a fresh
+id, name and folder at every sync.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
-import json
-import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -35,11 +30,12 @@ from rairl_ray.engines.rollout_engine import (
     SyncReport,
     SyncState,
     WeightSyncError,
-    as_tensors,
     check_adapter,
     check_completions,
     check_requests,
 )
+from rairl_ray.engines.weight_transfer import BACKENDS, check_vllm
+from rairl_ray.engines.weights import adapter_folder, checksum
 from rairl_ray.errors import ModelError
 
 GIB = 2**30
@@ -47,7 +43,9 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The only values that vLLM takes for its largest rank."""
 KEPT_ADAPTERS = 2
 """Adapter versions held at once: the current one and the one before."""
-HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
+ADAPTER_IDS = itertools.count(1)
+"""Never used twice in a process, not even by two engines: vLLM's caches know an adapter by its id and name."""
+WORKER_EXTENSION = "rairl_ray.engines.weight_transfer_vllm.TransferReport"
 PREFILL_TOKENS = 8192
 """CPU: tokens of one prefill step."""
 SMALL_BLOCK, SMALL_WINDOW = 32, 512
@@ -83,34 +81,6 @@ def vllm_environment(*, device: Literal["cpu", "cuda"], threads: int | None = No
     return variables
 
 
-class WeightReloader:
-    """Worker extension: vLLM adds this method to each of its workers."""
-
-    model_runner: Any
-
-    def reload_named_weights(self, named: Sequence[tuple[str, Tensor]]) -> list[str]:
-        """Replace all weights in place; answers the names of parameters that `named` did not fill.
-
-        Plain `model.load_weights` fails on a CPU, where weights are repacked after loading.
-        """
-        model = self.model_runner.get_model()
-        loaded: set[str] = set()
-        load = model.load_weights
-
-        def recorded(weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-            filled = load(weights)
-            loaded.update(filled)
-            return filled
-
-        model.load_weights = recorded  # reload_weights only logs what stayed behind
-        try:
-            expected = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
-            self.model_runner.reload_weights(weights_iterator=iter(named))
-        finally:
-            del model.load_weights
-        return sorted(expected - loaded)
-
-
 class VllmEngine:
     """See rollout_engine.RolloutEngine for the contract."""
 
@@ -120,13 +90,13 @@ class VllmEngine:
             import vllm
             from vllm.lora.request import LoRARequest
 
+            check_vllm()
         self._options = options
         self._decode = decode
         self._params: Any = vllm.SamplingParams
         self._lora_request: Any = LoRARequest
         self._state = SyncState()
         self._adapters: list[Any] = []  # newest last, at most KEPT_ADAPTERS
-        self._adapter_ids = itertools.count(1)
         self._current: Any = None
         self._asleep = False
         self._failure: str | None = None
@@ -212,74 +182,80 @@ class VllmEngine:
             self._failure = repr(error)
             raise
 
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor | np.ndarray]], version: int) -> SyncReport:
+    def load_weights(self, chunks: Iterable[Mapping[str, Tensor]], version: int) -> SyncReport:
         started = time.perf_counter()
+        self.start_weight_update()
+        for chunk in chunks:
+            self.update_weights({"named": list(chunk.items())}, version)
+        return self.finish_weight_update(version, started)
+
+    # Full weights in vLLM's own verbs: `load_weights` runs them, or a learner through the actor (NCCL, IPC).
+
+    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
+        """Meet the learner (NCCL); called once."""
+        self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
+
+    def start_weight_update(self) -> None:
         self.wake()
         self._state.begin()
         self._retire(keep=0)
-        named = as_tensors(tensors)
+        self._llm.start_weight_update()
+
+    def update_weights(self, update_info: Mapping[str, Any], version: int) -> None:
+        """Load one chunk."""
         try:
-            answers = self._llm.collective_rpc(
-                "reload_named_weights", args=(list(self._with_head(named).items()),)
-            )
-        except (KeyError, ValueError, AssertionError) as error:
+            self._llm.update_weights({"update_info": dict(update_info)})
+        except (KeyError, ValueError, AssertionError, RuntimeError) as error:
             raise WeightSyncError(
                 f"policy version {version} does not fit the rollout engine's model: {error}"
             ) from error
-        missing = sorted({name for names in answers for name in names})
+
+    def finish_weight_update(self, version: int, started: float) -> SyncReport:
+        """`started`: time.perf_counter() when the update began."""
+        self._llm.finish_weight_update(str(version))
+        reports = self._llm.collective_rpc("transfer_report")
+        missing = sorted({name for names, _ in reports for name in names})
         if missing:
             raise WeightSyncError(
                 f"policy version {version} came without the weights of {', '.join(missing[:5])}"
             )
+        checksums = {digest for _, digest in reports}
+        if len(checksums) != 1:
+            raise WeightSyncError(f"policy version {version} arrived differently in the engine's workers")
         self._llm.reset_prefix_cache()
-        return self._state.finish(named, version, started)
-
-    def _with_head(self, named: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """`named` with a tied head, which transformers does not count among the parameters.
-
-        On a CPU vLLM keeps a repacked copy of it, which would silently stay the old one.
-        """
-        tied = getattr(self._llm.model_config.hf_text_config, "tie_word_embeddings", False)
-        if not tied or HEAD in named or self._options.device != "cpu":
-            return named
-        embeddings = [name for name in named if name.endswith(EMBEDDINGS)]
-        return {**named, HEAD: named[embeddings[0]]} if embeddings else named
+        return self._state.finish(checksums.pop(), int(self._llm.get_weight_version()), started)
 
     def load_adapter(
-        self, tensors: Mapping[str, Tensor | np.ndarray], adapter_config: Mapping[str, Any], version: int
+        self, tensors: Mapping[str, Tensor], adapter_config: Mapping[str, Any], version: int
     ) -> SyncReport:
         started = time.perf_counter()
         check_adapter(adapter_config, self._options)
         self.wake()
         self._state.begin()
-        named = as_tensors(tensors.items())
         unserved = sorted(
-            name for name in named if name.partition(".lora_")[0].rpartition(".")[2] not in self._lora_targets
+            name for name in tensors if name.partition(".lora_")[0].rpartition(".")[2] not in self._lora_targets
         )
         if unserved:  # vLLM would leave some of them out without a word
             self._retire(keep=0)
             raise WeightSyncError(f"adapter of policy version {version}: unknown {', '.join(unserved[:5])}")
         self._retire(keep=KEPT_ADAPTERS - 1)
-        # a name or id that was used before would be answered from vLLM's caches
-        number = next(self._adapter_ids)
-        request = self._lora_request(
-            f"policy-{version}-{number}", number, _write_adapter(named, adapter_config)
-        )
-        self._adapters.append(request)
+        number = next(ADAPTER_IDS)
         try:
-            self._llm.llm_engine.add_lora(request)
+            # vLLM keeps what it has read: the folder is needed for as long as this call takes
+            with adapter_folder(tensors, adapter_config) as folder:
+                request = self._lora_request(f"policy-{version}-{number}", number, folder)
+                self._llm.llm_engine.add_lora(request)
         except (ValueError, RuntimeError) as error:
             self._retire(keep=0)
             raise WeightSyncError(f"adapter of policy version {version}: {error}") from error
+        self._adapters.append(request)
         self._current = request
-        return self._state.finish(named, version, started)
+        return self._state.finish(checksum(tensors), version, started)
 
     def _retire(self, keep: int) -> None:
-        """Forget all adapters but the newest `keep`, in vLLM and on disk."""
+        """Forget all adapters but the newest `keep`."""
         while len(self._adapters) > keep:
-            request = self._adapters.pop(0)
-            self._llm.llm_engine.remove_lora(request.lora_int_id)
-            shutil.rmtree(request.lora_path, ignore_errors=True)
+            self._llm.llm_engine.remove_lora(self._adapters.pop(0).lora_int_id)
         if not self._adapters:
             self._current = None
 
@@ -302,8 +278,6 @@ class VllmEngine:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         self._state.begin()
-        for request in self._adapters:
-            shutil.rmtree(request.lora_path, ignore_errors=True)
         self._adapters, self._current = [], None
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
@@ -343,7 +317,8 @@ def llm_arguments(options: EngineOptions, lora_targets: Sequence[str] = ()) -> d
         "enable_prefix_caching": options.prefix_caching,
         "tensor_parallel_size": options.tensor_parallel,
         "logprobs_mode": "processed_logprobs",  # of what is sampled from: after temperature and top_p
-        "worker_extension_cls": f"{__name__}.{WeightReloader.__name__}",
+        "worker_extension_cls": WORKER_EXTENSION,
+        "weight_transfer_config": {"backend": BACKENDS[options.weight_transport]},
         "use_tqdm_on_load": False,
         "seed": 0,
     }
@@ -374,12 +349,3 @@ def llm_arguments(options: EngineOptions, lora_targets: Sequence[str] = ()) -> d
             "max_cpu_loras": KEPT_ADAPTERS,
         }
     return arguments
-
-
-def _write_adapter(tensors: Mapping[str, Tensor], adapter_config: Mapping[str, Any]) -> str:
-    """A node-local folder as PEFT saves it; vLLM casts to its own dtype."""
-    folder = Path(tempfile.mkdtemp(prefix="rairl-adapter-"))
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(plain, str(folder / "adapter_model.safetensors"))
-    (folder / "adapter_config.json").write_text(json.dumps(dict(adapter_config), default=list))
-    return str(folder)

@@ -14,16 +14,18 @@ weights that would be needed to sample it again are gone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import ray
-
-from rairl_ray.actors.rollout import PendingGroups, PendingSync, RolloutWorkers, Sampled
+from rairl_ray.actors.rollout import PendingGroups, PendingSync, RolloutWorkers, Sampled, Traces
+from rairl_ray.actors.weight_sync import WeightUpdate
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.trainer.feed import Feed
 from rairl_ray.types import Rollout, RolloutGroup
+
+Check = Callable[[list[list[list[float]]]], dict[str, float]]
+"""[replicas][traces][T_i] log-probabilities of the probe -> metrics; raises when they cannot be right."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class _Buffered:
     sampled: Sampled | None = None
 
 
+@dataclass(frozen=True)
+class _Sync:
+    pending: PendingSync
+    check: Check | None
+
+
 class RunAhead:
     """Keeps the replicas up to n steps ahead of the learners; owns what they were asked and have not given."""
 
@@ -58,8 +66,10 @@ class RunAhead:
         self._feed = feed
         self._rollouts = rollouts
         self._buffer: deque[_Buffered] = deque()
-        self._waiting: deque[_Buffered | PendingSync] = deque()
+        self._waiting: deque[_Buffered | _Sync] = deque()
         """What the replicas were given, in that order; deadlines are met in that order too."""
+        self.sync_metrics: dict[str, float] = {}
+        """Of the newest sync that was waited for."""
 
     def take(self, step: int) -> StepRollouts:
         """The groups of `step`, for a policy at version step - 1; starts the sampling of step + n first."""
@@ -78,9 +88,12 @@ class RunAhead:
             groups = sampled.groups
         return StepRollouts(groups, sampled.seconds, dropped)
 
-    def sync(self, payload: ray.ObjectRef, version: int) -> None:
-        """Give new weights to the replicas, behind what they are sampling; waits for it only at n = 0."""
-        self._waiting.append(self._rollouts.start_sync(payload, version))
+    def sync(self, update: WeightUpdate, probe: Traces = (), check: Check | None = None) -> None:
+        """Give new weights to the replicas, behind what they are sampling; waits for it only at n = 0.
+
+        `check` judges the replicas' answers to the probe; what it returns is in `sync_metrics` afterwards.
+        """
+        self._waiting.append(_Sync(self._rollouts.start_sync(update, probe), check))
         if not any(isinstance(item, _Buffered) for item in self._waiting):
             self.settle()
 
@@ -130,8 +143,9 @@ class RunAhead:
 
     def _finish_next(self) -> None:
         item = self._waiting.popleft()
-        if isinstance(item, PendingSync):
-            self._rollouts.finish_sync(item)
+        if isinstance(item, _Sync):
+            answers = self._rollouts.finish_sync(item.pending)
+            self.sync_metrics = item.check(answers) if item.check else {}
         else:
             assert item.pending is not None
             item.sampled = self._rollouts.collect(item.pending)

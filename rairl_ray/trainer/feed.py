@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rairl_ray.data.cursor import Cursor
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.errors import DataError
+from rairl_ray.keys import keyed_random
 from rairl_ray.types import Demonstration, Prompt
 
 
@@ -17,6 +18,7 @@ class Feed:
     def __init__(self, task: Task, seed: int, ahead: int = 0) -> None:
         """`ahead`: draws after the current one whose demonstrations stay at hand too."""
         self._task = task
+        self._seed = seed
         self._prompts = Cursor(len(task.train), seed, "prompts")
         self._experts = Cursor(len(task.train), seed, "experts")
         self._drawn: deque[dict[str, Demonstration]] = deque(maxlen=ahead + 1)
@@ -48,6 +50,12 @@ class Feed:
     def next_demonstrations(self, count: int) -> list[Demonstration]:
         """The next `count` expert traces of the experts' own cursor."""
         return [self._task.train[index] for index in self._experts.next(count)]
+
+    def fixed(self, count: int, stream: str) -> list[Demonstration]:
+        """`count` training problems (or all, if fewer), the same in every call and every run of this seed."""
+        total = len(self._task.train)
+        chosen = keyed_random(self._seed, "fixed", stream).sample(range(total), min(count, total))
+        return [self._task.train[index] for index in chosen]
 
     def state(self) -> dict[str, object]:
         return {"prompts": self._prompts.state(), "experts": self._experts.state()}

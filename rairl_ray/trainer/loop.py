@@ -16,6 +16,7 @@ knows the order, not the mathematics (rairl_ray/algorithms), not the machines (r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +30,7 @@ from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import PhaseTimer, mean
 from rairl_ray.trainer.ahead import RunAhead, StepRollouts
 from rairl_ray.trainer.feed import Feed
+from rairl_ray.trainer.probe import PROBE_TRACES, make_probe
 from rairl_ray.types import PolicyBatch, PolicySample, RewardedTrace, RolloutGroup
 
 
@@ -56,9 +58,11 @@ class Loop:
         strategy: Strategy,
     ) -> None:
         self.config = config
+        self.rollouts = rollouts
         self.ahead = RunAhead(config, feed, rollouts)
         self.policy = policy
         self.strategy = strategy
+        self.probe = make_probe(feed.fixed(PROBE_TRACES, "probe"), rollouts.renderer, config)
 
     def step(self, step: int, timer: PhaseTimer) -> tuple[dict[str, float], list[RolloutGroup]]:
         """One whole step; returns its metrics and its rollouts (for the log)."""
@@ -72,13 +76,35 @@ class Loop:
         with timer.phase(names.TIME_SYNC):
             self.sync()
         metrics |= rollout_metrics(rollouts, result.version - 1)
+        metrics |= self.ahead.sync_metrics
         metrics |= result.metrics
         metrics[names.POLICY_VERSION] = float(result.version)
         return metrics, groups
 
     def sync(self) -> None:
-        """Give the newest policy to every rollout replica; each answers version and checksum."""
-        self.ahead.sync(self.policy.weights(), self.policy.version)
+        """Give the newest policy to every rollout replica; each proves that it serves what the learner has.
+
+        Raises:
+            GroupFailure: an engine answers another version or checksum, or other log-probabilities.
+        """
+        update = self.policy.weights(self.rollouts.members)
+        every = self.config.rollout.probe_every
+        if not every or update.version % every:
+            self.ahead.sync(update)
+            return
+        learner = self.policy.logprobs(self.probe.samples, temperature=1.0)
+        self.ahead.sync(update, self.probe.traces, partial(self._compare, update.version, learner))
+
+    def _compare(
+        self, version: int, learner: Sequence[np.ndarray], answers: Sequence[Sequence[Sequence[float]]]
+    ) -> dict[str, float]:
+        """The probe's gap of the replica that is farthest from the learner."""
+        gaps = [self.probe.gap(learner, scores) for scores in answers]
+        for rank, gap in enumerate(gaps):
+            cause = self.probe.refusal(gap, version, self.config.model.policy.dtype)
+            if cause is not None:
+                raise self.rollouts.refused(rank, cause)
+        return {names.SYNC_LOGPROB_GAP: max(gaps)}
 
 
 def policy_batches(

@@ -22,15 +22,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rairl_ray.actors.group import GroupFailure, blamed
 from rairl_ray.actors.learner import learner_environment
 from rairl_ray.actors.roster import ANY_RANK, Member
+from rairl_ray.actors.weight_sync import put_update
 from rairl_ray.config.schema import Timeouts
-from rairl_ray.engines.weights import read_payload
+from rairl_ray.engines.weights import saved_chunks
 from rairl_ray.errors import UserError
 from rairl_ray.runfolder import Summary
 from rairl_ray.trainer.attempts import run_attempts
@@ -64,7 +64,8 @@ def _attempt(session: Session, parts: Parts, resume: bool, ready: Callable[[], N
         return False
     summary: Summary = {}
     if config.eval.at_end:
-        parts.rollouts.sync(ray.put(read_payload(session.folder.final_policy)), max(last, 1))
+        chunks, adapter = saved_chunks(session.folder.final_policy)
+        parts.rollouts.sync(put_update(chunks, max(last, 1), adapter))
         summary = _evaluate(session, heldout, "final", last)
     session.finish(summary)
     return True

@@ -180,8 +180,9 @@ class Worker:
 
     def _export(self) -> None:
         from rairl_ray.engines.artifacts import save_policy
+        from rairl_ray.engines.weights import whole
 
-        state = self.engine.trainable_state()
+        state = whole(self.engine.trainable_state())
         if self.rank == 0:
             save_policy(
                 self.folder.final_policy,

@@ -1,0 +1,77 @@
+"""The probe: a few fixed traces whose log-probabilities learner and engines must agree on after every sync.
+
+The checksum says that the right bytes arrived; the probe says that the engine computes the same function of
+them. Both sides score at temperature 1 over the whole vocabulary, whatever the rollouts sample with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.data.rendering import Renderer
+from rairl_ray.types import Demonstration, PolicySample, Trace
+
+PROBE_TRACES = 4
+PROBE_TOKENS = 64
+"""Completion tokens of a trace that are compared, at most."""
+
+LARGEST_GAP = {"float32": 1e-3, "bfloat16": 0.1}
+"""Default of `rollout.max_sync_logprob_gap` by model.policy.dtype, well above what was measured on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    samples: tuple[PolicySample, ...]
+    bound: float
+
+    @property
+    def traces(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(prompt ids, completion ids), as `RolloutEngine.score_tokens` takes them."""
+        return [(sample.prompt_ids, sample.completion_ids) for sample in self.samples]
+
+    def gap(self, learner: Sequence[np.ndarray], engine: Sequence[Sequence[float]]) -> float:
+        """Mean |difference| a token between the learner's and one engine's log-probabilities, each [N][T_i]."""
+        differences = np.concatenate(learner) - np.concatenate([np.asarray(row) for row in engine])
+        return float(np.abs(differences).mean())
+
+    def refusal(self, gap: float, version: int, dtype: str) -> str | None:
+        """Why an engine with this gap cannot be trusted; None where it can. A NaN cannot."""
+        if gap <= self.bound:
+            return None
+        return (
+            f"policy version {version} arrived whole, but its log-probabilities are {gap:.3g} a token away "
+            f"from the learner's on the probe of {len(self.samples)} traces, and at most {self.bound:g} is "
+            f"allowed (rollout.max_sync_logprob_gap, for model.policy.dtype={dtype}): the engine does not "
+            "compute what the learner computes; if their numerics differ by intent, raise the bound"
+        )
+
+
+def make_probe(demonstrations: Sequence[Demonstration], renderer: Renderer, config: RunConfig) -> Probe:
+    """The probe of a run, from a few of its training problems.
+
+    Where there is no expert trace (grpo) the second half of the prompt is scored instead.
+    """
+    longest = min(PROBE_TOKENS, config.rollout.max_completion_tokens)
+    samples = []
+    for item in demonstrations:
+        prompt = renderer.prompt_ids(item.prompt)
+        if item.completion is None:
+            prompt, completion = prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]
+        else:
+            trace = Trace(prompt=item.prompt, text=item.completion)
+            completion = renderer.tokenize(trace, same_tokenizer=True).completion_ids
+        completion = completion[:longest]
+        samples.append(
+            PolicySample(
+                prompt_ids=prompt,
+                completion_ids=completion,
+                advantages=np.zeros(len(completion), dtype=np.float32),
+                sampling_logprobs=None,
+            )
+        )
+    bound = config.rollout.max_sync_logprob_gap or LARGEST_GAP[config.model.policy.dtype]
+    return Probe(samples=tuple(samples), bound=bound)

@@ -1,0 +1,271 @@
+"""What a sync proves, through real Ray actors, DeepSpeed and rollout engines: nothing but the learner's weights
+is ever served. The `hf` engine here, vLLM under `slow`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from rairl_ray import metrics as names
+from rairl_ray.actors.group import GroupFailure, Member
+from rairl_ray.actors.rollout import RolloutActor, RolloutWorkers
+from rairl_ray.actors.weight_sync import EngineClient, WeightUpdate, fetched
+from rairl_ray.config.load import load_config
+from rairl_ray.engines.weights import pack, whole
+from rairl_ray.metrics import PhaseTimer
+from rairl_ray.trainer.feed import Feed
+from rairl_ray.trainer.grpo import GrpoStrategy
+from rairl_ray.trainer.loop import Loop
+from rairl_ray.trainer.parts import Parts, cluster, place, start_parts
+from rairl_ray.trainer.prepare import Prepared, prepare
+from tests.runs import ROOT, TINY
+
+Chunk = dict[str, torch.Tensor]
+
+SMALL = [
+    *TINY,
+    "warm_start=null",
+    "tracking.uri=none",
+    "rollout.replicas=2",
+    "placement.cpus_per_actor=0.1",
+    "policy.learning_rate=0.01",
+    "policy.warmup_share=0",
+    "policy.schedule=constant",
+]
+
+
+@dataclasses.dataclass
+class Machine:
+    """A run's parts without the run."""
+
+    prepared: Prepared
+    parts: Parts
+    loop: Loop
+
+    def step(self, number: int) -> dict[str, float]:
+        return self.loop.step(number, PhaseTimer())[0]
+
+
+def started(output: Path, *overrides: str) -> Machine:
+    config = load_config(ROOT / "experiments/demo/grpo.yaml", [*SMALL, f"output_dir={output}", *overrides])
+    prepared = prepare(config)
+    parts = start_parts(prepared, place(config))
+    parts.rollouts.open()
+    assert parts.policy is not None
+    parts.policy.open(10)
+    strategy = GrpoStrategy(prepared.task, prepared.policy_renderer)
+    loop = Loop(config, Feed(prepared.task, config.seed), parts.rollouts, parts.policy, strategy)
+    return Machine(prepared, parts, loop)
+
+
+@pytest.fixture(scope="module")
+def joined() -> Iterator[None]:
+    with cluster(load_config(ROOT / "experiments/demo/grpo.yaml", SMALL)):
+        yield
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def machine(request: Any, joined: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    rank = "null" if request.param == "full" else "4"
+    machine = started(tmp_path_factory.mktemp(request.param), f"model.policy.lora.rank={rank}")
+    yield machine
+    machine.parts.close()
+
+
+def assert_stale(machine: Machine) -> None:
+    prompts = machine.loop.feed.next_prompts(1)
+    with pytest.raises(GroupFailure, match=r"rollout: rank . .* no policy version yet"):
+        machine.parts.rollouts.generate(prompts, "stale")
+
+
+def test_an_engine_serves_nothing_before_its_sync_and_nothing_after_it_was_opened_anew(
+    machine: Machine,
+) -> None:
+    assert_stale(machine)
+    machine.loop.sync()
+    prompts = machine.loop.feed.next_prompts(2)
+    groups = machine.parts.rollouts.generate(prompts, "fresh")
+    assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {0}
+    machine.parts.rollouts.open()
+    assert_stale(machine)
+    machine.loop.sync()
+
+
+def test_learner_and_engines_agree_step_after_step(machine: Machine) -> None:
+    """And the metrics say so; the weights really move between the steps."""
+    machine.loop.sync()
+    policy = machine.parts.policy
+    assert policy is not None
+    before = policy.logprobs(machine.loop.probe.samples, temperature=1.0)
+    first = policy.version
+    for step in (1, 2, 3):
+        metrics = machine.step(step)
+        assert 0 <= metrics[names.SYNC_LOGPROB_GAP] < 1e-5
+        assert 0 <= metrics[names.ROLLOUT_LOGPROB_GAP] < 1e-5
+        assert metrics[names.POLICY_VERSION] == first + step
+    after = policy.logprobs(machine.loop.probe.samples, temperature=1.0)
+    assert machine.loop.probe.gap(after, [row.tolist() for row in before]) > 1e-3
+
+
+def corrupted(update: WeightUpdate, change: Callable[[Chunk], Chunk]) -> WeightUpdate:
+    assert update.chunks is not None
+    return dataclasses.replace(update, chunks=(ray.put(pack(change(whole(fetched(update.chunks))))),))
+
+
+def pair(chunk: Chunk) -> tuple[str, str]:
+    """Two names whose tensors have one shape."""
+    names = sorted(chunk)
+    return next((a, b) for a in names for b in names if a < b and chunk[a].shape == chunk[b].shape)
+
+
+def wrong_tensor(chunk: Chunk) -> Chunk:
+    name = sorted(chunk)[0]
+    tensor = chunk[name].clone()
+    tensor.view(-1)[0] += 1e-3
+    return {**chunk, name: tensor}
+
+
+def swapped_names(chunk: Chunk) -> Chunk:
+    a, b = pair(chunk)
+    return {**chunk, a: chunk[b], b: chunk[a]}
+
+
+def missing_tensor(chunk: Chunk) -> Chunk:
+    return {name: tensor for name, tensor in chunk.items() if name != sorted(chunk)[0]}
+
+
+@pytest.mark.parametrize("fault", [wrong_tensor, swapped_names, missing_tensor])
+def test_what_is_damaged_between_learner_and_engine_fails_the_sync(
+    machine: Machine, fault: Callable[[Chunk], Chunk]
+) -> None:
+    policy, rollouts = machine.parts.policy, machine.parts.rollouts
+    assert policy is not None
+    update = policy.weights(rollouts.members)
+    if machine.prepared.config.model.policy.lora.rank is not None and fault is swapped_names:
+        machine.step(1)  # B starts at zero: at version 0 a swap would change nothing
+        update = policy.weights(rollouts.members)
+    with pytest.raises(GroupFailure, match=r"rollout: rank 0 \(node .*pid .*failed in phase sync") as failure:
+        rollouts.sync(corrupted(update, fault))
+    assert str(failure.value).count("\n") == 0
+    assert (
+        update.checksum in str(failure.value)
+        or "missing" in str(failure.value)
+        or "without" in str(failure.value)
+    )
+    machine.loop.sync()
+
+
+def test_weights_of_an_earlier_version_are_not_taken_for_the_newest(machine: Machine) -> None:
+    policy, rollouts = machine.parts.policy, machine.parts.rollouts
+    assert policy is not None
+    machine.loop.sync()
+    old = policy.weights(rollouts.members)
+    machine.step(1)
+    new = policy.weights(rollouts.members)
+    assert (old.version + 1, old.checksum != new.checksum) == (new.version, True)
+    stale = dataclasses.replace(new, chunks=old.chunks)
+    with pytest.raises(GroupFailure, match=f"policy version {new.version} left the learner"):
+        rollouts.sync(stale)
+    machine.loop.sync()
+
+
+class PerturbedActor(RolloutActor):
+    """One weight of the engine changes after it was loaded; its checksum is then still the right one."""
+
+    def load(self, update: WeightUpdate) -> Any:
+        report = super().load(update)
+        if update.version > 0:
+            engine: Any = self.engine
+            with torch.no_grad():
+                engine._base.model.embed_tokens.weight[5, 0] += 0.5
+        return report
+
+
+def test_silently_wrong_numerics_fail_the_run_by_the_probe(joined: None, tmp_path: Path) -> None:
+    machine = started(tmp_path, "rollout.replicas=1")
+    config = machine.prepared.config
+    handle = ray.remote(PerturbedActor).remote(0, config, machine.prepared.policy_path, "cpu")
+    perturbed = RolloutWorkers([Member(0, handle, "here", 1)], config, machine.prepared.policy_renderer)
+    perturbed.open()
+    machine.loop.rollouts = perturbed
+    try:
+        assert machine.loop.sync()[names.SYNC_LOGPROB_GAP] < 1e-5
+        with pytest.raises(GroupFailure, match=r"phase sync.*away from the learner's.*max_sync_logprob_gap"):
+            machine.step(1)
+    finally:
+        perturbed.close()
+        machine.parts.close()
+
+
+def test_the_probe_can_be_thinned_out(machine: Machine) -> None:
+    policy = machine.parts.policy
+    assert policy is not None
+    for every in (0, 2):
+        rollout = machine.loop.config.rollout.model_copy(update={"probe_every": every})
+        machine.loop.config = machine.loop.config.model_copy(update={"rollout": rollout})
+        probed = every and policy.version % every == 0
+        assert (names.SYNC_LOGPROB_GAP in machine.loop.sync()) == bool(probed)
+    machine.loop.config = machine.prepared.config
+
+
+class Recorder:
+    """Stands in for a rollout actor's control calls; NCCL itself needs GPUs."""
+
+    def __init__(self) -> None:
+        self.infos: list[dict[str, Any]] = []
+
+    def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
+        self.infos.append(info)
+
+    def seen(self) -> list[dict[str, Any]]:
+        return self.infos
+
+
+def test_every_engine_gets_nccl_ranks_of_its_own(joined: None) -> None:
+    handles = [ray.remote(Recorder).options(num_cpus=0).remote() for _ in range(3)]
+    client = EngineClient(handles, workers_per_engine=2, deadline_seconds=60)
+    client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 7})
+    client.init_weight_transfer_engine({"packed": True})
+    seen = ray.get([handle.seen.remote() for handle in handles])
+    assert [infos[0]["rank_offset"] for infos in seen] == [1, 3, 5]
+    assert all(infos[1] == {"packed": True} for infos in seen)
+    for handle in handles:
+        ray.kill(handle)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_vllm_engines_read_one_update(joined: None, tmp_path: Path, kind: str, dtype: str) -> None:
+    machine = started(
+        tmp_path,
+        "rollout.engine=vllm",
+        f"model.policy.dtype={dtype}",
+        f"model.policy.lora.rank={'null' if kind == 'full' else 4}",
+    )
+    try:
+        assert_stale(machine)
+        machine.loop.sync()
+        bound = 1e-4 if dtype == "float32" else 0.05
+        for step in (1, 2):
+            metrics = machine.step(step)
+            assert metrics[names.SYNC_LOGPROB_GAP] < bound
+            assert metrics[names.ROLLOUT_LOGPROB_GAP] < bound
+        policy, rollouts = machine.parts.policy, machine.parts.rollouts
+        assert policy is not None
+        update = policy.weights(rollouts.members)
+        scores = rollouts.sync(update, machine.loop.probe.traces)
+        assert len(scores) == 2 and scores[0] == scores[1]
+        with pytest.raises(GroupFailure, match="phase sync"):
+            rollouts.sync(corrupted(update, wrong_tensor))
+        rollouts.open()
+        assert_stale(machine)
+        machine.loop.sync()
+    finally:
+        machine.parts.close()
