@@ -37,6 +37,26 @@ def config_of(experiment: str, output: Path, *overrides: str) -> RunConfig:
     )
 
 
+def mediocre(output: Path) -> tuple[str, str]:
+    """Overrides that start from a policy which is right now and then: without that grpo has nothing to learn.
+
+    SFT on the eight problems of `data.limit=8`, stopped early.
+    """
+    schooling = ("trainer.steps=250", "trainer.prompts_per_step=8", "trainer.checkpoint_every=0")
+    config = config_of("sft", output, "data.limit=8", *schooling)
+    run(config)
+    return (
+        f"model.policy.path={Path(config.output_dir) / config.name / 'final' / 'policy'}",
+        "model.policy.build=null",
+    )
+
+
+def moved(rows: Sequence[dict[str, float]]) -> bool:
+    """Whether most steps had a gradient: equal runs of a policy that never moves prove nothing."""
+    norms = [row["policy/grad_norm"] for row in rows if "policy/grad_norm" in row]
+    return 2 * sum(norm > 0 for norm in norms) > len(norms)
+
+
 def run(config: RunConfig, resume: bool = False) -> list[dict[str, float]]:
     """Train and return the rows of metrics.jsonl without what measures the machine."""
     assert train(config, resume=config.name if resume else None) == 0

@@ -14,7 +14,7 @@ import pytest
 
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.trainer.parts import cluster
-from tests.inprocess import config_of, differing, killed_after, rows_of, run
+from tests.inprocess import config_of, differing, killed_after, mediocre, moved, rows_of, run
 
 COMMON = (
     "trainer.steps=5",
@@ -78,8 +78,10 @@ def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 )
 def test_the_resumed_run_equals_the_uninterrupted_one(case: str, tmp_path: Path) -> None:
     experiment, overrides = CASES[case]
-    config = config_of(experiment, tmp_path / "whole", *COMMON, *overrides)
+    start = mediocre(tmp_path / "start") if experiment == "grpo" else ()
+    config = config_of(experiment, tmp_path / "whole", *COMMON, *overrides, *start)
     whole = run(config)
+    assert moved(whole)
     for checkpoint in (2,) if case in FAST else (2, 4):
         resumed = run(killed_after(config, checkpoint, tmp_path / f"from-{checkpoint}"), resume=True)
         assert differing(whole, resumed) == [], f"resumed from step {checkpoint}"

@@ -24,7 +24,7 @@ from rairl_ray.trainer.grpo import GrpoStrategy
 from rairl_ray.trainer.loop import policy_batches
 from rairl_ray.trainer.parts import Parts, cluster, place, start_parts
 from rairl_ray.trainer.prepare import Prepared, prepare
-from tests.inprocess import config_of, differing, killed_after, rows_of, run
+from tests.inprocess import config_of, differing, killed_after, mediocre, moved, rows_of, run
 
 AHEAD = (
     "trainer.max_staleness_steps=2",
@@ -74,9 +74,12 @@ def test_a_resume_keeps_the_buffer_and_repeats_the_run_bit_for_bit(
 
 
 def test_without_staleness_it_is_the_plain_synchronous_run(tmp_path: Path) -> None:
-    config = config_of("grpo", tmp_path, "trainer.steps=3", "policy.minibatches_per_step=2")
+    start = mediocre(tmp_path / "start")
+    config = config_of(
+        "grpo", tmp_path, "data.limit=8", "trainer.steps=3", "policy.minibatches_per_step=2", *start
+    )
     logged = [row for row in run(config) if names.POLICY_LOSS in row]
-    assert [row[names.ROLLOUT_STALENESS] for row in logged] == [0, 0, 0]
+    assert moved(logged) and [row[names.ROLLOUT_STALENESS] for row in logged] == [0, 0, 0]
     prepared = prepare(config)
     with parts_of(prepared) as parts:
         plain = list(synchronous_losses(prepared, parts))
