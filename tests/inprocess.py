@@ -42,7 +42,7 @@ def mediocre(output: Path) -> tuple[str, str]:
 
     SFT on the eight problems of `data.limit=8`, stopped early.
     """
-    schooling = ("trainer.steps=250", "trainer.prompts_per_step=8", "trainer.checkpoint_every=0")
+    schooling = ("trainer.steps=300", "trainer.prompts_per_step=8", "trainer.checkpoint_every=0")
     config = config_of("sft", output, "data.limit=8", *schooling)
     run(config)
     return (
