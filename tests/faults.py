@@ -46,7 +46,7 @@ RUN = [
     "eval.at_end=false",
     f"trainer.steps={STEPS}",
     "trainer.retry_backoff_seconds=0.1",
-    "timeouts.teardown_seconds=30",
+    "timeouts.teardown_seconds=60",
 ]
 """A tiny R-AIRL run with two policy ranks and a checkpoint after every step."""
 

@@ -237,9 +237,9 @@ def test_errors_of_the_user_are_not_tried_again_and_a_shrunken_cluster_says_what
 @pytest.mark.parametrize(
     ("fault", "phase", "deadline"),
     [
-        (Fault("rollout", 0, "generate", call=2), "generate", "timeouts.rollout_seconds=8"),
-        (Fault("policy", 1, "update", call=2), "update", "timeouts.update_seconds=8"),
-        (Fault("discriminator", 0, "score", call=2), "score", "timeouts.score_seconds=8"),
+        (Fault("rollout", 0, "generate", call=2), "generate", "timeouts.rollout_seconds=15"),
+        (Fault("policy", 1, "update", call=2), "update", "timeouts.update_seconds=15"),
+        (Fault("discriminator", 0, "score", call=2), "score", "timeouts.score_seconds=15"),
     ],
     ids=lambda value: f"{value.role}-{value.verb}" if isinstance(value, Fault) else None,
 )
@@ -254,7 +254,7 @@ def test_a_run_recovers_from_a_stopped_process(
     named = f"{fault.role} rank {fault.rank} (node "
     assert f"failure 1 of role {fault.role}" in text and named in text and "is stopped" in text
     assert f"in phase {phase}" in text and "last finished step 1" in text
-    assert at - float(fault.mark(tmp_path).read_text()) < 8 + 30
+    assert at - float(fault.mark(tmp_path).read_text()) < 15 + 30
     assert len(events(folder, f"^recovered from the failure of {fault.role} in phase {phase}")) == 1
     assert steps(folder) == list(range(1, STEPS + 1))
     assert_nothing_left()

@@ -82,10 +82,9 @@ class Roster:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         asked = self._nodes()
         found = _on_nodes(asked & alive, look, self.attempt, self.probe_seconds)
-        seen = [process for processes in found.values() for process in processes or ()]
         claimed = {member.pid for member in self.members.values()}
         return {
-            key: _state_elsewhere(member, found, asked - alive) or _state(member, seen, claimed)
+            key: _state_elsewhere(member, found, asked - alive) or _state(member, found, claimed)
             for key, member in self.members.items()
         }
 
@@ -129,8 +128,9 @@ def _state_elsewhere(member: Member, found: Mapping[str, list[Seen] | None], los
     return SILENT_NODE if member.node_id and found.get(member.node_id) is None else None
 
 
-def _state(member: Member, seen: Sequence[Seen], claimed: set[int]) -> str:
-    own = [process for process in seen if process.role == member.role]
+def _state(member: Member, found: Mapping[str, Sequence[Seen] | None], claimed: set[int]) -> str:
+    nodes = [member.node_id] if member.node_id else list(found)
+    own = [seen for node in nodes for seen in found[node] or () if seen.role == member.role]
     if member.pid:
         own = [process for process in own if process.pid == member.pid]
     else:
@@ -181,12 +181,12 @@ def _marked(attempt: str) -> list[tuple[psutil.Process, str, int]]:
     marked = []
     for process in psutil.process_iter():
         try:
-            mark = process.environ().get(MARK, "")
+            mark = "" if process.status() == psutil.STATUS_ZOMBIE else process.environ().get(MARK, "")
         except (psutil.Error, OSError):
             continue
         found, _, member = mark.partition("/")
         role, _, rank = member.rpartition("/")
-        if found == attempt and process.status() != psutil.STATUS_ZOMBIE:
+        if found == attempt:
             marked.append((process, role, int(rank)))
     return marked
 
