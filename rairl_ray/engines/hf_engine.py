@@ -169,8 +169,9 @@ class HfEngine:
         absent = set(self._base.state_dict()) - set(self._base.all_tied_weights_keys)
         for chunk in chunks:
             try:
+                digest.update(chunk)
                 _, unknown = self._base.load_state_dict(chunk, strict=False)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 raise WeightSyncError(
                     f"policy version {version} does not fit the rollout engine's model: {error}"
                 ) from error
@@ -179,7 +180,6 @@ class HfEngine:
                     f"policy version {version} does not fit the rollout engine's model: "
                     f"unknown {', '.join(unknown[:5])}"
                 )
-            digest.update(chunk)
             absent -= set(chunk)
         if absent:
             raise WeightSyncError(
