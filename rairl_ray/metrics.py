@@ -65,6 +65,10 @@ ROLLOUT_COMPLETION_TOKENS = "rollout/completion_tokens"
 ROLLOUT_TRUNCATED = "rollout/truncated_share"
 ROLLOUT_FAILED_GROUPS = "rollout/failed_groups"
 
+# checkpoints, which ranks write beside training; what training waits for them is time/checkpoint
+CHECKPOINT_WRITE_SECONDS = "checkpoint/write_seconds"
+CHECKPOINT_BYTES = "checkpoint/bytes"
+
 # where the time of a step goes
 TIME_ROLLOUT = "time/rollout"
 TIME_SCORE = "time/score"

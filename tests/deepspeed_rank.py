@@ -174,10 +174,13 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
         return [step_once(engine, case, step, rank, world) for step in steps]
 
     engine = engine_for()
+    if "steps_from" in case:
+        return run_part(engine, case, folder, train)
     if case.get("resume"):
         train(engine, range(2))
         engine.save(folder / f"saved-{case['name']}", {"version": 2})
-        train(engine, range(2, 4))
+        train(engine, range(2, 4))  # while it is being written
+        assert engine.written(wait=True).error is None
         straight = engine.trainable_state()
         engine.destroy()
         engine = engine_for()
@@ -196,6 +199,43 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
         result["scores"] = unit_outputs(engine.infer, kind, batch)[0]
     engine.destroy()
     return result
+
+
+def run_part(engine: Any, case: dict[str, Any], folder: Path, train: Callable[..., Any]) -> dict[str, Any]:
+    """Updates `steps_from` to `steps_to` of a longer run: load, look, train, look, save."""
+    result: dict[str, Any] = {}
+    if "load" in case:
+        result["client"] = engine.load(folder / case["load"])
+        result["loaded"] = full_state(engine)
+    result["reports"] = train(engine, range(case["steps_from"], case["steps_to"]))
+    result["trained"] = full_state(engine)
+    result["state"] = engine.trainable_state()
+    if "save" in case:
+        engine.save(folder / case["save"], {"version": case["steps_to"]})
+        assert engine.written(wait=True).error is None
+    engine.destroy()
+    return result
+
+
+def full_state(engine: Any) -> dict[str, dict[str, Tensor]]:
+    """Parameter -> float32 weights and Adam moments, put together by DeepSpeed's own functions."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    zero, found = engine._engine.optimizer, {}
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # its functions look through links made once
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if isinstance(zero, torch.optim.Optimizer):
+            values = {"master": parameter, **zero.state[parameter]}
+        else:
+            values = {k: safe_get_full_optimizer_state(parameter, k) for k in ("exp_avg", "exp_avg_sq")}
+            values["master"] = safe_get_full_fp32_param(parameter)
+        kinds = ("master", "exp_avg", "exp_avg_sq")
+        found[name] = {kind: values[kind].detach().clone().reshape(-1) for kind in kinds}
+    return found
 
 
 def step_once(engine: Any, case: dict[str, Any], step: int, rank: int, world: int) -> dict[str, float]:

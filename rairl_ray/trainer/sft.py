@@ -4,7 +4,8 @@ driver                                  TorchTrainer workers (one per rank, `sft
 ──────                                  ───────────────────────────────────────────────────────────────
 evaluate the untrained policy
 trainer.fit() ────────────────────────> same cursor on every rank, each takes its own micro-batches
-metrics, MLflow, display  <──queue───── rank 0: one row per update, checkpoints of the same layout
+metrics, MLflow, display  <──queue───── rank 0: one row per update
+checkpoint committed      <──queue───── rank 0: what all ranks have written beside training
 stop request              ──queue─────> rank 0, which tells the others
 evaluate, report          <──────────── final/policy
 """
@@ -30,6 +31,7 @@ from rairl_ray.errors import UserError
 from rairl_ray.runfolder import Summary
 from rairl_ray.trainer.heldout import HeldOut, values_of
 from rairl_ray.trainer.parts import Parts, start_parts
+from rairl_ray.trainer.saving import Saving
 from rairl_ray.trainer.session import Session
 from rairl_ray.trainer.sft_worker import train_worker
 
@@ -90,20 +92,29 @@ def _fit(session: Session, parts: Parts) -> tuple[int, bool]:
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
+    saving = Saving(session, {})
     last, finished, asked = 0, False, False
     for message in _messages(rows, thread):
-        kind, step, metrics = message
+        kind, step, content = message
         if kind == "restored":
             dropped = session.folder.truncate_to_step(step)
             session.event(
                 f"workers start from update {step}; {dropped} later rows of metrics.jsonl are made again"
             )
+        elif kind == "event":
+            session.event(content)
+        elif kind == "unwritable":
+            saving.failed(step, content)
+        elif kind == "written":
+            draft, report = content
+            saving.commit(draft, {"policy": report}, {"policy": step})
         elif kind == "finished":
             finished = True
         elif kind == "update":
-            session.log(step, metrics)
-            session.display.step(step, metrics)
-        last = max(last, step) if kind == "update" else step
+            session.log(step, content)
+            session.display.step(step, content)
+        if kind in ("restored", "update"):
+            last = step
         if session.stop and not asked:
             stop.put(True)
             asked = True
@@ -113,6 +124,7 @@ def _fit(session: Session, parts: Parts) -> tuple[int, bool]:
     error = outcome.get("error")
     if error is not None:
         raise _explained(error, last)
+    saving.require()
     return last, finished
 
 
@@ -131,7 +143,7 @@ def _trainer(session: Session, parts: Parts, rows: Queue, stop: Queue) -> TorchT
             "policy_path": session.prepared.policy_path,
             "device": parts.device,
             "folder": str(session.folder.root),
-            "mlflow_run_id": session.tracker.run_id,
+            "verified": session.verified,
             "rows": rows,
             "stop": stop,
         },
@@ -147,7 +159,7 @@ def _trainer(session: Session, parts: Parts, rows: Queue, stop: Queue) -> TorchT
     )
 
 
-def _messages(rows: Queue, thread: threading.Thread) -> Iterator[tuple[str, int, dict[str, float]]]:
+def _messages(rows: Queue, thread: threading.Thread) -> Iterator[tuple[str, int, Any]]:
     """What rank 0 sends, until the trainer's thread has ended and the queue is empty."""
     while True:
         alive = thread.is_alive()
