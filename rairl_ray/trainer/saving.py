@@ -158,5 +158,5 @@ def check_references(
         if found["content"] != before["content"]:
             raise ResumeError(
                 f"{path}: the frozen weights of the {role} were {before['content']} (from {before['path']}), "
-                f"and are now {found['content']} (from {found['path']}); give back the model the run started with"
+                f"and are now {found['content']} (from {found['path']}); give back the model it began with"
             )
