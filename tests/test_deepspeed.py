@@ -166,7 +166,9 @@ def test_frozen_weights_stay_out_of_saved_state(two_ranks: tuple[Path, dict[str,
     full = folder / "saved-policy" / "1" / "resume"
     adapter = folder / "saved-policy-lora" / "2" / "bf16"
     sizes = [sum(f.stat().st_size for f in place.rglob("mp_rank*")) for place in (full, adapter)]
-    assert sizes[1] < 0.5 * sizes[0]
+    assert sizes[1] < 0.2 * sizes[0]
+    (file,) = adapter.rglob("mp_rank*")
+    assert all("lora" in name for name in torch.load(file, weights_only=False)["module"])
 
 
 def test_bfloat16_trains_close_to_float32(two_ranks: tuple[Path, dict[str, Any]]) -> None:

@@ -49,10 +49,15 @@ LEARNER_FILE = "learner.json"
 
 
 class _Snapshots(TorchCheckpointEngine):
-    """What DeepSpeed hands over to be saved is copied and kept; the disk is not touched."""
+    """What DeepSpeed hands over to be saved is copied and kept; the disk is not touched.
 
-    def __init__(self) -> None:
+    `left_out` are names of weights that need no saving. DeepSpeed leaves out frozen ones under one name
+    only, so that a tied output layer would be saved whole beside a small adapter.
+    """
+
+    def __init__(self, left_out: Sequence[str]) -> None:
         super().__init__()
+        self._left_out = left_out
         self.taken: dict[str, Any] = {}
         """Path -> copied state."""
 
@@ -60,6 +65,8 @@ class _Snapshots(TorchCheckpointEngine):
         """Folders are made by the thread that writes."""
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
+        for name in self._left_out:
+            state_dict.get("module", {}).pop(name, None)
         self.taken[path] = snapshot(state_dict)
 
 
@@ -212,7 +219,8 @@ class DeepSpeedEngine:
             config=_config(settings, learner, bfloat16=bfloat16, persistent_numel=max(vectors, default=0)),
         )
         _set_timeouts(timeout_seconds)
-        self._snapshots = _Snapshots()
+        every = module.named_parameters(remove_duplicate=False)
+        self._snapshots = _Snapshots([] if self._saves_all else [n for n, p in every if not p.requires_grad])
         self._engine.checkpoint_engine = self._snapshots
         self._engine._copy_recovery_script = lambda _folder: None  # it writes at once, and we never need it
         self._writer = BackgroundWriter()

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -84,8 +84,8 @@ def content_id(path: str, revision: str | None = None) -> str:
     """
     folder = Path(path)
     if not folder.is_dir():
-        commit = AutoConfig.from_pretrained(path, revision=revision)._commit_hash
-        return f"{path}@{commit}"
+        # The hub's cache keeps each commit in a folder of its name.
+        return f"{path}@{Path(hf_hub_download(path, 'config.json', revision=revision)).parent.name}"
     digest = hashlib.sha256()
     names = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
     for file in sorted({file for name in names for file in folder.glob(name)}):
