@@ -1,9 +1,9 @@
 """Atomic checkpoints: a folder counts only once its manifest, written last, matches every file.
 
-Life of one: `begin` makes a temporary folder beside the finished ones; actors write their shards into
-its policy/ and discriminator/; `commit` adds trainer/state.json and the manifest, makes all of it
-durable, and renames. A kill or a full disk at any point leaves the last good checkpoint as it was.
-Trainer state is JSON, never a pickle: reading a checkpoint executes nothing.
+Life of one: `begin` makes a temporary folder beside the finished ones and writes the trainer's own state into
+it; learner ranks write their shards beside training and hash them; `commit` checks that all of it is there,
+writes the manifest, makes it durable and renames. A kill, a full disk or a lost folder at any point leaves
+the last good checkpoint as it was. Trainer state is JSON, never a pickle.
 """
 
 from __future__ import annotations
@@ -14,16 +14,39 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rairl_ray.errors import ResumeError
 from rairl_ray.files import fsync_folder, write_atomic
+from rairl_ray.types import Written
 
-PARTS = ("policy", "discriminator", "trainer")
+TRAINER = "trainer"
 MANIFEST = "manifest.json"
-STATE = Path("trainer") / "state.json"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is, beyond its state: written into each manifest."""
+
+    config_hash: str
+    code_version: str
+    mlflow_run_id: str | None
+    references: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Role -> path and content of the frozen weights that it needs and no checkpoint holds."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint that is being written."""
+
+    step: int
+    folder: Path
+    files: dict[str, dict[str, Any]]
+    """The trainer's own files: name below `folder` -> size and sha256."""
 
 
 class CheckpointStore:
@@ -40,73 +63,83 @@ class CheckpointStore:
         self._keep = keep
         self._warn = warn or logging.getLogger(__name__).warning
 
-    def begin(self, step: int) -> Path:
-        """An empty temporary folder with policy/, discriminator/ and trainer/, for the actors' shards."""
+    def begin(self, step: int, state: Mapping[str, Any]) -> Draft:
+        """A temporary folder with the trainer's state in it; the learners' shards go into folders beside that.
+
+        Args:
+            state: name -> JSON value with string keys (else TypeError), each in a file trainer/NAME.json.
+
+        Raises:
+            OSError: nothing is left behind then.
+        """
         if self._keep is None:
             raise ValueError("this checkpoint store was opened to read only")
-        temporary = self.temporary(step)
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        # No two attempts share a folder: a rank of an earlier one may still be writing into its own.
+        folder = self.folder / f".tmp-step-{step:06d}-{uuid.uuid4().hex[:8]}"
+        draft = Draft(step, folder, {})
         try:
-            for part in PARTS:
-                (temporary / part).mkdir(parents=True)
-        except OSError:
-            self.abort(step)
+            (folder / TRAINER).mkdir(parents=True)
+            for name, value in state.items():
+                _check_json(value, name)
+                text = json.dumps(value)
+                file = f"{TRAINER}/{name}.json"
+                write_atomic(folder / file, text)
+                content = text.encode()
+                draft.files[file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        except BaseException:
+            self.abort(draft)
             raise
-        return temporary
+        return draft
 
-    def abort(self, step: int) -> None:
+    def abort(self, draft: Draft) -> None:
         """Give the space of an unfinished checkpoint back; never raises."""
-        shutil.rmtree(self.temporary(step), ignore_errors=True)
+        shutil.rmtree(draft.folder, ignore_errors=True)
 
     def commit(
-        self,
-        step: int,
-        parts: dict[str, Any],
-        *,
-        versions: dict[str, int] | None = None,
-        config_hash: str | None = None,
-        code_version: str | None = None,
-        mlflow_run_id: str | None = None,
+        self, draft: Draft, written: Mapping[str, Written], versions: Mapping[str, int], identity: Identity
     ) -> Path:
-        """Finish the checkpoint of `begin(step)`; returns its folder.
+        """Finish a checkpoint whose shards are all on the disk; returns its folder.
 
-        `parts` is the trainer's own state: JSON values with string keys (else TypeError). Checkpoints
-        of later steps belong to a past that a resume has left, and are removed. On any error, such as
-        OSError for a full disk, the unfinished folder is removed and the error goes on.
+        Shards are not read again: their ranks hashed what they wrote, and only the sizes are looked at.
+        Checkpoints of later steps belong to a past that a resume has left, and are removed. On any error,
+        such as OSError for a full disk, the unfinished folder is removed and the error goes on.
+
+        Args:
+            written: role -> what its ranks wrote below draft.folder / role.
+            versions: role -> version of its weights.
         """
-        temporary = self.temporary(step)
-        final = self.folder / f"step-{step:06d}"
+        temporary, final = draft.folder, self.folder / f"step-{draft.step:06d}"
+        replaced = None
         try:
-            _check_json(parts, "state")
-            write_atomic(temporary / STATE, json.dumps(parts))
-            manifest = {
-                "step": step,
-                "versions": versions or {},
-                "config_hash": config_hash,
-                "code_version": code_version,
-                "mlflow_run_id": mlflow_run_id,
-                "files": _describe_and_sync(temporary),
-            }
+            named = _named(draft, written)
+            manifest = {"step": draft.step, "versions": dict(versions), **asdict(identity), **named}
+            for name, expected in named["files"].items():
+                size = (temporary / name).stat().st_size
+                if size != expected["size"]:
+                    raise OSError(f"{name} has {size} bytes, not {expected['size']}")
             write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
-            replaced = None
+            for path in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
+                fsync_folder(path)
             if final.exists():
                 replaced = self.folder / f".old-{final.name}"
                 os.rename(final, replaced)
             os.rename(temporary, final)
             fsync_folder(self.folder)
         except BaseException:
-            self.abort(step)
+            self.abort(draft)
             self._restore_replaced()
             raise
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
         self._point_latest(final)
-        self._prune(step)
+        self._prune(draft.step)
         return final
 
-    def latest_valid(self) -> Path | None:
-        """The newest checkpoint whose files all match its manifest; broken ones are skipped with a warning."""
+    def latest_valid(self, verified: Path | None = None) -> Path | None:
+        """The newest checkpoint whose files all match its manifest; broken ones are skipped with a warning.
+
+        `verified` was found good a moment ago and is not read again.
+        """
         if not self.folder.is_dir():
             return None
         if self._keep is not None:
@@ -114,25 +147,22 @@ class CheckpointStore:
             for leftover in self.folder.glob(".tmp-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         for path in reversed(self._finished()):
-            problem = verify(path)
+            problem = None if path == verified else verify(path)
             if problem is None:
                 return path
             self._warn(f"{path}: broken checkpoint is skipped: {problem}")
         return None
 
     def read(self, path: Path) -> dict[str, Any]:
-        """The trainer's state of a checkpoint, as given to `commit`. Raises ResumeError if unreadable."""
-        return _read_json(path / STATE)
+        """The trainer's state of a checkpoint, as given to `begin`. Raises ResumeError if unreadable."""
+        names = [file for file in self.manifest(path)["files"] if file.startswith(f"{TRAINER}/")]
+        return {Path(file).stem: _read_json(path / file) for file in names}
 
     def manifest(self, path: Path) -> dict[str, Any]:
-        """Step, versions, config hash, code version, MLflow run id and files of a checkpoint."""
+        """Step, versions, identity of the run, parts and files of a checkpoint."""
         return _read_json(path / MANIFEST)
 
     # --- inside ----------------------------------------------------------------------------------
-
-    def temporary(self, step: int) -> Path:
-        """Where the unfinished checkpoint of `begin(step)` lies; learner ranks write into it."""
-        return self.folder / f".tmp-step-{step:06d}"
 
     def _finished(self) -> list[Path]:
         found = [path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
@@ -183,8 +213,8 @@ def verify(path: Path) -> str | None:
                 return f"{name} has {file.stat().st_size} bytes, not {expected['size']}"
             if _sha256(file) != expected["sha256"]:
                 return f"{name} does not match its checksum"
-        if str(STATE) not in files:
-            return f"{STATE} is not in the manifest"
+        if not any(name.startswith(f"{TRAINER}/") for name in files):
+            return f"{MANIFEST} names no state of the trainer"
     except (ResumeError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"{MANIFEST} cannot be used ({error})"
     return None
@@ -204,17 +234,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _describe_and_sync(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and checksum of every file below `folder`, all made durable, whoever wrote them."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            fsync_folder(path)
-            continue
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    return files
+def _named(draft: Draft, written: Mapping[str, Written]) -> dict[str, Any]:
+    """`parts`: what one looks for -> the files that hold it, with checksums; `files`: all of them, once."""
+    files = dict(draft.files)
+    parts = {file.removesuffix(".json"): [file] for file in draft.files}
+    for role, report in written.items():
+        files |= {f"{role}/{name}": facts for name, facts in report.files.items()}
+        for part, names in report.parts.items():
+            parts[f"{role}/{part}"] = [f"{role}/{name}" for name in names]
+    sums = {part: {name: files[name]["sha256"] for name in parts[part]} for part in sorted(parts)}
+    return {"parts": sums, "files": files}
 
 
 def _sha256(path: Path) -> str:

@@ -70,6 +70,10 @@ ROLLOUT_LOGPROB_GAP = "rollout/logprob_gap"
 ROLLOUT_GAP_TOKENS = "rollout/logprob_gap_tokens"
 SYNC_LOGPROB_GAP = "sync/logprob_gap"
 
+# checkpoints, which ranks write beside training; what training waits for them is time/checkpoint
+CHECKPOINT_WRITE_SECONDS = "checkpoint/write_seconds"
+CHECKPOINT_BYTES = "checkpoint/bytes"
+
 # where the time of a step goes
 TIME_ROLLOUT = "time/rollout"
 TIME_SCORE = "time/score"

@@ -8,7 +8,7 @@ A *completion* never contains a prompt token, an assistant header or padding.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -191,3 +191,17 @@ class UpdateResult:
     """Version of the weights after the step."""
     metrics: dict[str, float]
     """Metric name (rairl_ray.metrics) -> value, already reduced over ranks."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one rank, or a group of them, has written of a checkpoint beside training."""
+
+    files: dict[str, dict[str, Any]]
+    """Name below the role's folder -> size in bytes and sha256, of what was meant to be written."""
+    parts: dict[str, tuple[str, ...]]
+    """"weights", "optimizer", "scheduler", ... -> names of the files that hold them."""
+    seconds: float
+    """From the start of the write until all of it was durable; the slowest rank's."""
+    error: str | None = None
+    """File and cause where the disk failed; `files` is empty then."""

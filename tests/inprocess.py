@@ -65,7 +65,8 @@ def run(config: RunConfig, resume: bool = False) -> list[dict[str, float]]:
 
 def rows_of(config: RunConfig) -> list[dict[str, float]]:
     rows = RunFolder(Path(config.output_dir) / config.name).read_metrics()
-    return [{name: value for name, value in row.items() if not name.startswith(MACHINE)} for row in rows]
+    kept = [{name: value for name, value in row.items() if not name.startswith(MACHINE)} for row in rows]
+    return [row for row in kept if len(row) > 1]  # a checkpoint's own row says when it was written, no more
 
 
 def differing(one: Sequence[dict[str, float]], other: Sequence[dict[str, float]]) -> list[str]:

@@ -163,6 +163,12 @@ def test_resume_is_bit_exact(two_ranks: tuple[Path, dict[str, Any]]) -> None:
         )
 
 
+def test_stale_locks_of_compiled_kernels_are_never_waited_for(two_ranks: tuple[Path, dict[str, Any]]) -> None:
+    """All ranks of this file run beside locks that a killed process left: torch's own wait has no end."""
+    found = {path.relative_to(two_ranks[0] / "extensions") for path in (two_ranks[0] / "extensions").rglob("*")}
+    assert len(found) == 10, "a kernel was compiled"
+
+
 def test_resume_differs_from_a_fresh_start(two_ranks: tuple[Path, dict[str, Any]]) -> None:
     """The comparison above would also pass if nothing were trained."""
     folder, results = two_ranks
@@ -177,7 +183,9 @@ def test_frozen_weights_stay_out_of_saved_state(two_ranks: tuple[Path, dict[str,
     full = folder / "saved-policy" / "1" / "resume"
     adapter = folder / "saved-policy-lora" / "2" / "bf16"
     sizes = [sum(f.stat().st_size for f in place.rglob("mp_rank*")) for place in (full, adapter)]
-    assert sizes[1] < 0.5 * sizes[0]
+    assert sizes[1] < 0.2 * sizes[0]
+    (file,) = adapter.rglob("mp_rank*")
+    assert all("lora" in name for name in torch.load(file, weights_only=False)["module"])
 
 
 def test_bfloat16_trains_close_to_float32(two_ranks: tuple[Path, dict[str, Any]]) -> None:

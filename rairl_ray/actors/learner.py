@@ -14,6 +14,7 @@ import ray
 from rairl_ray.actors.group import ActorGroup, Member, RankActor
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import balance, micro_batches
+from rairl_ray.types import Written
 
 S = TypeVar("S")
 
@@ -66,8 +67,13 @@ class LearnerActor(RankActor, ABC):
         return self._engine
 
     def save(self, folder: str) -> None:
-        """This rank's shard of weights, optimizer and schedule, with the version."""
+        """Copy this rank's weights, optimizer, schedule and version, and begin to write them."""
         self.engine.save(Path(folder), {"version": self.version})
+
+    def written(self, wait: bool) -> Written | None:
+        """What this rank has written of the last `save`; None while it still writes and `wait` is false."""
+        written: Written | None = self.engine.written(wait)
+        return written
 
     def load(self, folder: str) -> int:
         """Restore the shard; returns the version."""
@@ -91,10 +97,18 @@ class LearnerWorkers(ActorGroup):
         self.call("open", start, lambda actor, _rank: actor.open.remote(address, world, total_updates))
 
     def save(self, folder: Path) -> None:
+        """Copy the state of all ranks and begin to write it below `folder`, which one driver commits later."""
         deadline = self.config.timeouts.checkpoint_seconds
         self.call("save", deadline, lambda actor, _rank: actor.save.remote(str(folder)))
 
+    def written(self, wait: bool) -> Written | None:
+        """What all ranks have written of the last `save`; None while one still writes and `wait` is false."""
+        deadline = self.config.timeouts.checkpoint_seconds
+        reports = self.call("write checkpoint", deadline, lambda actor, _rank: actor.written.remote(wait))
+        return None if None in reports else merged(reports)
+
     def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, on as many ranks as it was or on others."""
         deadline = self.config.timeouts.checkpoint_seconds
         versions = self.call("load", deadline, lambda actor, _rank: actor.load.remote(str(folder)))
         self.version = versions[0]
@@ -103,6 +117,19 @@ class LearnerWorkers(ActorGroup):
         """Write the final artifact; rank 0 writes, all ranks gather."""
         deadline = self.config.timeouts.checkpoint_seconds
         self.call("export", deadline, lambda actor, _rank: actor.export.remote(str(folder)))
+
+
+def merged(reports: Sequence[Written]) -> Written:
+    """The reports of all ranks as one: a learner has written its share only where every rank has."""
+    names = {part for report in reports for part in report.parts}
+    parts = {part: tuple(file for r in reports for file in r.parts.get(part, ())) for part in sorted(names)}
+    errors = [report.error for report in reports if report.error is not None]
+    return Written(
+        files={} if errors else {name: fact for report in reports for name, fact in report.files.items()},
+        parts=parts,
+        seconds=max(report.seconds for report in reports),
+        error="; ".join(errors) or None,
+    )
 
 
 def shard(

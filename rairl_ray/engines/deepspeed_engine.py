@@ -14,6 +14,7 @@ number of forward and backward passes; a rank with less work runs a pass whose l
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -29,16 +30,45 @@ from torch import Tensor, nn
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import logger as deepspeed_logger
 
 from rairl_ray.config.schema import Learner, Optimizer
+from rairl_ray.engines import zero_shards
+from rairl_ray.engines.background import BackgroundWriter, snapshot
 from rairl_ray.engines.weights import CHUNK_BYTES, bounded, exported_name
 from rairl_ray.keys import key_seed
+from rairl_ray.types import Written
 
 deepspeed_logger.setLevel(logging.WARNING)
 
 STATE_TAG = "state"
 """Name of DeepSpeed's own subfolder in a saved engine folder."""
+
+LEARNER_FILE = "learner.json"
+"""Beside it: what must be known before DeepSpeed's files can be read."""
+
+
+class _Snapshots(TorchCheckpointEngine):
+    """What DeepSpeed hands over to be saved is copied and kept; the disk is not touched.
+
+    `left_out` are names of weights that need no saving. DeepSpeed leaves out frozen ones under one name
+    only, so that a tied output layer would be saved whole beside a small adapter.
+    """
+
+    def __init__(self, left_out: Sequence[str]) -> None:
+        super().__init__()
+        self._left_out = left_out
+        self.taken: dict[str, Any] = {}
+        """Path -> copied state."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Folders are made by the thread that writes."""
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        for name in self._left_out:
+            state_dict.get("module", {}).pop(name, None)
+        self.taken[path] = snapshot(state_dict)
 
 
 class RecordingAdamW(torch.optim.AdamW):
@@ -167,9 +197,12 @@ class DeepSpeedEngine:
         self.world_size = torch.distributed.get_world_size()
         self.module = module
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        named.sort(key=lambda item: item[1].ndim <= 1)  # matrices first, as in the optimizer's groups
         bfloat16 = next(p.dtype for p in module.parameters()) == torch.bfloat16
         stage = _stage(learner, bfloat16)
+        self._stage = stage
         self._sharded = stage == 3
+        self._shapes = [{name: tuple(p.shape)} for name, p in named]
         self._saves_all = len(named) == sum(1 for _ in module.parameters())
         groups = [
             {"params": [p for _, p in named if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -194,6 +227,11 @@ class DeepSpeedEngine:
             config=_config(settings, learner, bfloat16=bfloat16, persistent_numel=max(vectors, default=0)),
         )
         _set_timeouts(timeout_seconds)
+        every = module.named_parameters(remove_duplicate=False)
+        self._snapshots = _Snapshots([] if self._saves_all else [n for n, p in every if not p.requires_grad])
+        self._engine.checkpoint_engine = self._snapshots
+        self._engine._copy_recovery_script = lambda _folder: None  # it writes at once, and we never need it
+        self._writer = BackgroundWriter()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass with gradients; to be called inside the losses given to `update`."""
@@ -269,29 +307,95 @@ class DeepSpeedEngine:
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
 
     def save(self, folder: Path, client_state: dict[str, Any]) -> None:
-        """Write this rank's share of weights, optimizer and schedule, and `client_state`. All ranks call it.
+        """Copy this rank's share of weights, optimizer and schedule, and begin to write it below `folder`.
 
-        Frozen base weights of a LoRA model are left out: they come from the model's own path.
+        All ranks call it. It returns once the copy is made; `written` tells when it is on the disk, and the
+        next `save` must wait for that. Frozen base weights of a LoRA model are left out: they come from the
+        model's own path.
+
+        Args:
+            client_state: JSON values that `load` gives back.
         """
         self._engine.save_checkpoint(
             str(folder),
             tag=STATE_TAG,
-            client_state={"client": client_state},
             save_latest=False,
             exclude_frozen_parameters=not self._saves_all,
         )
+        taken, self._snapshots.taken = self._snapshots.taken, {}
+        files: dict[str, Any] = {Path(p).relative_to(folder).as_posix(): state for p, state in taken.items()}
+        model = tuple(name for name in files if name.endswith("model_states.pt"))
+        optimizer = tuple(name for name in files if name.endswith("optim_states.pt"))
+        parts = {"weights": model + optimizer, "scheduler": model}
+        parts["optimizer"] = optimizer if self._stage else model
+        if self.rank == 0:
+            facts = {"client": client_state, "ranks": self.world_size, "zero_stage": self._stage}
+            facts["shapes"] = self._shapes
+            files[LEARNER_FILE] = json.dumps(facts).encode()
+            parts["learner"] = (LEARNER_FILE,)
+        self._writer.start(folder, files, parts)
+
+    def written(self, wait: bool) -> Written | None:
+        """What this rank has written of the last `save`; None while it still writes and `wait` is false.
+
+        A failed disk comes back as `Written.error`; whatever else went wrong is raised.
+        """
+        return self._writer.result(wait)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restore what `save` wrote, bit-exactly, and return its client state. All ranks call it.
+        """Restore what `save` wrote and return its client state. All ranks call it.
 
-        The number of ranks and the ZeRO stage must be those of `save`.
+        On as many ranks and at the ZeRO stage of `save` it is bit-exact in all that follows. On others the
+        state is the same bits, cut anew; later updates then differ by rounding.
         """
-        path, state = self._engine.load_checkpoint(
-            str(folder), tag=STATE_TAG, load_module_strict=self._saves_all
-        )
-        if path is None:
-            raise FileNotFoundError(f"{folder}: no saved learner state for rank {self.rank}")
-        return dict(state["client"])
+        facts = json.loads((folder / LEARNER_FILE).read_bytes())
+        if (facts["ranks"], facts["zero_stage"]) == (self.world_size, self._stage):
+            strict = self._saves_all
+            path, _ = self._engine.load_checkpoint(str(folder), tag=STATE_TAG, load_module_strict=strict)
+            if path is None:
+                raise FileNotFoundError(f"{folder}: no saved learner state for rank {self.rank}")
+        else:
+            shards = folder / STATE_TAG
+            self._load_cut(zero_shards.read(shards, facts["ranks"], facts["zero_stage"], facts["shapes"]))
+        return dict(facts["client"])
+
+    def _load_cut(self, saved: zero_shards.Saved) -> None:
+        """Give DeepSpeed's optimizer this rank's pieces in its own format, as if it had saved them."""
+        optimizer, stage = self._engine.optimizer, self._stage
+        if self._sharded:
+            optimizer.checkpoint_event_prologue()
+        own = optimizer.state_dict()
+        base = own[zero_shards.BASE[stage]] if stage else own
+        shapes = self._engine._get_zero_param_shapes() if stage else self._shapes
+        if self._sharded:
+            lengths = [vector.numel() for vector in own[zero_shards.MASTERS[stage]]]
+        else:
+            lengths = [vector.numel() for group in self._optimizer.param_groups for vector in group["params"]]
+        masters, state = zero_shards.cut(
+            saved, shapes, lengths, base["param_groups"],
+            stage=stage, rank=self.rank, ranks=self.world_size,
+        )  # fmt: skip
+        if stage == 0:
+            self._load_plain(masters, state)
+        else:
+            own |= {zero_shards.BASE[stage]: state, zero_shards.MASTERS[stage]: masters}
+            optimizer.load_state_dict([None] * self.rank + [own], load_from_fp32_weights=True)
+            if self._sharded:
+                optimizer.checkpoint_event_epilogue()
+            else:
+                optimizer.update_lp_params()
+        self._scheduler.load_state_dict(saved.common["lr_scheduler"])
+        for name in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(self._engine, name, saved.common[name])
+
+    def _load_plain(self, masters: list[Tensor], state: dict[str, Any]) -> None:
+        """Stage 0: a torch optimizer, one state a parameter, in the parameter's shape."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        for index, (parameter, master) in enumerate(zip(parameters, masters, strict=True)):
+            parameter.data.copy_(master.view(parameter.shape))
+            for moment in zero_shards.MOMENTS:
+                state["state"][index][moment] = state["state"][index][moment].view(parameter.shape)
+        self._optimizer.load_state_dict(state)
 
     def destroy(self) -> None:
         """Free the engine. The process stays in its group until it ends."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -74,6 +75,22 @@ def materialise(model: Model, *, role: str, cache_dir: Path, seed: int) -> str:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.path) or model.path.startswith("."):
         raise ModelError(f"{key}={model.path}: no such folder, and not a hub id of the form owner/name")
     return model.path
+
+
+def content_id(path: str, revision: str | None = None) -> str:
+    """What identifies the weights behind `path`: a hash of a folder's files, or a hub model's commit.
+
+    Two folders with the same configuration and weights have the same one.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        # The hub's cache keeps each commit in a folder of its name.
+        return f"{path}@{Path(hf_hub_download(path, 'config.json', revision=revision)).parent.name}"
+    digest = hashlib.sha256()
+    names = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
+    for file in sorted({file for name in names for file in folder.glob(name)}):
+        digest.update(f"{file.name} {_file_digest('model', file)}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
 
 
 @contextmanager

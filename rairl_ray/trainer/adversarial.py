@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rairl_ray import metrics as names
+from rairl_ray.actors.learner import LearnerWorkers
 from rairl_ray.algorithms.warmup import WarmupGate
 from rairl_ray.data.cursor import Cursor
 from rairl_ray.metrics import PhaseTimer
@@ -21,6 +22,7 @@ from rairl_ray.trainer.grpo import GrpoStrategy
 from rairl_ray.trainer.heldout import HeldOut, values_of
 from rairl_ray.trainer.loop import Loop
 from rairl_ray.trainer.parts import Parts
+from rairl_ray.trainer.saving import Saving
 from rairl_ray.trainer.session import Session
 from rairl_ray.types import Demonstration, RolloutGroup
 
@@ -55,7 +57,10 @@ class Run:
         self.parts = parts
         self.policy = parts.policy
         self.progress = Progress()
-        self._saved: dict[str, Any] = {}
+        self.learners: dict[str, LearnerWorkers] = {"policy": parts.policy}
+        if parts.discriminator is not None:
+            self.learners["discriminator"] = parts.discriminator
+        self.saving = Saving(session, self.learners)
         self.feed = Feed(prepared.task, config.seed, config.trainer.max_staleness_steps)
         self.airl: AirlStrategy | None = None
         if parts.discriminator is not None:
@@ -85,6 +90,7 @@ class Run:
             if session.stop and step < config.trainer.steps:
                 return self._stopped()
         summary = self._evaluate("final") if config.eval.at_end else {}
+        self.saving.require()
         self._export(summary)
         return True
 
@@ -110,8 +116,9 @@ class Run:
         if config.eval.every and step % config.eval.every == 0 and step < config.trainer.steps:
             with timer.phase(names.TIME_EVALUATION):
                 metrics |= values_of(self._evaluate(f"step-{step:06d}", log=False))
-        if self._checkpoint_due(step):
-            with timer.phase(names.TIME_CHECKPOINT):
+        with timer.phase(names.TIME_CHECKPOINT):
+            self.saving.poll()
+            if self._checkpoint_due(step):
                 self._save()
         metrics |= timer.finish()
         self.session.log(step, metrics)
@@ -182,42 +189,34 @@ class Run:
     # --- saving ------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        store, step = self.session.store, self.progress.step
+        """Begin a checkpoint of this moment; see `saving.Saving` for when it is there."""
         self.loop.ahead.settle()
-        folder = store.begin(step)
-        self.policy.save(folder / "policy")
-        versions = {"policy": self.policy.version}
-        if self.parts.discriminator is not None:
-            self.parts.discriminator.save(folder / "discriminator")
-            versions["discriminator"] = self.parts.discriminator.version
-        self.session.commit(step, self._state(), versions)
-        self._saved = dict(vars(self.progress))
+        self.saving.start(self.progress.step, self._state())
 
     def _state(self) -> dict[str, Any]:
+        """The trainer's own state, a file each in the checkpoint."""
         return {
-            "progress": vars(self.progress),
-            "feed": self.feed.state(),
-            "strategy": self.strategy.state(),
+            "progress": dict(vars(self.progress)),
+            "cursors": self.feed.state(),
+            **self.strategy.state(),
             "rollouts": self.loop.ahead.state(),
         }
 
     def _restore(self) -> bool:
         """Go back to the newest whole checkpoint; without one the run starts from the beginning."""
-        store = self.session.store
-        path = store.latest_valid()
+        path = self.session.newest_checkpoint()
         if path is None:
             self.session.folder.truncate_to_step(-(1 << 31))
             self.session.event("no checkpoint to resume from: starting from the beginning")
             return False
-        state = store.read(path)
+        state = self.session.store.read(path)
         self.progress = Progress(**state["progress"])
         self.parts.finished(self.progress.step)
-        self.feed.restore(state["feed"])
-        self.strategy.restore(state["strategy"])
+        self.feed.restore(state["cursors"])
+        self.strategy.restore(state)
         self.loop.ahead.restore(state["rollouts"])
-        self.policy.load(path / "policy")
-        if self.parts.discriminator is not None:
-            self.parts.discriminator.load(path / "discriminator")
+        for role, learner in self.learners.items():
+            learner.load(path / role)
         last = self.progress.step
         if not self.progress.warmed_up and self.airl is not None:
             last = self.progress.warmup - WarmupGate(self.config.discriminator).max_steps
@@ -228,8 +227,11 @@ class Run:
         return True
 
     def _stopped(self) -> bool:
-        if self._saved != vars(self.progress):
+        self.saving.finish()
+        saved = self.saving.newest
+        if saved is None or saved["progress"] != vars(self.progress):
             self._save()
+        self.saving.require()
         self.session.event(
             f"stopped after step {self.progress.step}; go on with --resume {self.session.config.name}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from rairl_ray.tracking import Tracker
 from rairl_ray.trainer import adversarial, sft
 from rairl_ray.trainer.parts import cluster, place
 from rairl_ray.trainer.prepare import Prepared, prepare
+from rairl_ray.trainer.saving import check_references, references
 from rairl_ray.trainer.session import Session, open_folder, save_config
 
 ALGORITHMS = {"airl": adversarial.run, "grpo": adversarial.run, "sft": sft.run}
@@ -41,14 +43,19 @@ def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, dis
     save_config(folder, config)
     tracker = Tracker(warn=display.note)
     store = CheckpointStore(folder.root, config.trainer.keep_checkpoints, warn=display.note)
+    # Hashing large frozen weights takes a while, and nobody needs the answer before the first checkpoint.
+    frozen = ThreadPoolExecutor(1, "references").submit(references, prepared)
     newest = store.latest_valid() if resumed else None
+    saved = store.manifest(newest) if newest is not None else {}
+    if newest is not None:
+        check_references(saved["references"], frozen.result(), newest)
     tracker.start(
         config,
         folder.root,
-        resume_run_id=store.manifest(newest).get("mlflow_run_id") if newest is not None else None,
+        resume_run_id=saved.get("mlflow_run_id"),
         tags={"rairl.config_hash": config_hash(config), "rairl.data_hash": prepared.task.data_hash},
     )
-    session = Session(prepared, plan, folder, store, tracker, display, resumed)
+    session = Session(prepared, plan, folder, store, tracker, display, resumed, frozen, newest)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         with display, session.stop.listening(display):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rairl_ray.actors.placement import Plan
-from rairl_ray.checkpoint import CheckpointStore
+from rairl_ray.checkpoint import CheckpointStore, Identity
 from rairl_ray.config.load import config_hash, differences, dump_yaml, read_saved
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.display import Display
@@ -22,15 +23,33 @@ from rairl_ray.tracking import Tracker, git_state
 from rairl_ray.trainer.prepare import Prepared
 from rairl_ray.types import RolloutGroup
 
-FREE_KEYS = ("output_dir", "tracking.", "cluster.", "timeouts.", "trainer.checkpoint_every",
-             "trainer.keep_checkpoints", "trainer.log_rollouts_every", "trainer.failure_retries",
-             "trainer.retry_backoff_seconds")  # fmt: skip
-"""Keys that may differ on a resume: they change where and how often things are written, never a number."""
+FREE_KEYS = {
+    "output_dir": "where the run folder lies",
+    "tracking.": "where metrics go",
+    "cluster.": "which Ray cluster",
+    "timeouts.": "how long a wait may last",
+    "trainer.checkpoint_every": "how often state is saved",
+    "trainer.keep_checkpoints": "how many are kept",
+    "trainer.log_rollouts_every": "how many samples are kept",
+    "trainer.failure_retries": "how often a failed group is started anew",
+    "trainer.retry_backoff_seconds": "how long to wait before that",
+    "placement.": "which rank runs where",
+    "learner.replicas": "ranks of the policy learner; later updates differ by rounding",
+    "learner.discriminator_replicas": "ranks of the discriminator learner; later updates differ by rounding",
+    "learner.zero_stage": "how ranks share the state; later updates differ by rounding",
+}
+"""Keys (or prefixes of keys) that may change on a resume -> what they decide. None changes what is learned."""
 
 SUMMARY_COLUMNS = ("metric", "value", "95% interval", "n")
 
 LOGGED_ROLLOUTS = 32
 """Sample rollouts written per logged step."""
+
+
+def code_version() -> str:
+    """Commit of the code that runs, with -dirty where it was edited since; asked once, as files may change."""
+    state = git_state()
+    return state["git.commit"] + ("-dirty" if state["git.dirty"] == "true" else "")
 
 
 class StopRequest:
@@ -80,6 +99,11 @@ class Session:
     tracker: Tracker
     display: Display
     resumed: bool
+    references: Future[dict[str, dict[str, str]]]
+    """Frozen weights by role (saving.references), being hashed."""
+    verified: Path | None = None
+    """The checkpoint that a resumed run starts from, its files checked; taken once."""
+    code_version: str = field(default_factory=code_version)
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -96,16 +120,21 @@ class Session:
         self.folder.event(text)
         self.display.note(text)
 
-    def commit(self, step: int, state: dict[str, Any], versions: dict[str, int]) -> Path:
-        """Finish the checkpoint whose shards the learners have written."""
-        return self.store.commit(
-            step,
-            state,
-            versions=versions,
+    def identity(self) -> Identity:
+        """What this run is, for a checkpoint's manifest."""
+        return Identity(
             config_hash=config_hash(self.config),
-            code_version=git_state()["git.commit"],
+            code_version=self.code_version,
             mlflow_run_id=self.tracker.run_id,
+            references=self.references.result(),
         )
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest good checkpoint. The start of a resumed run has looked already, with all checksums."""
+        if self.verified is not None:
+            path, self.verified = self.verified, None
+            return path
+        return self.store.latest_valid()
 
     def log_rollouts(self, step: int, groups: list[RolloutGroup]) -> None:
         """A sample of the step's rollouts, to the run folder and as a table to the tracker."""
@@ -198,7 +227,7 @@ def resumable(config: RunConfig, resume: str) -> RunFolder:
     changed = [
         f"{key} (run: {old}, now: {new})"
         for key, old, new in differences(saved, config)
-        if not key.startswith(FREE_KEYS)
+        if not key.startswith(tuple(FREE_KEYS))
     ]
     if changed:
         raise ResumeError(

@@ -4,7 +4,8 @@ driver                                  TorchTrainer workers (one per rank, `sft
 ──────                                  ───────────────────────────────────────────────────────────────
 evaluate the untrained policy
 trainer.fit() ────────────────────────> same cursor on every rank, each takes its own micro-batches
-metrics, MLflow, display  <──relay───── rank 0: its phase, one row per update, checkpoints of the same layout
+metrics, MLflow, display  <──relay───── rank 0: its phase, one row per update
+checkpoint committed      <──relay───── rank 0: what all ranks have written beside training
 stop request              ──relay─────> rank 0, which tells the others
 evaluate, report          <──────────── final/policy
 
@@ -37,6 +38,7 @@ from rairl_ray.trainer.attempts import run_attempts
 from rairl_ray.trainer.heldout import HeldOut, values_of
 from rairl_ray.trainer.parts import Parts
 from rairl_ray.trainer.relay import Message, Relay
+from rairl_ray.trainer.saving import Saving
 from rairl_ray.trainer.session import Session
 from rairl_ray.trainer.sft_worker import train_worker
 
@@ -87,6 +89,7 @@ class Fit:
         self._session, self._parts, self._ready = session, parts, ready
         self._roster = parts.roster
         self._relay = Relay(self._roster, session.config.timeouts)
+        self._saving = Saving(session, {})
         for rank in range(session.config.learner.replicas):
             self._roster.add(Member("policy", rank, None))
         self._error: BaseException | None = None
@@ -125,6 +128,7 @@ class Fit:
         if self._error is not None:
             raise self._explained(self._error)
         self._relay.close()
+        self._saving.require()
         shutil.rmtree(self._session.folder.root / ".ray_train", ignore_errors=True)
         return self._last, self._finished
 
@@ -152,6 +156,13 @@ class Fit:
             session.event(
                 f"workers start from update {step}; {dropped} later rows of metrics.jsonl are made again"
             )
+        elif message.kind == "event":
+            session.event(message.content)
+        elif message.kind == "unwritable":
+            self._saving.failed(step, message.content)
+        elif message.kind == "written":
+            draft, report = message.content
+            self._saving.commit(draft, {"policy": report}, {"policy": step})
         elif message.kind == "finished":
             self._finished = True
         elif message.kind == "update":
@@ -224,7 +235,7 @@ def _trainer(session: Session, parts: Parts, relay: Relay) -> TorchTrainer:
             "policy_path": session.prepared.policy_path,
             "device": parts.device,
             "folder": str(session.folder.root),
-            "mlflow_run_id": session.tracker.run_id,
+            "verified": session.verified,
             "relay": relay.handle,
         },
         torch_config=TorchConfig(timeout_s=int(config.timeouts.start_seconds) + 1),

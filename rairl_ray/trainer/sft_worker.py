@@ -18,21 +18,19 @@ import torch
 import torch.distributed as dist
 
 from rairl_ray import metrics as names
-from rairl_ray.actors.learner import shard
+from rairl_ray.actors.learner import merged, shard
 from rairl_ray.actors.policy import IDLE
 from rairl_ray.checkpoint import CheckpointStore
-from rairl_ray.config.load import config_hash
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import policy_tensors
 from rairl_ray.data.tasks import make_task
 from rairl_ray.keys import key_seed
 from rairl_ray.metrics import PhaseTimer
 from rairl_ray.runfolder import RunFolder
-from rairl_ray.tracking import git_state
 from rairl_ray.trainer.feed import Feed
 from rairl_ray.trainer.prepare import policy_renderer_of, usable_rows
 from rairl_ray.trainer.relay import WorkerSide
-from rairl_ray.types import PolicySample, Trace
+from rairl_ray.types import PolicySample, Trace, Written
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -75,7 +73,13 @@ class Worker:
             seed=key_seed(self.config.seed, "policy"),
         )
         self.folder = RunFolder(settings["folder"])
-        self.store = CheckpointStore(self.folder.root, config.trainer.keep_checkpoints)
+        self.store = CheckpointStore(
+            self.folder.root, config.trainer.keep_checkpoints, warn=lambda text: self._send("event", 0, text)
+        )
+        self._draft: Any = None
+        """Rank 0: the checkpoint that is being written."""
+        self._writing: int | None = None
+        """Step of the checkpoint that this rank is writing."""
 
     def run(self) -> None:
         """Train from the newest checkpoint (or the start) to the end or a stop request."""
@@ -90,11 +94,13 @@ class Worker:
             self._send("phase", step, "update")
             metrics = self._update(timer)
             stopped = self._asked_to_stop()
-            if stopped or step == steps or (every and step % every == 0):
-                self._send("phase", step, "save")
-                with timer.phase(names.TIME_CHECKPOINT):
+            with timer.phase(names.TIME_CHECKPOINT):
+                self._poll()
+                if stopped or step == steps or (every and step % every == 0):
+                    self._send("phase", step, "save")
                     self._save(step)
             self._send("update", step, {**metrics, names.POLICY_VERSION: float(step), **timer.finish()})
+        self._poll(wait=True)
         if step == steps:
             self._send("phase", step, "export")
             self._export()
@@ -151,32 +157,45 @@ class Worker:
         return bool(flag)
 
     def _save(self, step: int) -> None:
+        """Copy the state of all ranks and begin to write it."""
+        self._poll(wait=True)
+        folder: Path | None = None
         if self.rank == 0:
-            self.store.begin(step)
-        dist.barrier()
-        self.engine.save(self.store.temporary(step) / "policy", {"version": step})
-        dist.barrier()
-        if self.rank == 0:
-            self.store.commit(
-                step,
-                {"step": step, "feed": self.feed.state()},
-                versions={"policy": step},
-                config_hash=config_hash(self.config),
-                code_version=git_state()["git.commit"],
-                mlflow_run_id=self.settings["mlflow_run_id"],
-            )
-        dist.barrier()
+            try:
+                self._draft = self.store.begin(step, {"progress": {"step": step}, "cursors": self.feed.state()})
+                folder = self._draft.folder
+            except OSError as error:
+                self._send("unwritable", step, str(error))
+        folder = self._from_rank_0(folder)
+        if folder is not None:
+            self.engine.save(folder / "policy", {"version": step})
+            self._writing = step
+
+    def _poll(self, wait: bool = False) -> None:
+        """When all ranks have written, the driver commits, after the rows sent before. All ranks call it."""
+        if self._writing is None:
+            return
+        reports: list[Written | None] = [None] * self.world
+        dist.all_gather_object(reports, self.engine.written(wait))
+        done = [report for report in reports if report is not None]
+        if len(done) == self.world:
+            self._send("written", self._writing, (self._draft, merged(done)))
+            self._writing = None
+
+    def _from_rank_0(self, path: Path | None) -> Path | None:
+        values = [path]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def _restore(self) -> int:
-        path = self.store.latest_valid() if self.rank == 0 else None
-        found: list[Any] = [str(path) if path else None]
-        dist.broadcast_object_list(found, src=0)
-        if found[0] is None:
+        path = self.store.latest_valid(verified=self.settings["verified"]) if self.rank == 0 else None
+        path = self._from_rank_0(path)
+        if path is None:
             return 0
-        state = self.store.read(Path(found[0]))
-        self.engine.load(Path(found[0]) / "policy")
-        self.feed.restore(state["feed"])
-        return int(state["step"])
+        state = self.store.read(path)
+        self.engine.load(path / "policy")
+        self.feed.restore(state["cursors"])
+        return int(state["progress"]["step"])
 
     def _export(self) -> None:
         from rairl_ray.engines.artifacts import save_policy
