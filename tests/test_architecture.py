@@ -20,6 +20,7 @@ LAYERS = {
     "engines": 4,
     "actors": 5,
     "checkpoint": 6, "tracking": 6, "spool": 6, "runfolder": 6, "display": 6,
+    "mlflow_run": 6, "carrier": 6, "leftovers": 6,
     "trainer": 7, "evaluation": 7,
     "sweep": 8, "report": 8, "jobs": 8, "plan": 8, "doctor": 8, "demo": 8,
     "launch": 9,
@@ -29,7 +30,7 @@ STRANGERS = {frozenset({"data", "algorithms"})}
 SOLE_IMPORTERS = {
     "deepspeed": {"rairl_ray.engines.deepspeed_engine"},
     "vllm": {"rairl_ray.engines.vllm_engine"},
-    "mlflow": {"rairl_ray.tracking"},
+    "mlflow": {"rairl_ray.mlflow_run"},
 }
 FORBIDDEN = {
     "types": {"torch", "ray", "transformers"},

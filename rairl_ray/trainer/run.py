@@ -45,6 +45,7 @@ def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, dis
     tracker.start(
         config,
         folder.root,
+        resumed,
         resume_run_id=store.manifest(newest).get("mlflow_run_id") if newest is not None else None,
         tags={"rairl.config_hash": config_hash(config), "rairl.data_hash": prepared.task.data_hash},
     )

@@ -46,7 +46,7 @@ def run(session: Session) -> bool:
             parts.rollouts.serve_disk_weights()
             _evaluate(session, heldout, "start", 0)
         if not session.resumed:
-            session.folder.truncate_to_step(0)
+            session.forget_after(0)
         session.display.phase("training", config.trainer.steps)
         last, finished = _fit(session, parts)
         if not finished:
@@ -94,7 +94,7 @@ def _fit(session: Session, parts: Parts) -> tuple[int, bool]:
     for message in _messages(rows, thread):
         kind, step, metrics = message
         if kind == "restored":
-            dropped = session.folder.truncate_to_step(step)
+            dropped = session.forget_after(step)
             session.event(
                 f"workers start from update {step}; {dropped} later rows of metrics.jsonl are made again"
             )
