@@ -146,11 +146,8 @@ class MlflowRun:
 
         with self._connecting:
             if self._connected is None:
-                with _database_lock(self._uri):
-                    client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
-                    # Makes the tables where there are none.
-                    client.search_experiments(max_results=1)
-                self._connected = client
+                with _whole_database(self._uri):
+                    self._connected = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
             return self._connected
 
     def _open(self, record: dict[str, Any]) -> None:
@@ -322,7 +319,7 @@ class MlflowRun:
     def _log_artifact(self, record: dict[str, Any]) -> None:
         # Relative to the run folder, which may have been moved since.
         path = self._spool.path.parent / record["path"]
-        if not path.is_file():
+        if not (self._spool.in_place() and path.is_file()):
             raise FileNotFoundError(f"{path} is not there any more")
         self._client().log_artifact(self._run_id, str(path), record["place"])
 
@@ -350,15 +347,33 @@ def brief(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _database_lock(uri: str) -> Iterator[None]:
-    """MLflow makes the tables of a new database file unguarded against other processes that do the same."""
+def _whole_database(uri: str) -> Iterator[None]:
+    """Make a new sqlite database beside its place and move it there.
+
+    MLflow makes the tables in dozens of steps, unguarded: a kill in between, or another process that does
+    the same, leaves a file that no MLflow can open any more.
+    """
+    path = Path(uri.removeprefix("sqlite:///").split("?")[0])
     with contextlib.ExitStack() as stack:
-        if uri.startswith("sqlite:///"):
-            path = Path(uri.removeprefix("sqlite:///").split("?")[0])
+        if uri.startswith("sqlite:///") and path.parent.is_dir() and os.access(path.parent, os.W_OK):
+            lock = stack.enter_context(open(path.with_name(f".{path.name}.lock"), "a"))
             with contextlib.suppress(OSError):
-                file = stack.enter_context(open(path.with_name(f".{path.name}.lock"), "a"))
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _make_database(path)
         yield
+
+
+def _make_database(path: Path) -> None:
+    from mlflow import MlflowClient
+
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
+    with contextlib.suppress(FileExistsError):
+        # Not `replace`: somebody may have opened MLflow there in the meantime.
+        os.link(new, path)
+    new.unlink()
 
 
 def _status(error: Exception) -> int | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +75,8 @@ class Spool:
             return
         prefixes = tuple(f'{{"kind": "{kind}"'.encode() for kind in kinds)
         with open(self.path, "rb") as file:
+            if not self.in_place():
+                return
             file.seek(start)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -94,7 +97,7 @@ class Spool:
     def advance(self, key: str, changes: dict[str, Any], save: bool = True) -> bool:
         """Change the cursor; False, and no change, if `key` is no longer its key or after the end."""
         with self._save:
-            if self.ended or self.cursor["key"] != key:
+            if self.ended or self.cursor["key"] != key or not self.in_place():
                 return False
             self.cursor = self.cursor | changes
             if save:
@@ -143,10 +146,20 @@ class Spool:
             self.owned = True
             return True
 
+    def in_place(self) -> bool:
+        """False, and the end, once the folder that we carry was moved and another one may have its name."""
+        if self._lock_file is not None:
+            try:
+                here = os.path.samestat(os.fstat(self._lock_file.fileno()), os.stat(self._lock_file.name))
+            except (OSError, ValueError):
+                here = False
+            self.ended = self.ended or not here
+        return not self.ended
+
     def close(self) -> None:
         """From now on the spool belongs to the next process."""
         with self._save:
-            if self.owned and not self.ended:
+            if self.owned and self.in_place():
                 with contextlib.suppress(OSError):
                     self._write_cursor()
             self.ended = True

@@ -312,6 +312,20 @@ tracker.finish("FINISHED")
 """
 
 
+def test_a_kill_while_the_database_is_made_leaves_no_broken_one(tmp_path: Path) -> None:
+    run = [sys.executable, "-c", QUIET_RUN, str(tmp_path), "killed"]
+    process = subprocess.Popen(run, stderr=subprocess.DEVNULL)
+    half = tmp_path / ".mlflow.db.new"
+    eventually(lambda: half.exists() and half.stat().st_size > 0)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    following = Tracker(warn=pytest.fail)
+    following.start(config(tmp_path), run_folder(config(tmp_path)))
+    following.finish("FINISHED")
+    assert runs(sqlite(tmp_path))[str(following.run_id)] == "FINISHED" and not half.exists()
+
+
 def test_two_processes_make_the_database_at_once_and_mlflow_prints_nothing(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(

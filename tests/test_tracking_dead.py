@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from rairl_ray.carrier import CURSOR, SPOOL
+from rairl_ray.carrier import CURSOR, SPOOL, Carrier
 from rairl_ray.leftovers import alive, identity
 from rairl_ray.tracking import Tracker
 from tests.mlflow_server import free_port, proxy, server
-from tests.tracked import config, eventually, history, run_folder, runs, sqlite
+from tests.tracked import config, empty_database, eventually, history, run_folder, runs, sqlite
 
 DRIVER = """
 import sys, time
@@ -32,6 +32,11 @@ for step in range(1, 100000):
     print(step, flush=True)
     time.sleep(float(sys.argv[2]))
 """
+
+
+@pytest.fixture(autouse=True)
+def database(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(empty_database())
 
 
 def driver(folder: Path, pause: float = 0.05) -> subprocess.Popen[str]:
@@ -122,21 +127,54 @@ def test_who_is_alive() -> None:
     assert not alive({**me, "pid": 1 << 30, "born": None}) and alive({**me, "born": None})
 
 
+def test_a_folder_that_is_moved_while_its_rest_is_sent_does_not_reach_the_one_in_its_place(
+    tmp_path: Path,
+) -> None:
+    """A fresh start of the same name moves an earlier run aside, whoever still sends for that one."""
+    run_config = config(tmp_path)
+    folder = run_folder(run_config)
+    old = Carrier(
+        f"sqlite:///{tmp_path / 'mlflow.db'}",
+        tmp_path,
+        folder,
+        warn=lambda topic, text: None,
+        on_failure=lambda error: None,
+    )
+    assert old.spool.own()
+    old.spool.put({"kind": "start", "experiment": "rairl", "run_name": "old", **identity()})
+    assert old.once()
+    folder.rename(tmp_path / "t~1")
+    tracker = Tracker(warn=pytest.fail)
+    tracker.start(run_config, run_folder(run_config))
+    eventually(lambda: tracker.run_id)
+    cursor = json.loads((folder / CURSOR).read_text())
+    assert not old.spool.advance(old.spool.cursor["key"], {"closed": True})
+    old.once()
+    old.spool.close()
+    tracker.log({"a": 1.0}, 1)
+    tracker.finish("FINISHED")
+    assert cursor["run_id"] == tracker.run_id == json.loads((folder / CURSOR).read_text())["run_id"]
+    client = sqlite(tmp_path)
+    assert history(client, old.spool.cursor["run_id"], "a") == []
+    assert runs(client)[str(tracker.run_id)] == "FINISHED"
+
+
 def test_a_resume_waits_for_whoever_still_sends_and_takes_over(tmp_path: Path) -> None:
     """Two processes never carry one spool at once; neither does the second one block its trainer."""
     folder = run_folder(config(tmp_path))
-    process = driver(folder)
-    arrived(sqlite(tmp_path))
+    process = driver(folder, pause=1000)
+    client = sqlite(tmp_path)
+    [first_id] = arrived(client)
     second = Tracker(warn=pytest.fail)
     second.start(config(tmp_path), folder, resumed=True)
     second.forget_after(0)
     second.log({"a": -1.0}, 1)
     time.sleep(1.5)
     assert second._carrier is not None and not second._carrier.spool.owned
+    assert history(client, first_id, "a") == [(1, 1.0)]
     kill(process)
     second.finish("FINISHED")
-    client = sqlite(tmp_path)
-    assert history(client, second.run_id, "a")[0] == (1, -1.0)
+    assert history(client, second.run_id, "a") == [(1, -1.0)]
     assert runs(client) == {str(second.run_id): "FINISHED"}
 
 
