@@ -1,293 +1,219 @@
-"""MLflow tracking that can never hurt a run (DESIGN 6, decision 8). The only importer of mlflow.
+"""MLflow tracking that can never hurt a run (DESIGN 6, decision 8).
 
-Every call writes one line to RUN/tracking_spool.jsonl and returns; the thread of `Spool` carries the
-lines to MLflow in order. While a server is down they wait, and the thread (or the next start in this
-run folder) goes on from there. A line that is carried twice has the effect of one: MLflow keeps one row
-per (metric, step, timestamp, value), the timestamp is the line's own, and the run is found again by a
-key. So nothing is lost and nothing doubled.
+    Session ──log, log_table, ...──> RUN/tracking_spool.jsonl ──lanes (threads)──> MLflow
+                  one line                                        carrier.py        mlflow_run.py
+
+Every call writes a line to the run folder and returns; only the lanes' threads talk to MLflow. What a run
+could not send waits in its folder: `--resume` sends it, and so does the next run in the same output folder
+(leftovers.py), which also closes the runs of drivers that were killed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import json
 import logging
-import math
-import os
-import re
 import subprocess
-import uuid
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import yaml
 
+from rairl_ray.carrier import SPOOL, Carrier, tracking_uri
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.spool import Spool
+from rairl_ray.leftovers import Leftovers, identity
+from rairl_ray.mlflow_run import brief, import_mlflow, metric_name, redact
 
+P = ParamSpec("P")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-SPOOL = "tracking_spool.jsonl"
-CURSOR = "tracking_cursor.json"
-RUN_KEY_TAG = "rairl.run_key"
-# MLflow's limits
-PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 1000
-PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH = 6000, 8000, 250
-LARGEST = 1.7976931348623157e308
-"""MLflow's own stand-in for infinity."""
+PARAM_LENGTH = 6000
+"""MLflow's limit."""
 
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "GIT_PYTHON_REFRESH": "quiet",
-    # MLflow's own retries would block for minutes; the spool retries by itself.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-}
+
+def _harmless(
+    method: Callable[Concatenate[Tracker, P], None],
+) -> Callable[Concatenate[Tracker, P], None]:
+    """A full disk or a flaw here costs a record, not the run."""
+
+    @functools.wraps(method)
+    def call(self: Tracker, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            what = "is off" if method.__name__ == "start" else f"drops a record ({method.__name__})"
+            self._warn_once(method.__name__, f"tracking {what}: {brief(error)}")
+
+    return call
 
 
 class Tracker:
-    """One run's line to MLflow. No method raises because of MLflow, a network or a full disk."""
+    """One run's line to MLflow. No method raises because of MLflow, a network or a full disk, or waits for
+    them; only `finish` waits, `tracking.flush_seconds` at most."""
 
     def __init__(self, warn: Callable[[str], None] | None = None) -> None:
         self._warn = warn or logging.getLogger(__name__).warning
-        self._warned = False
-        self._spool: Spool | None = None
-        self._logged: dict[str, int] = {}
-        self._floor: float = -math.inf
+        self._warned: set[str] = set()
+        self._warning = threading.Lock()
+        self._carrier: Carrier | None = None
+        self._leftovers: Leftovers | None = None
+        self._started = False
+        self._session = ""
+        self._flush_seconds = 0.0
+        self._last: dict[str, tuple[int, str]] = {}
+        self._top: float = float("-inf")
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id of this run; None until a server gave one, and without tracking."""
-        return self._spool.cursor["run_id"] if self._spool else None
+        return self._carrier.spool.cursor["run_id"] if self._carrier else None
 
+    @_harmless
     def start(
         self,
         config: RunConfig,
         run_folder: str | Path,
+        resumed: bool = False,
         resume_run_id: str | None = None,
-        resume_from_step: int | None = None,
         tags: dict[str, str] | None = None,
-    ) -> str | None:
-        """Open a new MLflow run, or go on with the one of this run folder; its id, None if not known yet.
+    ) -> None:
+        """Open a new MLflow run, or go on with the one of this run folder, without waiting for it.
 
-        Waits two seconds for a server and no longer. `tags` takes what others know (data hash, config
-        hash). A metric is logged only past the last step at which an earlier process logged it, and
-        past `resume_from_step`. `resume_run_id` is needed only where the run folder lost its cursor.
+        A resumed run sends nothing before it has said what it goes back to (`forget_after`).
+        `resume_run_id` is needed only where the run folder lost its cursor. `tags` takes what others know.
         """
-        output = Path(config.output_dir).absolute()
-        uri = config.tracking.uri or f"sqlite:///{output / 'mlflow.db'}"
-        if uri == "none":
-            return None
-        try:
-            self._spool = self._open_spool(uri, output, Path(run_folder).absolute(), resume_run_id)
-            self._logged = _last_steps(self._spool.history())
-            self._floor = -math.inf if resume_from_step is None else resume_from_step
-            values = config.model_dump(mode="json")
-            self._put(
-                {
-                    "kind": "start",
-                    "experiment": config.tracking.experiment,
-                    "run_name": config.name,
-                    "params": _flatten(values),
-                    "config": _redact(yaml.safe_dump(values, sort_keys=False)),
-                    "tags": {**git_state(), **config.tracking.tags, **(tags or {})},
-                }
-            )
-            # A database in a file cannot be down, but its first creation takes seconds.
-            self._spool.start(lambda: self.run_id is not None, 2.0 if _is_server(uri) else 60.0)
-        except Exception as error:
-            self._spool = None
-            self._warn_once(f"tracking is off: {_brief(error)}")
-        return self.run_id
+        output, folder = Path(config.output_dir).absolute(), Path(run_folder).absolute()
+        uri = tracking_uri(config, output)
+        if uri is None:
+            return
+        import_mlflow()
+        process = identity()
+        self._session, self._flush_seconds = process["session"], config.tracking.flush_seconds
+        carrier = Carrier(
+            uri, output, folder, warn=self._warn_once, on_failure=self._failed, resume_run_id=resume_run_id
+        )
+        self._read_history(carrier)
+        carrier.spool.own()
+        values = config.model_dump(mode="json")
+        experiment, tags = config.tracking.experiment, {**git_state(), **config.tracking.tags, **(tags or {})}
+        put = carrier.spool.put
+        put({"kind": "start", "experiment": experiment, "run_name": config.name, **process})
+        put({"kind": "params", "params": _flatten(values), "tags": tags})
+        text = redact(yaml.safe_dump(values, sort_keys=False))
+        put({"kind": "text", "name": "config.yaml", "text": text})
+        self._leftovers = Leftovers(output, folder)
+        self._carrier = carrier
+        if not resumed:
+            self._release()
 
+    @_harmless
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """All metrics of a step, in one MLflow batch."""
-        named = {metric_name(name): float(value) for name, value in metrics.items()}
-        kept = {
-            name: value
-            for name, value in named.items()
-            if step > max(self._floor, self._logged.get(name, self._floor))
-        }
-        if kept:
-            self._put({"kind": "metrics", "step": step, "metrics": kept})
+        """All metrics of a step. What a resumed run makes again at one step with one value counts once."""
+        fresh = {}
+        for given, number in metrics.items():
+            name, value = metric_name(given), float(number)
+            if self._last.get(name) != (step, repr(value)):
+                fresh[name] = value
+        if fresh:
+            self._put({"kind": "metrics", "step": step, "metrics": fresh})
+            self._remember(step, fresh)
+        self._release()
 
+    @_harmless
+    def forget_after(self, step: int) -> None:
+        """Rows of later steps belong to a past that a resume has left; they will be logged again."""
+        if self._carrier is not None and self._top > step:
+            position = self._put({"kind": "rewind", "step": step})
+            self._carrier.run.rewinds.append((position, step))
+            self._last = {name: last for name, last in self._last.items() if last[0] <= step}
+            self._top = step
+        self._release()
+
+    @_harmless
     def log_table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Rows of JSON values as the table artifact NAME.json, replacing an earlier one of that name."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         data = [[row.get(column) for column in columns] for row in rows]
         self._put({"kind": "table", "name": f"{metric_name(name)}.json", "columns": columns, "data": data})
 
+    @_harmless
     def log_artifacts(self, folder: str | Path) -> None:
-        """Everything below `folder`, under the folder's own name. It is read later: leave it in place."""
-        self._put({"kind": "artifacts", "folder": str(Path(folder).absolute())})
+        """Every file below `folder`, a folder of the run folder. They are read later: leave them in place."""
+        if self._carrier is None:
+            return
+        root, folder = self._carrier.spool.path.parent, Path(folder).absolute()
+        for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+            place = path.parent.relative_to(folder.parent).as_posix()
+            self._put({"kind": "artifact", "path": path.relative_to(root).as_posix(), "place": place})
 
-    def finish(self, status: Status, timeout_seconds: float = 60.0) -> None:
-        """Set the run's terminal status and wait for the spool, unless the server is down."""
-        self._put({"kind": "finish", "status": status})
-        if self._spool and not self._spool.drain(timeout_seconds):
+    @_harmless
+    def finish(self, status: Status) -> None:
+        """Set the run's terminal status, and wait `tracking.flush_seconds` at most for what is left to send."""
+        carrier, deadline = self._carrier, time.monotonic() + self._flush_seconds
+        if carrier is None:
+            return
+        # Rows first, so that whoever sees the terminal status sees the whole run; but not at its cost.
+        carrier.run.before_finish = lambda position: _wait_half(carrier, position, self._flush_seconds)
+        position = self._put({"kind": "finish", "status": status, "session": self._session})
+        self._release()
+        if self._leftovers is not None:
+            self._leftovers.stop()
+        if not carrier.drain(position, deadline - time.monotonic()):
+            rest = carrier.spool.path
             self._warn_once(
-                "MLflow has not received everything; the rest waits in the run folder for the next start"
+                "rest",
+                f"MLflow has not received everything in {self._flush_seconds:g} s (tracking.flush_seconds); "
+                f"the rest waits in {rest} and is sent by --resume or by the next run in this output folder",
             )
 
-    def _open_spool(self, uri: str, output: Path, folder: Path, resume_run_id: str | None) -> Spool:
-        # Another server gets the whole history. Only a hash of its address: that may contain a password.
-        server = hashlib.sha256(uri.encode()).hexdigest()[:16]
-        sink = _Sink(uri, output)
-        spool = Spool(
-            folder / SPOOL,
-            folder / CURSOR,
-            cursor={"server": server, "key": uuid.uuid4().hex, "run_id": resume_run_id},
-            same=("server",),
-            apply=sink.apply,
-            on_failure=lambda error: self._warn_once(
-                f"MLflow is out of reach, metrics wait in {folder / SPOOL}: {_brief(error)}"
-            ),
-        )
-        sink.spool, sink.warn = spool, self._warn_once
-        return spool
+    def _put(self, record: dict[str, Any]) -> int:
+        return self._carrier.spool.put(record) if self._carrier is not None else 0
 
-    def _put(self, record: dict[str, Any]) -> None:
-        if self._spool is None:
+    def _remember(self, step: int, metrics: dict[str, float]) -> None:
+        self._last |= {name: (step, repr(value)) for name, value in metrics.items()}
+        self._top = max(self._top, step)
+
+    def _read_history(self, carrier: Carrier) -> None:
+        """What earlier processes logged in this run folder and did not take back."""
+        for record, _ in carrier.spool.records("metrics", "rewind"):
+            if record is None:
+                continue
+            if record["kind"] == "metrics":
+                self._remember(record["step"], record["metrics"])
+            else:
+                self._last = {name: last for name, last in self._last.items() if last[0] <= record["step"]}
+                self._top = min(self._top, record["step"])
+
+    def _release(self) -> None:
+        """Begin to send."""
+        if self._carrier is None or self._started:
             return
-        try:
-            self._spool.put(record)
-        except Exception as error:
-            self._warn_once(f"tracking drops a record: {_brief(error)}")
+        self._started = True
+        for lane in self._carrier.lanes:
+            lane.start()
+        if self._leftovers is not None:
+            self._leftovers.start()
 
-    def _warn_once(self, text: str) -> None:
-        if not self._warned:
-            self._warned = True
+    def _failed(self, error: Exception) -> None:
+        if self._carrier is not None:
+            place = self._carrier.spool.path
+            self._warn_once("down", f"MLflow is out of reach, metrics wait in {place}: {brief(error)}")
+
+    def _warn_once(self, topic: str, text: str) -> None:
+        with self._warning:
+            fresh = topic not in self._warned
+            self._warned.add(topic)
+        if fresh:
             with contextlib.suppress(Exception):
                 self._warn(text)
 
 
-class _Sink:
-    """What each record does to MLflow; only the spool's thread comes here."""
-
-    spool: Spool
-    warn: Callable[[str], None]
-
-    def __init__(self, uri: str, output: Path) -> None:
-        self._uri, self._output = uri, output
-        self._client: Any = None
-
-    @property
-    def run_id(self) -> str:
-        return self.spool.cursor["run_id"]
-
-    def apply(self, record: dict[str, Any]) -> None:
-        """Carry one record. One that MLflow will never accept is dropped, lest it block the rest."""
-        actions = {
-            "start": self._open_run,
-            "metrics": self._log_metrics,
-            "table": self._log_table,
-            "artifacts": self._log_artifacts,
-            "finish": self._finish_run,
-        }
-        action = actions.get(record.get("kind", "torn"))
-        if action is None:
-            return
-        try:
-            self._connect()
-            action(record)
-        except Exception as error:
-            if getattr(error, "error_code", None) not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
-                raise
-            self.warn(f"MLflow refuses a record ({record['kind']}): {_brief(error)}")
-
-    def _connect(self) -> None:
-        if self._client is None:
-            for name, value in ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
-            # Here, because MLflow reads the settings above when it is imported.
-            from mlflow import MlflowClient
-
-            for name in ("mlflow", "alembic", "urllib3"):
-                logging.getLogger(name).setLevel(logging.ERROR)
-            self._client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
-
-    def _open_run(self, record: dict[str, Any]) -> None:
-        from mlflow.entities import Param, RunTag
-
-        if self.spool.cursor["run_id"] is None:
-            self.spool.advance(run_id=self._find_or_create_run(record))
-        run = self._client.get_run(self.run_id)
-        if run.info.status != "RUNNING":
-            self._client.update_run(self.run_id, status="RUNNING")
-        # MLflow refuses another value for a parameter: after a resume config.yaml has the newest ones.
-        params = [Param(key, value) for key, value in record["params"].items() if key not in run.data.params]
-        for start in range(0, len(params), PARAMS_PER_BATCH):
-            self._client.log_batch(self.run_id, params=params[start : start + PARAMS_PER_BATCH])
-        tags = [RunTag(metric_name(key), value[:TAG_LENGTH]) for key, value in record["tags"].items()]
-        self._client.log_batch(self.run_id, tags=tags)
-        self._client.log_text(self.run_id, record["config"], "config.yaml")
-
-    def _find_or_create_run(self, record: dict[str, Any]) -> str:
-        """A kill between creating a run and noting its id must not leave a second one behind."""
-        experiment, key = self._experiment(record["experiment"]), self.spool.cursor["key"]
-        found = self._client.search_runs([experiment], f"tags.`{RUN_KEY_TAG}` = '{key}'", max_results=1)
-        if found:
-            return found[0].info.run_id
-        run = self._client.create_run(
-            experiment, record["time_ms"], tags={RUN_KEY_TAG: key}, run_name=record["run_name"]
-        )
-        return run.info.run_id
-
-    def _experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            place = None if _is_server(self._uri) else (self._output / "mlartifacts").as_uri()
-            try:
-                return self._client.create_experiment(name, artifact_location=place)
-            except Exception:
-                # Another process may have made it in the meantime.
-                found = self._client.get_experiment_by_name(name)
-                if found is None:
-                    raise
-        return found.experiment_id
-
-    def _log_metrics(self, record: dict[str, Any]) -> None:
-        from mlflow.entities import Metric
-
-        metrics = [
-            Metric(name, _bounded(value), record["time_ms"], record["step"])
-            for name, value in record["metrics"].items()
-        ]
-        for start in range(0, len(metrics), METRICS_PER_BATCH):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
-
-    def _log_table(self, record: dict[str, Any]) -> None:
-        # As MlflowClient.log_table, which would append to a table that exists; this replaces it.
-        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
-
-        self._client.log_dict(
-            self.run_id, {"columns": record["columns"], "data": record["data"]}, record["name"]
-        )
-        tables = json.loads(self._client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
-        entry = {"path": record["name"], "type": "table"}
-        tag = json.dumps([*tables, entry])
-        if entry not in tables and len(tag) <= TAG_LENGTH:
-            self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, tag)
-
-    def _log_artifacts(self, record: dict[str, Any]) -> None:
-        folder = Path(record["folder"])
-        if folder.is_dir():
-            self._client.log_artifacts(self.run_id, str(folder), folder.name)
-
-    def _finish_run(self, record: dict[str, Any]) -> None:
-        self._client.set_terminated(self.run_id, record["status"], record["time_ms"])
-
-
-def metric_name(name: str) -> str:
-    """`name` with everything replaced that MLflow refuses in names of metrics, parameters and tags."""
-    legal = re.sub(r"[^\w./: -]", "_", name, flags=re.ASCII)
-    parts = [part for part in legal.split("/") if part not in ("", ".", "..")]
-    return "/".join(parts)[:KEY_LENGTH].rstrip("/") or "_"
+def _wait_half(carrier: Carrier, position: int, seconds: float) -> None:
+    carrier.rows.wait(position, seconds / 2, give_up_if_failing=True)
 
 
 def git_state() -> dict[str, str]:
@@ -309,19 +235,6 @@ def git_state() -> dict[str, str]:
         return {"git.commit": "unknown", "git.dirty": "unknown"}
 
 
-def _is_server(uri: str) -> bool:
-    return urlsplit(uri).scheme not in ("sqlite", "postgresql", "mysql", "mssql", "file", "")
-
-
-def _redact(text: str) -> str:
-    """`text` without user names and passwords in addresses."""
-    return re.sub(r"://[^@/\s]+@", "://***@", text)
-
-
-def _brief(error: Exception) -> str:
-    return (_redact(str(error)).splitlines() or [type(error).__name__])[0][:200]
-
-
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested configuration -> dotted parameter names and texts within MLflow's limits."""
     flat: dict[str, str] = {}
@@ -330,18 +243,8 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value)
-            flat[metric_name(prefix + key)] = _redact(text)[:PARAM_LENGTH]
+            flat[metric_name(prefix + key)] = redact(text)[:PARAM_LENGTH]
     return flat
 
 
-def _bounded(value: float) -> float:
-    return value if math.isnan(value) else max(-LARGEST, min(LARGEST, value))
-
-
-def _last_steps(history: list[dict[str, Any]]) -> dict[str, int]:
-    """Metric name -> last step at which an earlier process logged it."""
-    last: dict[str, int] = {}
-    for record in history:
-        for name in record.get("metrics", ()):
-            last[name] = max(record["step"], last.get(name, record["step"]))
-    return last
+__all__ = ["SPOOL", "Tracker", "git_state", "metric_name"]

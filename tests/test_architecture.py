@@ -20,6 +20,7 @@ LAYERS = {
     "engines": 4,
     "actors": 5,
     "checkpoint": 6, "tracking": 6, "spool": 6, "runfolder": 6, "display": 6,
+    "mlflow_run": 6, "carrier": 6, "leftovers": 6,
     "trainer": 7, "evaluation": 7,
     "sweep": 8, "report": 8, "jobs": 8, "plan": 8, "doctor": 8, "demo": 8,
     "launch": 9,
@@ -33,7 +34,7 @@ SOLE_IMPORTERS = {
         "rairl_ray.engines.weight_transfer",
         "rairl_ray.engines.weight_transfer_vllm",
     },
-    "mlflow": {"rairl_ray.tracking"},
+    "mlflow": {"rairl_ray.mlflow_run"},
 }
 FORBIDDEN = {
     "types": {"torch", "ray", "transformers"},

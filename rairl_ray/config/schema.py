@@ -374,6 +374,9 @@ class Tracking(Section):
     experiment: str = "rairl"
     tags: dict[str, str] = {}
     log_artifacts: bool = True
+    flush_seconds: NonNegativeFloat = 30
+    """How long the end of a run waits for what is not sent yet; the rest stays in the run folder and is sent by
+    `--resume` or by the next run in the same output folder. Training itself never waits for MLflow."""
 
 
 class RunConfig(Section):

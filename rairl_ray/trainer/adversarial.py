@@ -206,7 +206,7 @@ class Run:
         """Go back to the newest whole checkpoint; without one the run starts from the beginning."""
         path = self.session.newest_checkpoint()
         if path is None:
-            self.session.folder.truncate_to_step(-(1 << 31))
+            self.session.forget_after(-(1 << 31))
             self.session.event("no checkpoint to resume from: starting from the beginning")
             return False
         state = self.session.store.read(path)
@@ -220,7 +220,7 @@ class Run:
         last = self.progress.step
         if not self.progress.warmed_up and self.airl is not None:
             last = self.progress.warmup - WarmupGate(self.config.discriminator).max_steps
-        dropped = self.session.folder.truncate_to_step(last)
+        dropped = self.session.forget_after(last)
         self.session.event(
             f"resumed from {path.name}; {dropped} later rows of metrics.jsonl will be made again"
         )

@@ -52,6 +52,7 @@ def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, dis
     tracker.start(
         config,
         folder.root,
+        resumed,
         resume_run_id=saved.get("mlflow_run_id"),
         tags={"rairl.config_hash": config_hash(config), "rairl.data_hash": prepared.task.data_hash},
     )

@@ -115,6 +115,11 @@ class Session:
         self.folder.append_metrics(step, metrics)
         self.tracker.log(metrics, step)
 
+    def forget_after(self, step: int) -> int:
+        """Rows of later steps belong to a past that a resume has left; the lines dropped from metrics.jsonl."""
+        self.tracker.forget_after(step)
+        return self.folder.truncate_to_step(step)
+
     def event(self, text: str) -> None:
         """A line in events.log and on the screen."""
         self.folder.event(text)

@@ -55,7 +55,7 @@ def _attempt(session: Session, parts: Parts, resume: bool, ready: Callable[[], N
     parts.rollouts.open()
     heldout = HeldOut(config, session.prepared.task, parts.rollouts, None)
     if not resume or session.store.latest_valid() is None:
-        session.folder.truncate_to_step(-1)
+        session.forget_after(-1)
         if config.eval.at_start:
             parts.rollouts.serve_disk_weights()
             _evaluate(session, heldout, "start", 0)
@@ -150,7 +150,7 @@ class Fit:
         if message.kind == "phase":
             self._phase = message.content
         elif message.kind == "restored":
-            dropped = session.folder.truncate_to_step(step)
+            dropped = session.forget_after(step)
             self._progress(step)
             self._ready()
             session.event(

@@ -1,0 +1,99 @@
+"""A run folder's tracking spool and its three lanes to MLflow.
+
+Lane `status` opens and closes the run, `rows` carries metrics and parameters, `files` tables and artifacts.
+They do not wait for each other: neither a slow upload nor a refused row keeps a run from being closed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.mlflow_run import MlflowRun, Warn
+from rairl_ray.spool import Lane, Spool
+
+SPOOL = "tracking_spool.jsonl"
+CURSOR = "tracking_cursor.json"
+
+
+class Carrier:
+    """Opening one touches no network and changes nothing on disk."""
+
+    def __init__(
+        self,
+        uri: str,
+        output: Path,
+        folder: Path,
+        *,
+        warn: Warn,
+        on_failure: Callable[[Exception], None],
+        resume_run_id: str | None = None,
+    ) -> None:
+        self.spool = Spool(
+            folder / SPOOL, folder / CURSOR, lambda saved: _cursor(saved, uri, folder, resume_run_id)
+        )
+        self.run = MlflowRun(uri, output, self.spool, warn)
+
+        def lane(name: str, *kinds: str, apply: Any, ready: Callable[[], bool], joined: str = "") -> Lane:
+            return Lane(self.spool, name, kinds, apply, ready=ready, on_failure=on_failure, joined=joined)
+
+        exists = self.run.exists
+        self.status = lane("status", "start", "finish", apply=self.run.apply_status, ready=lambda: True)
+        self.rows = lane(
+            "rows", "metrics", "params", "rewind", apply=self.run.apply_rows, ready=exists, joined="metrics"
+        )
+        self.files = lane("files", "text", "table", "artifact", apply=self.run.apply_file, ready=exists)
+        self.lanes = (self.status, self.rows, self.files)
+
+    def drain(self, position: int, seconds: float) -> bool:
+        """Carry everything before `position` and end; whether all of it arrived within so many seconds."""
+        for lane in self.lanes:
+            lane.hurry()
+        with self.spool.changed:
+            self.spool.changed.wait_for(lambda: self._carried(position), seconds)
+        self.spool.close()
+        return self._carried(position)
+
+    def once(self) -> bool:
+        """Carry all that is there on this thread; whether all arrived. Raises what MLflow raises."""
+        self.run.before_finish = lambda position: self.rows.once()
+        key = None
+        while key != self.spool.cursor["key"]:
+            key = self.spool.cursor["key"]
+            for lane in self.lanes:
+                lane.once()
+        return self._carried(self.spool.size())
+
+    def _carried(self, position: int) -> bool:
+        return all(lane.offset >= position for lane in self.lanes)
+
+
+def tracking_uri(config: RunConfig, output: Path) -> str | None:
+    """MLflow's address for runs below `output`; None where tracking is off."""
+    uri = config.tracking.uri or f"sqlite:///{output / 'mlflow.db'}"
+    return None if uri == "none" else uri
+
+
+def server_hash(uri: str) -> str:
+    """What the cursor remembers of an address, which may contain a password."""
+    return hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def _cursor(saved: dict[str, Any] | None, uri: str, folder: Path, run_id: str | None) -> dict[str, Any]:
+    """The saved cursor if it belongs to this server, else one at the beginning: it gets the whole history."""
+    fresh: dict[str, Any] = {
+        "server": server_hash(uri), "key": uuid.uuid4().hex, "run_id": None, "session": None, "closed": False,
+        "top": None, "replaced": [], "status_offset": 0, "rows_offset": 0, "files_offset": 0,
+    }  # fmt: skip
+    if saved is not None:
+        return saved if saved.get("server") == fresh["server"] and saved.keys() == fresh.keys() else fresh
+    if run_id is not None:
+        # A lost cursor: everything in the spool may have arrived.
+        spool = Spool(folder / SPOOL, folder / CURSOR, lambda saved: fresh)
+        steps = [record["step"] for record, _ in spool.records("metrics") if record]
+        fresh |= {"run_id": run_id, "top": max(steps, default=None)}
+    return fresh

@@ -1,0 +1,390 @@
+"""What each record of a run's spool does to MLflow, and how it stays true. The only importer of mlflow.
+
+Exactly once, over a line that may be cut anywhere:
+- MLflow keeps one row per (run, metric, step, timestamp, value). The timestamp is the record's own, so a
+  batch that is sent again after its answer was lost changes nothing.
+- A run carries a key of ours as a tag, noted before the run is made: it is found again instead of made twice.
+- MLflow never forgets a row. Where a resume makes steps again that MLflow has already, the run is replaced:
+  a new one receives the history as it now is, and the old one goes to MLflow's trash.
+
+Only the threads of the lanes come here. Nothing here runs on the thread that trains, but `import_mlflow`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rairl_ray.spool import Record, Spool
+
+RUN_KEY_TAG = "rairl.run_key"
+# MLflow's limits
+PER_BATCH = {"params": 100, "tags": 100, "metrics": 1000}
+TAG_LENGTH, KEY_LENGTH = 8000, 250
+LARGEST = 1.7976931348623157e308
+"""MLflow's own stand-in for infinity."""
+FILE_ATTEMPTS = 3
+"""A file that a living server does not take so many times is left out."""
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "GIT_PYTHON_REFRESH": "quiet",
+    # MLflow's own retries block for minutes and would repeat even the making of a run; the lanes retry.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+Warn = Callable[[str, str], None]
+"""Called with a topic and one line; each topic is shown once."""
+
+
+def import_mlflow() -> None:
+    """Import MLflow and touch no network.
+
+    On the calling thread: two threads that import large libraries at once can meet half-made modules.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    assert mlflow.MlflowClient
+    for name in ("mlflow", "alembic", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class MlflowRun:
+    """One run in MLflow, as far as the spool's cursor says it exists."""
+
+    def __init__(self, uri: str, output: Path, spool: Spool, warn: Warn) -> None:
+        self._uri, self._output, self._spool, self._warn = uri, output, spool, warn
+        self._connecting = threading.Lock()
+        self._connected: Any = None
+        self._refused_names: set[str] = set()
+        self._attempts: dict[int, int] = {}
+        self.rewinds: list[tuple[int, float]] = [
+            (position, record["step"]) for record, position in spool.records("rewind") if record
+        ]
+        """(position, step): rows before the position and past the step were made again, or never were."""
+        self.before_finish: Callable[[int], None] = lambda position: None
+        """Called before a terminal state is set, with its position."""
+
+    def exists(self) -> bool:
+        """Whether a server gave this run an id."""
+        return self._spool.cursor["run_id"] is not None
+
+    # --- what the lanes apply ------------------------------------------------------------------------
+
+    def apply_status(self, batch: list[Record]) -> None:
+        """Records `start` and `finish`."""
+        [(record, position)] = batch
+        with self._unless_gone():
+            if record["kind"] == "start":
+                self._open(record)
+            elif record["session"] == self._spool.cursor["session"]:
+                self.before_finish(position)
+                self._client().set_terminated(self._run_id, record["status"], record["time_ms"])
+                self._bin_twins()
+                self._spool.advance(self._key, {"closed": True})
+
+    def apply_rows(self, batch: list[Record]) -> None:
+        """Records `params`, `rewind`, and any number of `metrics`."""
+        record, position = batch[0]
+        with self._unless_gone():
+            if record["kind"] == "rewind":
+                self._rewind(record["step"], position)
+            elif record["kind"] == "params":
+                self._log_params(record)
+            else:
+                self._log_metrics(batch)
+
+    def apply_file(self, batch: list[Record]) -> None:
+        """Records `text`, `table` and `artifact`. One that cannot be sent holds up nothing for ever."""
+        [(record, position)] = batch
+        try:
+            with self._unless_gone():
+                if record["kind"] == "text":
+                    self._client().log_text(self._run_id, record["text"], record["name"])
+                elif record["kind"] == "table":
+                    self._log_table(record)
+                else:
+                    self._log_artifact(record)
+        except Exception as error:
+            name = record.get("name") or record.get("path")
+            if not _refused(error) and not isinstance(error, FileNotFoundError):
+                # Raises where the server is down: then the attempt counts for nothing.
+                self._client().get_run(self._run_id)
+                self._attempts[position] = self._attempts.get(position, 0) + 1
+                if self._attempts[position] < FILE_ATTEMPTS:
+                    raise
+            self._warn(f"file {name}", f"MLflow does not get {name}: {brief(error)}")
+
+    # --- the run -------------------------------------------------------------------------------------
+
+    @property
+    def _key(self) -> str:
+        return self._spool.cursor["key"]
+
+    @property
+    def _run_id(self) -> str:
+        return self._spool.cursor["run_id"]
+
+    def _client(self) -> Any:
+        from mlflow import MlflowClient
+
+        with self._connecting:
+            if self._connected is None:
+                with _whole_database(self._uri):
+                    self._connected = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+            return self._connected
+
+    def _open(self, record: dict[str, Any]) -> None:
+        key, client = self._key, self._client()
+        if not self.exists():
+            self._spool.advance(key, {"run_id": self._find_or_create(record)})
+        client.update_run(self._run_id, status="RUNNING")
+        self._spool.advance(key, {"session": record["session"], "closed": False})
+        self._bin_twins()
+        for run_id in self._spool.cursor["replaced"]:
+            self._replace(run_id)
+        self._spool.advance(key, {"replaced": []})
+
+    def _find_or_create(self, record: dict[str, Any]) -> str:
+        experiment = self._experiment(record["experiment"])
+        if found := self._with_key(experiment):
+            return found[0]
+        tags = {RUN_KEY_TAG: self._key}
+        run = self._client().create_run(experiment, record["time_ms"], tags, record["run_name"])
+        return run.info.run_id
+
+    def _with_key(self, experiment: str) -> list[str]:
+        found = self._client().search_runs([experiment], f"tags.`{RUN_KEY_TAG}` = '{self._key}'")
+        return sorted(run.info.run_id for run in found)
+
+    def _bin_twins(self) -> None:
+        """A request to make the run may have arrived after we gave it up and made another one."""
+        run = self._client().get_run(self._run_id)
+        for run_id in self._with_key(run.info.experiment_id):
+            if run_id != self._run_id:
+                self._bin(run_id)
+
+    def _replace(self, old: str) -> None:
+        """Take over what people wrote on the old run, and bin it."""
+        client = self._client()
+        with contextlib.suppress(Exception):
+            has = client.get_run(self._run_id).data.tags
+            for name, value in client.get_run(old).data.tags.items():
+                if name == "mlflow.note.content" or not (name in has or name.startswith("mlflow.")):
+                    client.set_tag(self._run_id, name, value)
+        self._bin(old)
+
+    def _bin(self, run_id: str) -> None:
+        """Terminate a run of ours and move it to MLflow's trash, from where it can be restored."""
+        try:
+            if self._client().get_run(run_id).info.lifecycle_stage == "active":
+                self._client().set_terminated(run_id, "KILLED")
+                self._client().delete_run(run_id)
+        except Exception as error:
+            if _status(error) not in (400, 401, 403, 404):
+                raise
+            self._warn("bin", f"MLflow keeps the superseded run {run_id}: {brief(error)}")
+
+    def _experiment(self, name: str) -> str:
+        client = self._client()
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            place = None if is_server(self._uri) else (self._output / "mlartifacts").as_uri()
+            try:
+                return client.create_experiment(name, artifact_location=place)
+            except Exception:
+                # Another process may have made it in the meantime.
+                found = client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return found.experiment_id
+
+    @contextlib.contextmanager
+    def _unless_gone(self) -> Iterator[None]:
+        """A server that came back without its database gets the whole history in a new run."""
+        try:
+            yield
+        except Exception as error:
+            if self.exists() and _status(error) == 404 and self._is_gone():
+                self._warn("gone", "MLflow has lost the run; its history is sent again")
+                self._again()
+            raise
+
+    def _is_gone(self) -> bool:
+        try:
+            self._client().get_run(self._run_id)
+        except Exception as error:
+            return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+        return False
+
+    def _again(self, replaced: list[str] | None = None) -> None:
+        self._attempts.clear()
+        fresh = {"key": uuid.uuid4().hex, "run_id": None, "top": None, "closed": False}
+        self._spool.restart(self._key, fresh | {"replaced": replaced or []})
+
+    # --- rows ----------------------------------------------------------------------------------------
+
+    def _rewind(self, step: float, position: int) -> None:
+        if (position, step) not in self.rewinds:
+            self.rewinds.append((position, step))
+        top = self._spool.cursor["top"]
+        if top is not None and top > step:
+            self._again([*self._spool.cursor["replaced"], self._run_id])
+
+    def _log_metrics(self, batch: list[Record]) -> None:
+        from mlflow.entities import Metric
+
+        rows = [record for record, position in batch if not self._void(record["step"], position)]
+        if not rows:
+            return
+        top = max(record["step"] for record in rows)
+        if self._spool.cursor["top"] is None or top > self._spool.cursor["top"]:
+            # Before they are sent: after a lost answer they count as arrived.
+            self._spool.advance(self._key, {"top": top})
+        metrics = [
+            Metric(name, _bounded(value), record["time_ms"], record["step"])
+            for record in rows
+            for name, value in record["metrics"].items()
+            if name not in self._refused_names
+        ]
+        self._send("metrics", metrics)
+
+    def _void(self, step: float, position: int) -> bool:
+        return any(position < later and step > kept for later, kept in self.rewinds)
+
+    def _log_params(self, record: dict[str, Any]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        # MLflow refuses another value for a parameter: after a resume config.yaml has the newest ones.
+        has = self._client().get_run(self._run_id).data.params
+        params = [Param(name, value) for name, value in record["params"].items() if name not in has]
+        self._send("params", params)
+        tags = [RunTag(metric_name(name), value[:TAG_LENGTH]) for name, value in record["tags"].items()]
+        self._send("tags", tags)
+
+    def _send(self, what: str, items: list[Any]) -> None:
+        """Log them in as few requests as MLflow allows; what it will never take is left out, one by one."""
+        if len(items) > PER_BATCH[what]:
+            self._send(what, items[: PER_BATCH[what]])
+            self._send(what, items[PER_BATCH[what] :])
+            return
+        if not items:
+            return
+        run_id = self._run_id
+        try:
+            self._client().log_batch(run_id, **{what: items})
+        except Exception as error:
+            # A run that somebody deleted refuses everything: then its rows wait, it may be restored.
+            if not _refused(error) or self._client().get_run(run_id).info.lifecycle_stage != "active":
+                raise
+            if len(items) > 1:
+                self._send(what, items[: len(items) // 2])
+                self._send(what, items[len(items) // 2 :])
+                return
+            name = items[0].key
+            if what == "metrics":
+                self._refused_names.add(name)
+            self._warn(f"{what} {name}", f"MLflow refuses {name!r}, which is left out: {brief(error)}")
+
+    # --- files ---------------------------------------------------------------------------------------
+
+    def _log_table(self, record: dict[str, Any]) -> None:
+        # As MlflowClient.log_table, which would append to a table that exists; this replaces it.
+        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+
+        client = self._client()
+        client.log_dict(self._run_id, {"columns": record["columns"], "data": record["data"]}, record["name"])
+        tables = json.loads(client.get_run(self._run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        entry = {"path": record["name"], "type": "table"}
+        tag = json.dumps([*tables, entry])
+        if entry not in tables and len(tag) <= TAG_LENGTH:
+            client.set_tag(self._run_id, MLFLOW_LOGGED_ARTIFACTS, tag)
+
+    def _log_artifact(self, record: dict[str, Any]) -> None:
+        # Relative to the run folder, which may have been moved since.
+        path = self._spool.path.parent / record["path"]
+        if not (self._spool.in_place() and path.is_file()):
+            raise FileNotFoundError(f"{path} is not there any more")
+        self._client().log_artifact(self._run_id, str(path), record["place"])
+
+
+def metric_name(name: str) -> str:
+    """`name` with everything replaced that MLflow refuses in names of metrics, parameters and tags."""
+    legal = re.sub(r"[^\w./: -]", "_", name, flags=re.ASCII)
+    parts = [part for part in legal.split("/") if part not in ("", ".", "..")]
+    return "/".join(parts)[:KEY_LENGTH].rstrip("/") or "_"
+
+
+def is_server(uri: str) -> bool:
+    """Whether the address is a server's that keeps artifacts itself, not a database's."""
+    return urlsplit(uri).scheme not in ("sqlite", "postgresql", "mysql", "mssql", "file", "")
+
+
+def redact(text: str) -> str:
+    """`text` without user names and passwords in addresses."""
+    return re.sub(r"://[^@/\s]+@", "://***@", text)
+
+
+def brief(error: Exception) -> str:
+    """One short line without secrets."""
+    return (redact(str(error)).splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def _whole_database(uri: str) -> Iterator[None]:
+    """Make a new sqlite database beside its place and move it there.
+
+    MLflow makes the tables in dozens of steps, unguarded: a kill in between, or another process that does
+    the same, leaves a file that no MLflow can open any more.
+    """
+    path = Path(uri.removeprefix("sqlite:///").split("?")[0])
+    with contextlib.ExitStack() as stack:
+        if uri.startswith("sqlite:///") and path.parent.is_dir() and os.access(path.parent, os.W_OK):
+            lock = stack.enter_context(open(path.with_name(f".{path.name}.lock"), "a"))
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _make_database(path)
+        yield
+
+
+def _make_database(path: Path) -> None:
+    from mlflow import MlflowClient
+
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
+    with contextlib.suppress(FileExistsError):
+        # Not `replace`: somebody may have opened MLflow there in the meantime.
+        os.link(new, path)
+    new.unlink()
+
+
+def _status(error: Exception) -> int | None:
+    code = getattr(error, "get_http_status_code", None)
+    return code() if code else None
+
+
+def _refused(error: Exception) -> bool:
+    """Whether sending the same again can never help."""
+    return _status(error) == 400
+
+
+def _bounded(value: float) -> float:
+    return value if math.isnan(value) else max(-LARGEST, min(LARGEST, value))
