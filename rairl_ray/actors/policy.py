@@ -36,6 +36,8 @@ IDLE = PolicySample(
 class PolicyActor(LearnerActor):
     """One rank of the policy."""
 
+    role = "policy"
+
     def build(self, total_updates: int) -> Any:
         from rairl_ray.engines.deepspeed_engine import DeepSpeedEngine
         from rairl_ray.engines.heads import LogprobModel
@@ -72,6 +74,7 @@ class PolicyActor(LearnerActor):
                 return contribution
 
             report = self.engine.update(losses_of(list(zip(batches, old, strict=True)), loss))
+        self.rest()
         self.version += 1
         return summed(sums), report
 
@@ -129,6 +132,7 @@ class PolicyActor(LearnerActor):
         for samples in (part for batches in minibatches for part in batches):
             values = self._logprobs(samples).float().cpu().numpy()
             rows += [values[i, : len(s.completion_ids)].copy() for i, s in enumerate(samples)]
+        self.rest()
         return rows
 
     def weights(self) -> list[ray.ObjectRef]:

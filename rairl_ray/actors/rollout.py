@@ -38,6 +38,7 @@ class RolloutActor(RankActor):
     def open(self) -> None:
         """Load the engine. It is STALE, and serves nothing, until its first sync."""
         self._engine = open_engine(self._config, self._policy_path, self._device)
+        self._engine.sleep()
 
     @property
     def engine(self) -> RolloutEngine:
@@ -49,7 +50,9 @@ class RolloutActor(RankActor):
         self, requests: list[GenerationRequest], sampling: SamplingSettings
     ) -> tuple[list[Generation], int | None]:
         """Completions in the order of the requests, and the version that made them."""
-        return self.engine.generate(requests, sampling), self.engine.version
+        generations = self.engine.generate(requests, sampling)
+        self.engine.sleep()  # the learners work next
+        return generations, self.engine.version
 
     def sync(self, payload: dict[str, Any], version: int) -> SyncReport:
         """Take new weights; answers the version and checksum that the engine now serves."""

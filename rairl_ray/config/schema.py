@@ -55,6 +55,10 @@ class Model(Section):
     build: Build | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4` (a GPU, LoRA): the learner holds the frozen base in 4 bits (QLoRA, arXiv 2305.14314). Rollouts and
+    final artifacts join the adapter with the base as published: they differ from the learner by quantisation
+    error, which `rollout/logprob_gap` shows and policy.importance_cap corrects for."""
     lora: Lora = Lora()
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

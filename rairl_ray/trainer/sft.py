@@ -119,10 +119,7 @@ def _fit(session: Session, parts: Parts) -> tuple[int, bool]:
 def _trainer(session: Session, parts: Parts, rows: Queue, stop: Queue) -> TorchTrainer:
     config = session.config
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    gpu = parts.device != "cpu"
-    resources = {"CPU": config.placement.cpus_per_actor}
-    if gpu:
-        resources["GPU"] = config.placement.policy_gpu_fraction
+    resources = dict(session.plan.roles["policy"][0].resources)
     threads = config.placement.threads_per_actor or os.cpu_count() or 1
     return TorchTrainer(
         train_worker,
@@ -136,7 +133,7 @@ def _trainer(session: Session, parts: Parts, rows: Queue, stop: Queue) -> TorchT
             "stop": stop,
         },
         scaling_config=ScalingConfig(
-            num_workers=config.learner.replicas, use_gpu=gpu, resources_per_worker=resources
+            num_workers=config.learner.replicas, use_gpu="GPU" in resources, resources_per_worker=resources
         ),
         run_config=RunConfig(
             name="sft",
