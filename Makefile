@@ -21,7 +21,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 gpu-test: install
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

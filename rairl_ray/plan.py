@@ -11,6 +11,7 @@ from rich.table import Table
 from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device
 from rairl_ray.config.estimate import Memory, memory, work
 from rairl_ray.config.load import config_hash, dump_yaml, warm_start_chain
+from rairl_ray.config.rules import check
 from rairl_ray.config.schema import RunConfig
 
 PLENTY = 1e9
@@ -37,6 +38,7 @@ def show_plan(
     device = config.placement.device
     if device == "auto":
         device = resolve_device(local_gpus() if gpus is None else gpus)
+    check(config, f"on this cluster ({device})", device)
     plan = bundles(config, device)
     cluster = hypothetical_nodes(plan, config.placement.gpus_per_node, gpus, nodes, cpus)
     check_against(plan, cluster)

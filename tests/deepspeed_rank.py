@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from rairl_ray.algorithms.discriminator_losses import gradient_penalty, segment_sums
-from rairl_ray.config.schema import Build, Learner, Lora, Model, Optimizer
+from rairl_ray.config.machine_schema import Learner
+from rairl_ray.config.schema import Build, Lora, Model, Optimizer
 from rairl_ray.data.batching import DiscriminatorTensors, discriminator_tensors
 from rairl_ray.engines.heads import ImplicitModel, LogprobModel, ScalarModel
 from rairl_ray.engines.models import load_causal_lm, load_token_classifier, materialise
@@ -29,6 +30,8 @@ from rairl_ray.types import DiscriminatorSample
 
 BUILD = Build(hidden_size=64, layers=2, heads=2, intermediate_size=96, max_length=64)
 SETTINGS = Optimizer(learning_rate=1e-3, clip_norm=0.5, weight_decay=0.1, warmup_share=0.25)
+DEVICE = os.environ.get("RAIRL_TEST_DEVICE", "cpu")
+"""Where the ranks train; the processes of tests/test_gpu.py find `cuda` here."""
 ROWS = 8
 TOTAL_UPDATES = 4
 CHUNK = 40_000
@@ -39,19 +42,26 @@ def base_path(folder: Path) -> str:
     return materialise(Model(build=BUILD), role="policy", cache_dir=folder, seed=1)
 
 
-def make_module(kind: str, path: str, *, dtype: str = "float32", checkpointing: bool = False) -> Any:
-    """A module of heads.py; kind is policy|scalar|shaped|implicit, then `-lora` for an adapter."""
+def make_module(
+    kind: str, path: str, *, dtype: str = "float32", checkpointing: bool = False, **extra: Any
+) -> Any:
+    """A module of heads.py; kind is policy|scalar|shaped|implicit, then `-lora` for an adapter.
+
+    `extra`: other keys of the `model` section.
+    """
     head, _, adapter = kind.partition("-")
     lora = Lora(rank=4) if adapter else Lora()
-    model = Model.model_validate({"lora": lora, "dtype": dtype, "gradient_checkpointing": checkpointing})
+    model = Model.model_validate(
+        {"lora": lora, "dtype": dtype, "gradient_checkpointing": checkpointing, **extra}
+    )
     if head in ("scalar", "shaped"):
         module: Any = ScalarModel(
-            load_token_classifier(path, model, outputs=2 if head == "shaped" else 1, seed=3)
+            load_token_classifier(path, model, outputs=2 if head == "shaped" else 1, device=DEVICE, seed=3)
         )
     elif head == "policy":
-        module = LogprobModel(load_causal_lm(path, model, seed=3), with_reference=True)
+        module = LogprobModel(load_causal_lm(path, model, device=DEVICE, seed=3), with_reference=True)
     else:
-        module = ImplicitModel(load_causal_lm(path, model, seed=3), 0.5)
+        module = ImplicitModel(load_causal_lm(path, model, device=DEVICE, seed=3), 0.5)
     if adapter:  # B starts at 0, which leaves A without a gradient; a started adapter tests both
         generator = torch.Generator().manual_seed(5)
         for name, parameter in module.named_parameters():
@@ -85,7 +95,7 @@ def loss_of(
     forward: Callable[..., Any], kind: str, samples: list[DiscriminatorSample], penalty: bool = False
 ) -> Tensor:
     """A contribution that is a plain sum over samples, over global denominators that depend on no split."""
-    batch = discriminator_tensors(samples, pad_id=0)
+    batch = discriminator_tensors(samples, pad_id=0).to(DEVICE)
     head = kind.partition("-")[0]
     if head == "policy":
         logprobs = forward(batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
@@ -174,16 +184,20 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
 
     def engine_for() -> Any:
         module = make_module(
-            kind, path, dtype=case.get("dtype", "float32"), checkpointing=case.get("checkpointing", False)
+            kind,
+            path,
+            dtype=case.get("dtype", "float32"),
+            checkpointing=case.get("checkpointing", False),
+            **case.get("model", {}),
         )
         if "chunk" in case:
             module.wrapped.get_output_embeddings().chunk_tokens = case["chunk"]
         return DeepSpeedEngine(
             module,
             SETTINGS,
-            Learner(zero_stage=case["stage"]),
+            Learner(zero_stage=case["stage"], offload=case.get("offload", "none")),
             total_updates=TOTAL_UPDATES,
-            device="cpu",
+            device=DEVICE,
             timeout_seconds=case.get("timeout", 120),
             weight_clip=case.get("weight_clip"),
         )
@@ -209,13 +223,13 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
         result = {"reports": train(engine, range(case.get("steps", 3)))}
     result["state"] = whole(engine.trainable_state())
     result["chunks"] = chunk_record(engine)
-    batch = discriminator_tensors(make_samples(99), pad_id=0)
+    batch = discriminator_tensors(make_samples(99), pad_id=0).to(DEVICE)
     if kind.startswith("policy"):
         arguments = (batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
-        result["scores"] = engine.infer(*arguments)
-        result["reference"] = engine.module.reference_logprobs(*arguments)
+        result["scores"] = engine.infer(*arguments).cpu()
+        result["reference"] = engine.module.reference_logprobs(*arguments).cpu()
     else:
-        result["scores"] = unit_outputs(engine.infer, kind, batch)[0]
+        result["scores"] = unit_outputs(engine.infer, kind, batch)[0].cpu()
     engine.destroy()
     return result
 
@@ -306,7 +320,7 @@ def step_once(engine: Any, case: dict[str, Any], step: int, rank: int, world: in
         else:
             losses.append(lambda: 0.0 * loss_of(engine, kind, make_samples(0)[:1], penalty))
     if kind.startswith("policy"):  # scoring between updates must not disturb them
-        batch = discriminator_tensors(make_samples(step)[:2], pad_id=0)
+        batch = discriminator_tensors(make_samples(step)[:2], pad_id=0).to(DEVICE)
         engine.infer(batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
     return engine.update(losses)
 
@@ -315,7 +329,11 @@ def main() -> None:
     spec, rank, world = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     from rairl_ray.engines.environment import setup_environment
 
-    setup_environment(rank, world, "127.0.0.1", int(sys.argv[4]), "cpu", 1)
+    if DEVICE == "cuda":
+        # as Ray does for an actor: a rank sees its own device alone
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank] if visible != [""] else str(rank)
+    setup_environment(rank, world, "127.0.0.1", int(sys.argv[4]), DEVICE, 1)
     folder = Path(spec["folder"])
     results = {case["name"]: run_case(case, folder, rank, world) for case in spec["cases"]}
     if rank == 0:

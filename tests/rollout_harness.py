@@ -23,7 +23,7 @@ from rairl_ray.engines.weights import SHARED_MEMORY
 VOCABULARY, EOS, PROMPT, COMPLETION, RANK = 80, 1, 24, 24, 8
 TOLERANCE = 1e-3
 SAMPLING = SamplingSettings(max_tokens=COMPLETION)
-START_SECONDS, CALL_SECONDS = 300, 120
+START_SECONDS, CALL_SECONDS = 600, 120
 
 
 def decode(ids: Any) -> str:
@@ -38,8 +38,11 @@ class EngineProcess:
         self.folder, self.stderr = folder, folder / "stderr.txt"
         spawn = multiprocessing.get_context("spawn")
         self.connection, child = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(child, options, str(self.stderr)), daemon=True)
-        variables = vllm_environment(device="cpu", threads=1) | {"TMPDIR": str(folder)}
+        # a daemon may not have the children that a tensor-parallel engine is
+        self.process = spawn.Process(
+            target=_serve, args=(child, options, str(self.stderr)), daemon=options.tensor_parallel == 1
+        )
+        variables = vllm_environment(device=options.device, threads=1) | {"TMPDIR": str(folder)}
         before = dict(os.environ)
         os.environ.update(variables)
         try:

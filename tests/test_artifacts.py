@@ -86,6 +86,33 @@ def test_policy_loads_elsewhere(
     )
 
 
+def test_what_was_trained_on_a_4_bit_base_is_merged_into_the_published_one(
+    path: str, batch: DiscriminatorTensors, tmp_path: Path
+) -> None:
+    """And without the GPU or the packages that training asked for."""
+    plain = Model(lora=Lora(rank=4), dtype="bfloat16", export="merged")
+    asked = plain.model_copy(update={"quantization": "nf4", "attention": "flash_attention_2"})
+    module = LogprobModel(load_causal_lm(path, plain))
+    state = train_a_little(module)
+    for name, model in {"plain": plain, "asked": asked}.items():
+        save_policy(tmp_path / name, module, state, path, model)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "asked")]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+    implicit = ImplicitModel(load_causal_lm(path, plain), beta=0.3)
+    config = reward_config("implicit", 4)
+    models = config.model.model_copy(update={"discriminator": asked})
+    save_reward_model(
+        tmp_path / "reward",
+        implicit,
+        train_a_little(implicit),
+        path,
+        config.model_copy(update={"model": models}),
+        1,
+    )
+    scores = RewardModel.load(tmp_path / "reward").score(batch)
+    assert torch.isfinite(scores).all() and scores.abs().max() > 0
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_weights_load(
     tied: bool, path: str, batch: DiscriminatorTensors, tmp_path: Path

@@ -35,6 +35,7 @@ GPU = {"placement.device": "gpu"}
 CPU = {"placement.device": "cpu"}
 APART = {"placement.type": "disaggregated"}
 TRANSPORT = "rollout.weight_transport"
+NF4 = {"model.policy.quantization": "nf4", "model.policy.lora.rank": 4, "model.policy.dtype": "bfloat16"}
 
 # (what a user writes, the key that is blamed, a part of the remedy)
 BROKEN: list[tuple[dict[str, Any], str, str]] = [
@@ -93,6 +94,19 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "model.discriminator.attention",
         "eager",
     ),
+    ({**NF4, "placement.device": "cpu"}, "model.policy.quantization", "needs a GPU"),
+    ({**NF4, "model.policy.lora.rank": None}, "model.policy.quantization", "set model.policy.lora.rank"),
+    ({**NF4, "model.policy.dtype": "float32"}, "model.policy.quantization", "dtype=bfloat16"),
+    ({**NF4, "learner.zero_stage": 3}, "model.policy.quantization", "zero_stage=2"),
+    (
+        {
+            "model.discriminator": {"quantization": "nf4", "lora": {"rank": 4}, "dtype": "bfloat16"},
+            "discriminator.loss.gradient_penalty": 1,
+        },
+        "model.discriminator.quantization",
+        "second derivative",
+    ),
+    ({**GPU, "model.policy.lora.rank": 4}, "model.policy.dtype", "rollout.engine=hf"),
     ({"data.task": "jsonl"}, "data.task", "set data.path"),
     ({"data.path": "x.jsonl"}, "data.path", "data.task=jsonl"),
     ({**JSONL, "data.fields.demonstration": None}, "data.fields.demonstration", "data.demonstrations=FILE"),
@@ -224,6 +238,10 @@ ALLOWED: list[dict[str, Any]] = [
     {"model.policy": {"path": "a/b", "revision": "main", "lora": {"rank": 512}}},
     {"model.policy.build.hidden_size": 64, "rollout.engine": "hf"},
     {"model.policy.build.hidden_size": 64, "placement.device": "gpu"},
+    NF4,
+    {**GPU, **NF4, "learner.zero_stage": 2},
+    {**GPU, "model.policy.lora.rank": 4, "rollout.engine": "hf"},
+    {"model.policy.lora.rank": 4, "placement.device": "cpu"},
     {"eval.temperature": 0, "eval.samples_per_prompt": 1},
     {"placement": {"type": "disaggregated", "policy_gpu_fraction": 1.0}},
     {"placement": {"device": "cpu", "policy_gpu_fraction": 1.0}},
@@ -241,6 +259,15 @@ ALLOWED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", ALLOWED, ids=lambda value: str(value)[:60])
 def test_what_is_no_contradiction_is_allowed(changes: dict[str, Any]) -> None:
     check(make(changes))
+
+
+def test_an_answer_to_device_auto_is_checked_too() -> None:
+    config = make(NF4)
+    check(config, device="gpu")
+    with pytest.raises(ConfigError, match=r"^here: model\.policy\.quantization=nf4: needs a GPU"):
+        check(config, "here", "cpu")
+    with pytest.raises(ConfigError, match=r"model\.policy\.dtype=float32: vLLM's GPU kernels"):
+        check(make({"model.policy.lora.rank": 4}), device="gpu")
 
 
 def test_every_rule_has_a_case_that_breaks_it() -> None:

@@ -229,7 +229,8 @@ from rairl_ray.engines.environment import setup_environment
 rank = int(sys.argv[1])
 setup_environment(rank, 2, "127.0.0.1", int(sys.argv[2]), "cpu", 1)
 import torch
-from rairl_ray.config.schema import Learner, Optimizer
+from rairl_ray.config.machine_schema import Learner
+from rairl_ray.config.schema import Optimizer
 from rairl_ray.engines.deepspeed_engine import DeepSpeedEngine
 torch.manual_seed(0)
 engine = DeepSpeedEngine(torch.nn.Linear(4, 1), Optimizer(), Learner(zero_stage=1),
@@ -275,7 +276,7 @@ import json
 from rairl_ray.engines.environment import setup_environment
 setup_environment(0, 1, "127.0.0.1", 1, "cpu", 1)
 from rairl_ray.config.schema import Optimizer
-from rairl_ray.engines.deepspeed_engine import learning_rate_factor
+from rairl_ray.engines.optimizer import learning_rate_factor
 rows = {s: [learning_rate_factor(u, Optimizer(schedule=s, warmup_share=0.2), 10) for u in range(11)]
         for s in ("constant", "linear", "cosine")}
 print(json.dumps(rows))

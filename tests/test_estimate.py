@@ -109,6 +109,26 @@ def test_zero_divides_by_the_ranks_from_its_stage_on(
     assert parts["reference"] == 0
 
 
+def test_a_4_bit_base_is_a_quarter_of_its_blocks() -> None:
+    """3.98 GB of blocks at 2 bytes; 4.127 bits a weight with double quantization (QLoRA, section 3)."""
+    path = "Qwen/Qwen2.5-3B-Instruct"
+
+    def weights(quantization: str) -> int:
+        lora = {"rank": 8}
+        model = {"path": path, "dtype": "bfloat16", "quantization": quantization, "lora": lora}
+        parts = memory(from_dict({"model": {"policy": model}}))[1].parts
+        assert parts["weights"] is not None
+        return parts["weights"]
+
+    shape = PUBLISHED[path]
+    blocks = shape.quantised_parameters
+    assert 0.85 < blocks / shape.parameters < 0.95
+    assert weights("none") - weights("nf4") == pytest.approx(blocks * (16 - 4.127) / 8, rel=1e-4)
+    # the engine serves the base as published
+    config = from_dict({"model": {"policy": {"path": path, "dtype": "bfloat16", "quantization": "nf4"}}})
+    assert memory(config)[0].parts["weights"] == 2 * shape.parameters
+
+
 def test_references_are_counted_only_where_a_loss_needs_a_copy() -> None:
     def reference(role: str, **sections: dict) -> int | None:
         return {estimate.role: estimate for estimate in memory(big(**sections))}[role].parts["reference"]

@@ -350,6 +350,8 @@ def test_unusable_weights_and_attention_are_one_line(path: str, tmp_path: Path) 
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="attention=sdpa"):
             load_causal_lm(path, Model(attention="flash_attention_2", dtype="bfloat16"))
+        with pytest.raises(ModelError, match="quantization=nf4 needs a GPU"):
+            load_causal_lm(path, Model(quantization="nf4", dtype="bfloat16", lora=Lora(rank=2)))
     with pytest.raises(ModelError, match="nothing_like_this"):
         load_causal_lm(path, Model(lora=Lora(rank=2, target_modules=("nothing_like_this",))))
     with pytest.raises(ModelError, match="output layer"):

@@ -85,6 +85,35 @@ def test_fractions_beyond_one_gpu_are_refused() -> None:
     bundles(make(placement=config.placement.model_dump() | {"type": "disaggregated"}), "gpu")
 
 
+def test_one_gpu_holds_one_rank_of_each_role_and_no_second_one() -> None:
+    """Groups of two roles share a device; two ranks of one group on it, which NCCL refuses, are not placed."""
+    one = {"CPU": 16.0, "GPU": 1.0}
+    check_against(bundles(make(), "gpu"), [one])
+    small = {"policy_gpu_fraction": 0.1, "discriminator_gpu_fraction": 0.1}
+    with pytest.raises(
+        PlacementError, match=r"needs 2 GPUs and the cluster has 1; .* holds one rank of a role"
+    ):
+        check_against(bundles(make(learner={"replicas": 2}, placement=small), "gpu"), [one])
+
+
+@pytest.mark.parametrize("kind", ["colocated", "disaggregated"])
+@pytest.mark.parametrize("policy", [0.25, 0.45])
+def test_no_two_sft_ranks_fit_on_one_gpu(kind: str, policy: float) -> None:
+    """Ray Train packs its workers by what they take, in a placement group of its own."""
+    sections = {"algorithm": {"type": "sft"}, "learner": {"replicas": 8}}
+    placement = {"type": kind, "policy_gpu_fraction": policy, "rollout_gpu_fraction": 0.5}
+    plan = bundles(make(**sections, placement=placement), "gpu")
+    shares = {role: slots[0].resources["GPU"] for role, slots in plan.roles.items()}
+    assert 2 * shares["policy"] > 1.0
+    assert shares["rollout"] > 0
+    assert kind == "disaggregated" or sum(shares.values()) <= 1.0
+    assert plan.total("GPU") == (8 if kind == "colocated" else 9)
+    alone = bundles(
+        make(**sections | {"learner": {"replicas": 1}}, placement={"policy_gpu_fraction": 0.25}), "gpu"
+    )
+    assert alone.roles["policy"][0].resources["GPU"] == 0.25
+
+
 @given(
     replicas=st.integers(1, 6),
     policy=st.integers(1, 6),

@@ -39,6 +39,9 @@ def test_options_come_from_the_configuration() -> None:
     arguments = llm_arguments(opened)
     assert arguments["gpu_memory_utilization"] == 0.3 and arguments["enable_sleep_mode"] is True
     assert arguments["max_lora_rank"] == 16 and "enforce_eager" not in arguments
+    assert "distributed_executor_backend" not in arguments
+    split = llm_arguments(dataclasses.replace(opened, tensor_parallel=2))
+    assert (split["distributed_executor_backend"], split["tensor_parallel_size"]) == ("mp", 2)
     on_cpu = llm_arguments(dataclasses.replace(opened, device="cpu", lora_rank=None, max_prompt_tokens=9000))
     assert on_cpu["enable_chunked_prefill"] is False and on_cpu["max_num_batched_tokens"] == 9070
     assert "enable_lora" not in on_cpu

@@ -49,6 +49,8 @@ IDLE = DiscriminatorSample(
 class DiscriminatorActor(LearnerActor):
     """One rank of the discriminator, with a scalar or an implicit head."""
 
+    role = "discriminator"
+
     def build(self, total_updates: int) -> Any:
         from rairl_ray.engines.deepspeed_engine import DeepSpeedEngine
         from rairl_ray.engines.heads import ImplicitModel, ScalarModel
@@ -89,6 +91,7 @@ class DiscriminatorActor(LearnerActor):
             return contribution
 
         report = self.engine.update(losses_of(updates[0], loss))
+        self.rest()
         self.version += 1
         return summed(sums), report
 
@@ -136,6 +139,7 @@ class DiscriminatorActor(LearnerActor):
             outputs, _ = self._outputs(self._tensors(samples), self.engine.infer)
             values = outputs.values.float().cpu().numpy()
             rows += [values[i, : len(s.unit_tokens)].copy() for i, s in enumerate(samples)]
+        self.rest()
         return rows
 
     def export(self, folder: str) -> None:

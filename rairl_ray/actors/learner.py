@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ray
 
 from rairl_ray.actors.group import ActorGroup, Member, RankActor
+from rairl_ray.actors.placement import gpu_fractions
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import balance, micro_batches
 from rairl_ray.types import Written
@@ -35,6 +36,8 @@ def discriminator_replicas(config: RunConfig) -> int:
 class LearnerActor(RankActor, ABC):
     """One data-parallel rank with a DeepSpeed engine; subclasses know the loss."""
 
+    role: Literal["policy", "discriminator"]
+
     def __init__(self, rank: int, config: RunConfig, model_path: str, pad_id: int, device: str) -> None:
         super().__init__(rank)
         self.config = config
@@ -50,7 +53,26 @@ class LearnerActor(RankActor, ABC):
 
         threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
         setup_environment(self.rank, world_size, address[0], address[1], self.device, threads)
+        self._limit_memory()
         self._engine = self.build(total_updates)
+
+    def _limit_memory(self) -> None:
+        """Hold this process to its role's share of a GPU, so that what torch caches is nobody else's loss.
+
+        Where the engine sleeps, the shares hold for nobody: `rest` gives the cache back instead.
+        """
+        if self.device != "cuda" or self.config.placement.type != "colocated" or self.config.rollout.sleep:
+            return
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(gpu_fractions(self.config)[self.role])
+
+    def rest(self) -> None:
+        """After a verb: what torch only caches goes back to the engine that wakes next (`rollout.sleep`)."""
+        if self.device == "cuda" and self.config.rollout.sleep:
+            import torch
+
+            torch.cuda.empty_cache()
 
     @abstractmethod
     def build(self, total_updates: int) -> Any:

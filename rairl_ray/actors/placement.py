@@ -5,6 +5,9 @@ A run, `plan` and a Tune trial use the same answer. Two layouts:
 * colocated: bundle i holds rank i of every role, each with its fraction of the one GPU there (on a CPU
   machine: its `cpus_per_actor`). A tensor-parallel engine takes whole GPUs, so it gets bundles of its own.
 * disaggregated: every rank has a bundle of its own.
+
+A bundle holds at most one rank of a role, and a whole GPU: NCCL refuses two ranks of one group on one device
+("Duplicate GPU detected"). Groups of different roles may share a device.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import PlacementError
 
 Device = Literal["cpu", "gpu"]
+
+OVER_HALF = 0.5001
+"""Share of a GPU that no second rank of the same size fits beside (Ray counts in ten-thousandths)."""
 
 
 class Slot(NamedTuple):
@@ -101,14 +107,28 @@ def _needs(config: RunConfig, role: str, device: str) -> tuple[int, dict[str, fl
     }[role]
     resources = {"CPU": float(placement.cpus_per_actor)}
     if device == "gpu":
-        fraction = {
-            "rollout": placement.rollout_gpu_fraction,
-            "policy": placement.policy_gpu_fraction,
-            "discriminator": placement.discriminator_gpu_fraction,
-        }[role]
+        fraction = gpu_fractions(config)[role]
         whole = placement.type == "disaggregated" or (role == "rollout" and parallel > 1)
         resources["GPU"] = float(parallel if role == "rollout" else 1) if whole else fraction
     return ranks, resources
+
+
+def gpu_fractions(config: RunConfig) -> dict[str, float]:
+    """Role -> share of a GPU that one rank takes where roles share it.
+
+    Several SFT ranks are placed by Ray Train, which packs them as tightly as their shares allow: more than
+    half a GPU each keeps them apart. The engine then takes what is left.
+    """
+    placement = config.placement
+    fractions = {
+        "rollout": placement.rollout_gpu_fraction,
+        "policy": placement.policy_gpu_fraction,
+        "discriminator": placement.discriminator_gpu_fraction,
+    }
+    if config.algorithm.type == "sft" and config.learner.replicas > 1:
+        fractions["policy"] = max(fractions["policy"], OVER_HALF)
+        fractions["rollout"] = min(fractions["rollout"], round(1.0 - fractions["policy"], 4))
+    return fractions
 
 
 def _together(members: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -136,7 +156,8 @@ def check_against(plan: Plan, nodes: Sequence[Mapping[str, float]]) -> None:
         PlacementError: what is asked for, what there is, and which keys ask for less.
     """
     remedy = "; lower rollout.replicas, learner.replicas or learner.discriminator_replicas"
-    for resource, key in (("GPU", ", or set placement.device=cpu"), ("CPU", ", or placement.cpus_per_actor")):
+    one_rank = ", or set placement.device=cpu (a GPU holds one rank of a role, whatever its fraction)"
+    for resource, key in (("GPU", one_rank), ("CPU", ", or placement.cpus_per_actor")):
         asked, there = plan.total(resource), sum(node.get(resource, 0.0) for node in nodes)
         if asked > there + 1e-6:
             raise PlacementError(

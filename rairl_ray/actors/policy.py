@@ -39,6 +39,7 @@ IDLE = PolicySample(
 class PolicyActor(LearnerActor):
     """One rank of the policy."""
 
+    role = "policy"
     _sender: Any = None
     """vLLM's trainer engine, where this learner pushes its weights."""
 
@@ -87,6 +88,7 @@ class PolicyActor(LearnerActor):
                 return contribution
 
             report = self.engine.update(losses_of(list(zip(batches, old, strict=True)), loss))
+        self.rest()
         self.version += 1
         return summed(sums), report
 
@@ -144,6 +146,7 @@ class PolicyActor(LearnerActor):
         for samples in (part for batches in minibatches for part in batches):
             values = self._logprobs(samples, temperature).float().cpu().numpy()
             rows += [values[i, : len(s.completion_ids)].copy() for i, s in enumerate(samples)]
+        self.rest()
         return rows
 
     def weights(self, engines: Sequence[Any]) -> WeightUpdate | None:

@@ -43,6 +43,7 @@ class RolloutActor(RankActor):
         """Load the engine, anew if there is one. It is STALE, and serves nothing, until its first sync."""
         self.close()
         self._engine = open_engine(self._config, self._policy_path, self._device)
+        self._engine.sleep()
 
     @property
     def engine(self) -> RolloutEngine:
@@ -56,7 +57,9 @@ class RolloutActor(RankActor):
         """Completions in the order of the requests, the version that made them, and the seconds it took."""
         started = time.perf_counter()
         generations = self.engine.generate(requests, sampling)
-        return generations, self.engine.version, time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.engine.sleep()  # the learners work next
+        return generations, self.engine.version, seconds
 
     def sync(self, update: WeightUpdate, probe: Traces = ()) -> tuple[SyncReport, list[list[float]]]:
         """Take new weights; answers the version and checksum that the engine now serves, and its

@@ -16,6 +16,9 @@ from typing import Literal
 from rairl_ray.config.schema import Build, Lora, Model, RunConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A 4-bit weight: its code, a one-byte scale for 64 of them, and a float32 scale for 256 scales (Dettmers et
+al., 2023, "double quantization": 0.127 bits a parameter)."""
 CHARACTER_VOCABULARY = 128
 """About the size of the character tokenizer of built models; off by a few thousand parameters."""
 ACTIVATIONS_PER_LAYER = 34
@@ -71,6 +74,11 @@ class Shape:
     def parameters(self) -> int:
         """Of the causal language model."""
         return self.backbone_parameters + (0 if self.tied else self.vocabulary * self.hidden_size)
+
+    @property
+    def quantised_parameters(self) -> int:
+        """Weights that `quantization: nf4` packs: the blocks' linear layers, not embeddings, norms and head."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linear_sizes.values())
 
     def lora_parameters(self, lora: Lora) -> int:
         """Of one adapter: rank * (inputs + outputs) for each adapted linear layer (Hu et al., 2021)."""
@@ -283,7 +291,7 @@ def _learner_memory(config: RunConfig, role: Role, model: Model) -> Memory:
         # Two moments, and a float32 master copy where the weights are shorter.
         states = trained * (8 if model.dtype == "float32" else 12) // (ranks if stage >= 1 else 1)
         parts = {
-            "weights": parameters * size // (ranks if stage >= 3 else 1),
+            "weights": _weights(model, shape, parameters) // (ranks if stage >= 3 else 1),
             "gradients": trained * size // (ranks if stage >= 2 else 1),
             "optimizer": 0 if learner.offload == "cpu" else states,
             "reference": _reference(config, role, model, shape),
@@ -292,6 +300,12 @@ def _learner_memory(config: RunConfig, role: Role, model: Model) -> Memory:
     return Memory(
         role=role, ranks=ranks, model=_name(model), parameters=parameters, trained=trained, parts=parts
     )
+
+
+def _weights(model: Model, shape: Shape, parameters: int) -> int:
+    """Bytes of all weights of a learner's model."""
+    packed = shape.quantised_parameters if model.quantization == "nf4" else 0
+    return (parameters - packed) * BYTES[model.dtype] + round(packed * NF4_BYTES)
 
 
 def _reference(config: RunConfig, role: Role, model: Model, shape: Shape) -> int:

@@ -20,7 +20,8 @@ import yaml
 from pydantic import ValidationError
 
 from rairl_ray.config import rules
-from rairl_ray.config.schema import RunConfig, Section
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.section import Section
 from rairl_ray.config.yamlfile import Document, Dumper, parse_scalar, read_document
 from rairl_ray.errors import ConfigError
 

@@ -143,6 +143,35 @@ def attention(config: RunConfig) -> Problems:
             yield key, "has no second derivative for discriminator.loss.gradient_penalty; write eager"
 
 
+def quantization(config: RunConfig) -> Problems:
+    for role in ("policy", "discriminator"):
+        model: Model = getattr(config.model, role)
+        if model.quantization == "none":
+            continue
+        key = f"model.{role}.quantization"
+        if config.placement.device == "cpu":
+            yield key, "needs a GPU; write none"
+        if model.lora.rank is None:
+            yield key, f"freezes the base, and nothing is left to train; set model.{role}.lora.rank"
+        if model.dtype != "bfloat16":
+            yield key, f"computes in bfloat16; set model.{role}.dtype=bfloat16"
+        if config.learner.zero_stage == 3:
+            yield key, "cannot be cut into ZeRO-3's shards; set learner.zero_stage=2"
+        if role == "discriminator" and config.discriminator.loss.gradient_penalty > 0:
+            yield key, "has no second derivative for discriminator.loss.gradient_penalty; write none"
+
+
+def precision(config: RunConfig) -> Problems:
+    on_gpu = config.placement.device == "gpu" and config.rollout.engine == "vllm"
+    policy = config.model.policy
+    if on_gpu and policy.lora.rank is not None and policy.dtype == "float32":
+        yield (
+            "model.policy.dtype",
+            f"vLLM's GPU kernels for adapters (model.policy.lora.rank={policy.lora.rank}) take bfloat16 alone; "
+            "write bfloat16, or set rollout.engine=hf",
+        )
+
+
 def ranks(config: RunConfig) -> Problems:
     """Every rank of a learner must have something to learn from in every optimizer update."""
     prompts, samples = config.trainer.prompts_per_step, config.rollout.samples_per_prompt
@@ -269,6 +298,8 @@ MACHINE_RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     build_shape,
     window,
     attention,
+    quantization,
+    precision,
     ranks,
     zero,
     engine,

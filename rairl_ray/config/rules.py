@@ -22,15 +22,21 @@ from rairl_ray.errors import ConfigError
 RULES = (*MACHINE_RULES, *METHOD_RULES)
 
 
-def check(config: RunConfig, origin: Callable[[str], str] | str = "configuration") -> None:
+def check(
+    config: RunConfig, origin: Callable[[str], str] | str = "configuration", device: str | None = None
+) -> None:
     """Run every rule.
 
     Args:
         origin: what a message calls the place of a dotted key (`file:line`, `command line`).
+        device: `cpu` or `gpu`, where `placement.device: auto` has been answered.
 
     Raises:
         ConfigError: one line per broken rule: place, key, value, why, remedy.
     """
+    if device is not None:
+        placement = config.placement.model_copy(update={"device": device})
+        config = config.model_copy(update={"placement": placement})
     place = origin if callable(origin) else lambda _key: origin
     lines = [
         f"{place(key)}: {key}={show(value_of(config, key))}: {text}"

@@ -96,7 +96,7 @@ def save_reward_model(
         reference = reference_checksum = None
         if implicit:
             merged = _restored(load_causal_lm(base, _quiet(model)), state)
-            frozen = load_causal_lm(base, model, trainable=False)
+            frozen = load_causal_lm(base, _quiet(model), trainable=False)
             reference_checksum = checksum(frozen.state_dict())
             reference = base
             if Path(base).is_dir():
@@ -179,8 +179,9 @@ def _load_reference(file: Path, settings: RewardSettings) -> Any:
 
 
 def _quiet(model: Model) -> Model:
-    """The model section without what only training needs."""
-    return model.model_copy(update={"gradient_checkpointing": False})
+    """The model section without what only training needs: adapters are merged into the base as published."""
+    plain = {"gradient_checkpointing": False, "quantization": "none", "attention": "sdpa"}
+    return model.model_copy(update=plain)
 
 
 def _restored(fresh: Any, state: Mapping[str, Tensor]) -> Any:

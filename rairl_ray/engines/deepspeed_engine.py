@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -33,9 +32,11 @@ import deepspeed
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import logger as deepspeed_logger
 
-from rairl_ray.config.schema import Learner, Optimizer
+from rairl_ray.config.machine_schema import Learner
+from rairl_ray.config.schema import Optimizer
 from rairl_ray.engines import zero_shards
 from rairl_ray.engines.background import BackgroundWriter, snapshot
+from rairl_ray.engines.optimizer import RecordingAdamW, learning_rate_factor
 from rairl_ray.engines.weights import CHUNK_BYTES, bounded, exported_name
 from rairl_ray.keys import key_seed
 from rairl_ray.types import Written
@@ -69,46 +70,6 @@ class _Snapshots(TorchCheckpointEngine):
         for name in self._left_out:
             state_dict.get("module", {}).pop(name, None)
         self.taken[path] = snapshot(state_dict)
-
-
-class RecordingAdamW(torch.optim.AdamW):
-    """torch AdamW (its state resumes bit-exactly) with two additions that work under every ZeRO stage.
-
-    ZeRO hands the optimizer its float32 master partitions, so a clamp here reaches the masters.
-    """
-
-    def __init__(
-        self, params: Any, *, clip_norm: float | None, weight_clip: float | None, **kwargs: Any
-    ) -> None:
-        super().__init__(params, **kwargs)
-        self.clip_norm = clip_norm
-        self.weight_clip = weight_clip
-        self.grad_norm: float | None = None
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if self.clip_norm is not None:
-            self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_norm))
-        super().step(closure)
-        if self.weight_clip is not None:
-            with torch.no_grad():
-                for parameter in parameters:
-                    parameter.clamp_(-self.weight_clip, self.weight_clip)
-
-
-def learning_rate_factor(update: int, settings: Optimizer, total_updates: int) -> float:
-    """Multiplier of the learning rate for the update with index `update` (from 0).
-
-    Rises linearly from zero over the first `warmup_share` of all updates (the first one already moves),
-    then stays, or falls to zero linearly or along a half cosine at `total_updates`.
-    """
-    warmup = int(settings.warmup_share * total_updates)
-    if update < warmup:
-        return (update + 1) / (warmup + 1)
-    if settings.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (update - warmup) / max(1, total_updates - warmup))
-    return 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def join_group(device: str, timeout_seconds: float) -> None:

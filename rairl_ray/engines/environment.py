@@ -27,6 +27,9 @@ def setup_environment(
         "MASTER_PORT": master_port,
         "DS_ACCELERATOR": "cuda" if device.startswith("cuda") else "cpu",
     }
+    if device.startswith("cuda"):
+        # whatever the machine's environment says: a collective past its deadline ends the process
+        values |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": 1, "TORCH_NCCL_BLOCKING_WAIT": 0}
     if threads is not None:
         values["OMP_NUM_THREADS"] = threads
         torch.set_num_threads(threads)  # the variable alone comes too late once torch is imported

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, BitsAndBytesConfig
 
 from rairl_ray.config.schema import Model
 from rairl_ray.engines.sources import materialise
@@ -47,7 +47,7 @@ def load_causal_lm(
     Raises:
         ModelError: what cannot be loaded, and why, in one line.
     """
-    loaded = _from_pretrained(AutoModelForCausalLM, path, model)
+    loaded = _from_pretrained(AutoModelForCausalLM, path, model, device)
     if not trainable:
         return loaded.eval().requires_grad_(False).to(device)
     return _prepare(loaded, model, TaskType.CAUSAL_LM, seed).to(device)
@@ -62,7 +62,7 @@ def load_token_classifier(
     token classifier (such as an earlier `final/reward_model`) the head is kept.
     """
     loaded, info = _from_pretrained(
-        AutoModelForTokenClassification, path, model, num_labels=outputs, output_loading_info=True
+        AutoModelForTokenClassification, path, model, device, num_labels=outputs, output_loading_info=True
     )
     head = getattr(loaded, "score", None)
     if not isinstance(head, nn.Linear):
@@ -79,9 +79,12 @@ def adapter_config(module: Any) -> dict[str, Any]:
     return {key: _plain(value) for key, value in config.items()}
 
 
-def _from_pretrained(kind: Any, path: str, model: Model, **extra: Any) -> Any:
-    """`kind.from_pretrained` with the settings of `model` and every base dropout at 0."""
-    _check_attention(path, model)
+def _from_pretrained(kind: Any, path: str, model: Model, device: str, **extra: Any) -> Any:
+    """`kind.from_pretrained` with the settings of `model` and every base dropout at 0.
+
+    Only a 4-bit base is loaded to `device` (where it is packed), everything else to the CPU.
+    """
+    check_device(path, model, device)
     shared = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     config = one_line_errors(path, lambda: AutoConfig.from_pretrained(path, **shared))
     for key in _DROPOUTS:
@@ -97,6 +100,7 @@ def _from_pretrained(kind: Any, path: str, model: Model, **extra: Any) -> Any:
             config=config,
             dtype=DTYPES[model.dtype],
             attn_implementation=model.attention,
+            **_quantised(model, device),
             **shared,
             **extra,
         ),
@@ -112,16 +116,54 @@ def one_line_errors(path: str, load: Callable[[], T]) -> T:
         raise ModelError(f"{path}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
-def _check_attention(path: str, model: Model) -> None:
-    if model.attention != "flash_attention_2":
-        return
-    if not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None:
-        raise ModelError(
-            f"{path}: model.*.attention=flash_attention_2 needs a CUDA device and the package flash-attn; "
-            "use model.*.attention=sdpa"
-        )
-    if model.dtype == "float32":
-        raise ModelError(f"{path}: model.*.attention=flash_attention_2 needs model.*.dtype=bfloat16")
+def _quantised(model: Model, device: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the blocks' linear layers in 4 bits, the rest in bfloat16.
+
+    PEFT's `prepare_model_for_kbit_training` is left out: it casts the rest to float32, which DeepSpeed's
+    bfloat16 mode (float32 masters of what is trained) would cast back, and its hook for gradient checkpointing
+    is needed by the reentrant kind alone.
+    """
+    if model.quantization == "none":
+        return {}
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[model.dtype],
+        llm_int8_skip_modules=["lm_head", "score"],  # despite its name for 4 bits too
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def missing_packages(model: Model) -> list[tuple[str, str, str]]:
+    """(key of the section, its value, package) for what `model` asks for and is not installed."""
+    wanted: list[tuple[str, str, str, str]] = []
+    if model.attention == "flash_attention_2":
+        wanted.append(("attention", model.attention, "flash-attn", "flash_attn"))
+    if model.quantization != "none":
+        wanted.append(("quantization", model.quantization, "bitsandbytes", "bitsandbytes"))
+    return [
+        (key, value, package)
+        for key, value, package, module in wanted
+        if importlib.util.find_spec(module) is None
+    ]
+
+
+def check_device(path: str, model: Model, device: str) -> None:
+    """Refuse what the device or the installation cannot do, before anything is loaded.
+
+    Raises:
+        ModelError: one line.
+    """
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
+    if model.attention == "flash_attention_2" and not on_gpu:
+        raise ModelError(f"{path}: model.*.attention={model.attention} needs a GPU; use model.*.attention=sdpa")
+    if model.quantization != "none" and not on_gpu:
+        raise ModelError(f"{path}: model.*.quantization={model.quantization} needs a GPU; write none")
+    for key, value, package in missing_packages(model):
+        raise ModelError(f"{path}: model.*.{key}={value} needs the package {package}; pip install {package}")
+    if on_gpu and model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ModelError(f"{path}: model.*.dtype=bfloat16 needs a GPU of compute capability 8.0; write float32")
 
 
 def _prepare(loaded: Any, model: Model, task: TaskType, seed: int) -> Any:

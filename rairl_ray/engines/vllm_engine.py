@@ -334,6 +334,9 @@ def llm_arguments(options: EngineOptions, lora_targets: Sequence[str] = ()) -> d
             arguments["block_size"] = SMALL_BLOCK
     else:
         arguments |= {"gpu_memory_utilization": options.memory_share, "enable_sleep_mode": options.sleep}
+        if options.tensor_parallel > 1:
+            # inside a placement group vLLM would choose ray, and refuse our bundles of several GPUs
+            arguments["distributed_executor_backend"] = "mp"
     if options.lora_rank is not None:
         fitting = [rank for rank in LORA_RANKS if rank >= options.lora_rank]
         if not fitting:

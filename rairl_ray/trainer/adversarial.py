@@ -97,7 +97,7 @@ class Run:
     # --- the parts of a run ------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Learners and engines load side by side in their own processes."""
+        """The engines first: vLLM takes its share of what is free, and must see no change while it starts."""
         config = self.config
         steps = config.trainer.steps * config.policy.minibatches_per_step
         self.session.display.phase("loading models")

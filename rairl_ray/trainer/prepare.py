@@ -15,7 +15,7 @@ from rairl_ray.data.tasks import make_task
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.data.tasks.generated import GeneratedSplit
 from rairl_ray.data.window import fit_window
-from rairl_ray.engines.models import materialise
+from rairl_ray.engines.models import materialise, missing_packages
 from rairl_ray.errors import ConfigError, DataError
 from rairl_ray.trainer.labelling import TraceReader
 from rairl_ray.types import Demonstration, Trace
@@ -72,6 +72,19 @@ def prepare(config: RunConfig) -> Prepared:
         policy_renderer=policy_renderer,
         reader=reader,
     )
+
+
+def check_machine(config: RunConfig, device: str) -> None:
+    """What only the cluster (`placement.device: auto`) and the installation tell, before actors start.
+
+    Raises:
+        UserError: a rule that the device breaks, or a package that a model asks for and this machine lacks.
+    """
+    check(config, f"on this cluster ({device})", device)
+    roles = ("policy", "discriminator") if config.algorithm.type == "airl" else ("policy",)
+    for role in roles:
+        for key, value, package in missing_packages(getattr(config.model, role)):
+            raise ConfigError(f"model.{role}.{key}={value}: needs the package {package}; pip install {package}")
 
 
 def discriminator_model(config: RunConfig) -> Model:

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rairl_ray.actors.group import ActorGroup, RankActor, whereabouts
 from rairl_ray.actors.roster import Member, Roster
-from rairl_ray.config.schema import Timeouts
+from rairl_ray.config.machine_schema import Timeouts
 
 
 class Message(NamedTuple):

@@ -15,7 +15,7 @@ from rairl_ray.runfolder import RunFolder
 from rairl_ray.tracking import Tracker
 from rairl_ray.trainer import adversarial, sft
 from rairl_ray.trainer.parts import cluster, place
-from rairl_ray.trainer.prepare import Prepared, prepare
+from rairl_ray.trainer.prepare import Prepared, check_machine, prepare
 from rairl_ray.trainer.saving import check_references, references
 from rairl_ray.trainer.session import Session, open_folder, save_config
 
@@ -32,6 +32,7 @@ def train(config: RunConfig, resume: str | None = None, display: Display | None 
     prepared = prepare(config)
     with cluster(config):
         plan = place(config)
+        check_machine(config, plan.device)
         folder = open_folder(config, resume, display)
         display.note(f"run folder: {folder.root}")
         with folder.lock():

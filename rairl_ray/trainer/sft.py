@@ -30,7 +30,7 @@ from rairl_ray.actors.group import GroupFailure, blamed
 from rairl_ray.actors.learner import learner_environment
 from rairl_ray.actors.roster import ANY_RANK, Member
 from rairl_ray.actors.weight_sync import put_update
-from rairl_ray.config.schema import Timeouts
+from rairl_ray.config.machine_schema import Timeouts
 from rairl_ray.engines.weights import saved_chunks
 from rairl_ray.errors import UserError
 from rairl_ray.runfolder import Summary
@@ -219,10 +219,7 @@ def phase_seconds(timeouts: Timeouts, phase: str) -> float:
 def _trainer(session: Session, parts: Parts, relay: Relay) -> TorchTrainer:
     config = session.config
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    gpu = parts.device != "cpu"
-    resources = {"CPU": config.placement.cpus_per_actor}
-    if gpu:
-        resources["GPU"] = config.placement.policy_gpu_fraction
+    resources = dict(session.plan.roles["policy"][0].resources)
     threads = config.placement.threads_per_actor or os.cpu_count() or 1
     environment = {
         **learner_environment(config, parts.device, threads),
@@ -240,7 +237,7 @@ def _trainer(session: Session, parts: Parts, relay: Relay) -> TorchTrainer:
         },
         torch_config=TorchConfig(timeout_s=int(config.timeouts.start_seconds) + 1),
         scaling_config=ScalingConfig(
-            num_workers=config.learner.replicas, use_gpu=gpu, resources_per_worker=resources
+            num_workers=config.learner.replicas, use_gpu="GPU" in resources, resources_per_worker=resources
         ),
         run_config=RunConfig(
             # A name of its own: Ray Train would go on from an earlier attempt's bookkeeping.

@@ -1,0 +1,143 @@
+"""Sections about machines: engines, learners, the trainer's own course, placement, deadlines, tracking.
+
+`schema.py` has the method's sections and puts all of them together.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from rairl_ray.config.section import NonNegativeFloat, NonNegativeInt, Section
+
+
+class Rollout(Section):
+    engine: Literal["vllm", "hf"] = "vllm"
+    replicas: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1
+    samples_per_prompt: PositiveInt = 8
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_completion_tokens: PositiveInt = 256
+    memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """GPU: share of the device for vLLM."""
+    cpu_cache_gib: PositiveFloat = 1.0
+    """CPU: size of vLLM's key-value cache."""
+    max_sequences: PositiveInt = 256
+    """Sequences decoded at once by one replica."""
+    prefix_caching: bool = True
+    sleep: bool = False
+    """GPU, colocated: give the engine's memory back while the learners work."""
+    weight_transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
+    """How full weights reach the engines; auto: `ipc` where they share GPUs with the policy learner, `nccl`
+    where they have GPUs of their own, else `object_store`. Adapters always use the object store."""
+    probe_every: NonNegativeInt = 1
+    """After every n-th sync, compare learner and engines on a few fixed traces; 0: never."""
+    max_sync_logprob_gap: PositiveFloat | None = None
+    """Largest mean |difference| a token in that comparison; None: 0.001 in float32, 0.1 in bfloat16."""
+
+
+class Learner(Section):
+    """Both learners; ZeRO stage 0-3 with `replicas` data-parallel ranks each."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    replicas: PositiveInt = 1
+    """Ranks of the policy learner."""
+    discriminator_replicas: PositiveInt | None = None
+    """Ranks of the discriminator learner; None: as `replicas`."""
+    tokens_per_micro_batch: PositiveInt = 16384
+    """Padded tokens (rows x longest row) in one forward pass of one rank."""
+    offload: Literal["none", "cpu"] = "none"
+
+
+class Trainer(Section):
+    steps: PositiveInt = 100
+    """Policy steps (SFT: optimizer updates)."""
+    prompts_per_step: PositiveInt = 16
+    """Prompts in one step over all ranks (SFT: demonstrations)."""
+    checkpoint_every: NonNegativeInt = 50
+    """0: only at the end."""
+    keep_checkpoints: PositiveInt = 2
+    max_staleness_steps: NonNegativeInt = 0
+    """Policy versions that rollouts may be old: so many steps are sampled ahead of the learners; 0: none."""
+    log_rollouts_every: NonNegativeInt = 10
+    """Write a sample of rollouts to the run folder every n steps; 0: never."""
+    failure_retries: NonNegativeInt = 1
+    """Rebuilds from the newest checkpoint that the failures of ONE role may cost; each role has its own budget.
+    Errors of the user are never retried."""
+    retry_backoff_seconds: NonNegativeFloat = 2.0
+    """Pause before the first rebuild; it doubles with every further one, up to five minutes."""
+
+
+class Eval(Section):
+    every: NonNegativeInt = 0
+    """Evaluate every n policy steps; 0: only at the end."""
+    at_start: bool = False
+    at_end: bool = True
+    prompts: PositiveInt = 256
+    samples_per_prompt: PositiveInt = 8
+    k: tuple[PositiveInt, ...] = (1,)
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    selector: Literal["mean", "sum", "last", "min"] = "mean"
+    """How a trace's unit rewards become the one number that reranks it."""
+    localisation_traces: NonNegativeInt = 256
+    """Held-out expert traces with one injected error, for localisation."""
+    bootstrap: PositiveInt = 1000
+
+
+class Placement(Section):
+    type: Literal["colocated", "disaggregated"] = "colocated"
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    cpus_per_actor: PositiveFloat = 0.5
+    threads_per_actor: PositiveInt | None = None
+    """Compute threads of an actor on a CPU; None: all cores of the machine."""
+    rollout_gpu_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    policy_gpu_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    discriminator_gpu_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    gpus_per_node: PositiveInt = 8
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = "PACK"
+
+
+class Cluster(Section):
+    address: str | None = None
+    """Ray address; None starts a private cluster on this machine; "auto" joins a running one."""
+
+
+class Timeouts(Section):
+    """Deadlines in seconds; no wait is without one. A call's clock starts when its actor can run it."""
+
+    placement_seconds: PositiveFloat = 300
+    start_seconds: PositiveFloat = 600
+    rollout_seconds: PositiveFloat = 1800
+    update_seconds: PositiveFloat = 1800
+    score_seconds: PositiveFloat = 1800
+    sync_seconds: PositiveFloat = 600
+    checkpoint_seconds: PositiveFloat = 1800
+    probe_seconds: PositiveFloat = 30
+    """How long a failure looks at the processes on their nodes, to name the culprit."""
+    teardown_seconds: PositiveFloat = 60
+    """Ending all actors of a run, and each polite request before."""
+
+    @property
+    def collective_seconds(self) -> float:
+        """For collectives inside the ranks: never shorter than the phase that they belong to."""
+        return max(
+            self.start_seconds,
+            self.update_seconds,
+            self.score_seconds,
+            self.sync_seconds,
+            self.checkpoint_seconds,
+        )
+
+
+class Tracking(Section):
+    uri: str | None = None
+    """MLflow tracking URI; None: sqlite in the output folder; "none" switches MLflow off."""
+    experiment: str = "rairl"
+    tags: dict[str, str] = Field(default_factory=dict)
+    log_artifacts: bool = True
+    flush_seconds: NonNegativeFloat = 30
+    """How long the end of a run waits for what is not sent yet; the rest stays in the run folder and is sent by
+    `--resume` or by the next run in the same output folder. Training itself never waits for MLflow."""

@@ -1,0 +1,51 @@
+"""AdamW as the learners use it, and the course of its learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from rairl_ray.config.schema import Optimizer
+
+
+class RecordingAdamW(torch.optim.AdamW):
+    """torch AdamW (its state resumes bit-exactly) with two additions that work under every ZeRO stage.
+
+    ZeRO hands the optimizer its float32 master partitions, so a clamp here reaches the masters.
+    """
+
+    def __init__(
+        self, params: Any, *, clip_norm: float | None, weight_clip: float | None, **kwargs: Any
+    ) -> None:
+        super().__init__(params, **kwargs)
+        self.clip_norm = clip_norm
+        self.weight_clip = weight_clip
+        self.grad_norm: float | None = None
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if self.clip_norm is not None:
+            self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_norm))
+        super().step(closure)
+        if self.weight_clip is not None:
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.clamp_(-self.weight_clip, self.weight_clip)
+
+
+def learning_rate_factor(update: int, settings: Optimizer, total_updates: int) -> float:
+    """Multiplier of the learning rate for the update with index `update` (from 0).
+
+    Rises linearly from zero over the first `warmup_share` of all updates (the first one already moves),
+    then stays, or falls to zero linearly or along a half cosine at `total_updates`.
+    """
+    warmup = int(settings.warmup_share * total_updates)
+    if update < warmup:
+        return (update + 1) / (warmup + 1)
+    if settings.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (update - warmup) / max(1, total_updates - warmup))
+    return 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
