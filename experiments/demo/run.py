@@ -33,6 +33,8 @@ ROWS = {
     names.LOCALISATION_CHANCE: "by chance",
 }
 
+GAPS = {names.SYNC_LOGPROB_GAP: "gap after sync", names.ROLLOUT_LOGPROB_GAP: "gap on samples"}
+
 
 def main(overrides: list[str]) -> int:
     if importlib.util.find_spec("vllm") is None:
@@ -82,7 +84,12 @@ def report(summaries: dict[str, Summary], target: Path, airl: RunConfig, steps: 
         {"run": run, **{title: cell(summary, name) for name, title in ROWS.items()}}
         for run, summary in summaries.items()
     ]
-    display.table("held-out problems, 95% intervals over problems", rows, ["run", *ROWS.values()])
+    for row in rows:
+        if row["run"] == "airl":
+            row |= gaps(folder(airl))
+    display.table(
+        "held-out problems, 95% intervals over problems", rows, ["run", *ROWS.values(), *GAPS.values()]
+    )
     display.note(f"sft_longer: {steps} more updates, the wall time of R-AIRL's policy updates")
     for line in verdict(summaries):
         display.note(line)
@@ -94,6 +101,12 @@ def report(summaries: dict[str, Summary], target: Path, airl: RunConfig, steps: 
             "another density: python launch.py train experiments/demo/airl.yaml reward.density.type=dense",
         ]
     )
+
+
+def gaps(run: RunFolder) -> dict[str, str]:
+    """Mean |difference| a token between learner and rollout engine, in the worst step."""
+    rows = run.read_metrics()
+    return {title: f"{max(row[name] for row in rows if name in row):.1e}" for name, title in GAPS.items()}
 
 
 def cell(summary: Summary, name: str) -> str:
