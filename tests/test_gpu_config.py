@@ -16,9 +16,10 @@ import ray
 from ray.train import ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from rairl_ray.actors.group import RankActor, release, reserve, start_members
+from rairl_ray.actors.group import RankActor, create_members, reserve, start_members
 from rairl_ray.actors.placement import bundles
 from rairl_ray.actors.rollout import RolloutActor
+from rairl_ray.actors.roster import Roster
 from rairl_ray.config.load import from_dict
 from rairl_ray.config.schema import Build, Model, RunConfig
 from rairl_ray.engines.hf_engine import HfEngine
@@ -57,16 +58,17 @@ def looker() -> type[RankActor]:
 
 def devices(config: RunConfig) -> dict[str, list[str]]:
     """Role -> CUDA_VISIBLE_DEVICES of each of its ranks, as the run's own start gives them."""
-    plan = bundles(config, "gpu")
-    group = reserve(plan, 60)
+    plan, roster = bundles(config, "gpu"), Roster(probe_seconds=30)
     try:
-        seen = {}
-        for role in plan.roles:
-            members = start_members(role, looker(), plan, group, {}, lambda _rank: (), 300)
-            seen[role] = ray.get([member.handle.visible.remote() for member in members], timeout=60)
-        return seen
+        roster.groups.append(reserve(plan, 60))
+        created = {role: create_members(role, looker(), plan, roster, {}, ()) for role in plan.roles}
+        started = start_members(created, roster, 300)
+        return {
+            role: ray.get([member.handle.visible.remote() for member in members], timeout=60)
+            for role, members in started.items()
+        }
     finally:
-        release(group)
+        roster.end(60)
 
 
 def test_colocated_ranks_see_the_gpu_of_their_bundle(four_gpus: None) -> None:

@@ -27,7 +27,7 @@ from tests.rollout_harness import (
     SAMPLING,
     EngineProcess,
     adapter,
-    arrays,
+    chunks,
     decode,
     reference_logprobs,
     requests,
@@ -122,7 +122,7 @@ def gap(model: Any, asked: list[Any], made: list[Any]) -> float:
 
 def test_samples_repeat_by_seed_and_carry_their_logprobs(full: Any) -> None:
     engine, close = full
-    engine.load_weights(arrays(small_model(0)), 1)
+    engine.load_weights(chunks(small_model(0)), 1)
     asked = requests(48)
     made = engine.generate(asked, SAMPLING)
     assert gap(small_model(0), asked, made) < close
@@ -136,7 +136,7 @@ def test_samples_repeat_by_seed_and_carry_their_logprobs(full: Any) -> None:
 def test_tempered_nucleus_samples_carry_their_logprobs(full: Any) -> None:
     """Of what was sampled from: renormalised, so above the full distribution's, by at most -log(top_p)."""
     engine, close = full
-    engine.load_weights(arrays(small_model(0)), 1)
+    engine.load_weights(chunks(small_model(0)), 1)
     asked = requests(32)
     for request, generation in zip(
         asked, engine.generate(asked, dataclasses.replace(SAMPLING, temperature=0.7, top_p=0.6)), strict=True
@@ -148,7 +148,7 @@ def test_tempered_nucleus_samples_carry_their_logprobs(full: Any) -> None:
 
 def test_scores_of_given_tokens(full: Any) -> None:
     engine, close = full
-    engine.load_weights(arrays(small_model(0)), 1)
+    engine.load_weights(chunks(small_model(0)), 1)
     asked = requests(24)
     made = engine.generate(asked, SAMPLING)
     scores = engine.score_tokens([request.prompt_ids for request in asked], tokens(made))
@@ -161,7 +161,7 @@ def test_new_weights_are_served_and_old_ones_again(full: Any) -> None:
     engine, close = full
     asked = requests(48)
     for version, seed in enumerate([0, 1, 0], start=1):
-        report = engine.load_weights(arrays(small_model(seed)), version)
+        report = engine.load_weights(chunks(small_model(seed)), version)
         assert report.version == engine.version == version
         made = engine.generate(asked, SAMPLING)
         assert gap(small_model(seed), asked, made) < close
@@ -193,7 +193,7 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_up_current(
         models = []
         for version, seed in enumerate([1, 2], start=1):
             if lora_rank is None:
-                engine.load_weights(arrays(small_model(seed)), version)
+                engine.load_weights(chunks(small_model(seed)), version)
                 models.append(small_model(seed))
             else:
                 named, config, merged = adapter(seed)
