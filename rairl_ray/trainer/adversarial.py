@@ -212,7 +212,7 @@ class Run:
         if self.parts.discriminator is not None:
             self.parts.discriminator.load(path / "discriminator")
         last = self.progress.step
-        if not self.progress.warmed_up and self.airl is not None:
+        if last == 0 and not self.progress.warmed_up and self.airl is not None:
             last = self.progress.warmup - WarmupGate(self.config.discriminator).max_steps
         dropped = self.session.folder.truncate_to_step(last)
         self.session.event(
