@@ -218,7 +218,7 @@ class Run:
         for role, learner in self.learners.items():
             learner.load(path / role)
         last = self.progress.step
-        if not self.progress.warmed_up and self.airl is not None:
+        if last == 0 and not self.progress.warmed_up and self.airl is not None:
             last = self.progress.warmup - WarmupGate(self.config.discriminator).max_steps
         dropped = self.session.forget_after(last)
         self.session.event(
