@@ -83,7 +83,7 @@ def check(found: dict[str, Any], name: str) -> None:
         # the next update is that of the run that never stopped, up to the order of sums
         now, then = here["after"][step], straight["after"][step]
         off = largest_differences(now, then)
-        print(f"{name} update {step} on {3 - number if number == 1 else 2} rank(s): {json.dumps(off)}")
+        print(f"{name} update {step} on {number} rank(s): {json.dumps(off)}")
         assert max(off.values()) < (2e-4 if bfloat16 else 2e-7), off
         assert largest_differences(now, before)["master"] > (2 if bfloat16 else 1000) * off["master"]
         report, expected = here["reports"][step], straight["reports"][step]

@@ -101,8 +101,9 @@ class Saving:
             session.store.abort(draft)
             self.failed(draft.step, "; ".join(errors))
             return
+        identity = session.identity()
         try:
-            session.store.commit(draft, reports, versions, session.identity())
+            session.store.commit(draft, reports, versions, identity)
         except OSError as error:
             self.failed(draft.step, str(error))
             return
