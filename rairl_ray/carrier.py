@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.mlflow_run import MlflowRun, Warn
+from rairl_ray.mlflow_run import MlflowRun, Warn, joins
 from rairl_ray.spool import Lane, Spool
 
 SPOOL = "tracking_spool.jsonl"
@@ -38,15 +38,15 @@ class Carrier:
         )
         self.run = MlflowRun(uri, output, self.spool, warn)
 
-        def lane(name: str, *kinds: str, apply: Any, ready: Callable[[], bool], joined: str = "") -> Lane:
-            return Lane(self.spool, name, kinds, apply, ready=ready, on_failure=on_failure, joined=joined)
+        def lane(name: str, *kinds: str, apply: Any, **options: Any) -> Lane:
+            return Lane(self.spool, name, kinds, apply, on_failure=on_failure, **options)
 
-        exists = self.run.exists
-        self.status = lane("status", "start", "finish", apply=self.run.apply_status, ready=lambda: True)
+        run = self.run
+        self.status = lane("status", "start", "finish", apply=run.apply_status, ready=lambda: True)
         self.rows = lane(
-            "rows", "metrics", "params", "rewind", apply=self.run.apply_rows, ready=exists, joined="metrics"
+            "rows", "metrics", "params", "rewind", apply=run.apply_rows, ready=run.exists, joins=joins
         )
-        self.files = lane("files", "text", "table", "artifact", apply=self.run.apply_file, ready=exists)
+        self.files = lane("files", "text", "table", "artifact", apply=run.apply_file, ready=run.exists)
         self.lanes = (self.status, self.rows, self.files)
 
     def drain(self, position: int, seconds: float) -> bool:

@@ -324,6 +324,13 @@ class MlflowRun:
         self._client().log_artifact(self._run_id, str(path), record["place"])
 
 
+def joins(batch: list[Record], record: dict[str, Any]) -> bool:
+    """Whether a record's metrics still go into one request with those of `batch`."""
+    rows = [*(row for row, _ in batch), record]
+    fits = sum(len(row.get("metrics", ())) for row in rows) <= PER_BATCH["metrics"]
+    return fits and all(row["kind"] == "metrics" for row in rows)
+
+
 def metric_name(name: str) -> str:
     """`name` with everything replaced that MLflow refuses in names of metrics, parameters and tags."""
     legal = re.sub(r"[^\w./: -]", "_", name, flags=re.ASCII)

@@ -25,8 +25,6 @@ from rairl_ray.files import append_line, write_atomic
 
 LONGEST_PAUSE_SECONDS = 30.0
 """Between two attempts at a receiver that is down; the first pauses are shorter."""
-RECORDS_PER_BATCH = 64
-"""A lane that lags hands over so many records of one kind at a time."""
 
 Record = tuple[dict[str, Any], int]
 """A record and its position: the offset in bytes of its end."""
@@ -172,7 +170,7 @@ class Spool:
 
 
 class Lane:
-    """Carries the records of some kinds, in order; records of the kind `joined` that lie together at once."""
+    """Carries the records of some kinds in order, one at a time, or as many as `joins` lets come together."""
 
     def __init__(
         self,
@@ -183,10 +181,10 @@ class Lane:
         *,
         ready: Callable[[], bool],
         on_failure: Callable[[Exception], None],
-        joined: str = "",
+        joins: Callable[[list[Record], dict[str, Any]], bool] = lambda batch, record: False,
     ) -> None:
         self._spool, self._kinds, self._apply, self._ready = spool, kinds, apply, ready
-        self._on_failure, self._joined = on_failure, joined
+        self._on_failure, self._joins = on_failure, joins
         self._name, self._offset_name = name, f"{name}_offset"
         self._wake, self._hurry = threading.Event(), threading.Event()
         self.failing = False
@@ -229,8 +227,7 @@ class Lane:
             if self._spool.ended:
                 return True
             if record is not None:
-                joins = batch and record["kind"] == self._joined == batch[-1][0]["kind"]
-                if batch and (not joins or len(batch) >= RECORDS_PER_BATCH):
+                if batch and not self._joins(batch, record):
                     if not self._carry(key, batch, reached):
                         return False
                     batch = []
