@@ -13,10 +13,11 @@ import pytest
 from mlflow import MlflowClient
 
 from rairl_ray import metrics as names
+from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.runfolder import RunFolder
 from tests.mlflow_server import free_port, proxy, server
-from tests.runs import ROOT, TINY
-from tests.tracked import history, runs, sqlite
+from tests.runs import ROOT, TINY, kill_hard, launch, launch_background
+from tests.tracked import eventually, history, runs, sqlite
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +99,14 @@ def train(output: Path, uri: str, flush: float, port: int = 0) -> Watched:
     return Watched(folder, done.stdout, **json.loads(report.read_text()))
 
 
+def agrees(client: MlflowClient, run_id: str, folder: RunFolder) -> bool:
+    """Whether MLflow has exactly the rows of metrics.jsonl, its clocks included."""
+    rows = folder.read_metrics()
+    logged = {name: history(client, run_id, name) for row in rows for name in row.keys() - {"step"}}
+    expected = {name: [(int(row["step"]), row[name]) for row in rows if name in row] for name in logged}
+    return repr(logged) == repr(expected)
+
+
 def equal(one: list[dict[str, float]], two: list[dict[str, float]]) -> bool:
     """Bit for bit, with NaN equal to itself."""
     return [{k: repr(v) for k, v in row.items()} for row in one] == [
@@ -113,9 +122,7 @@ def test_mlflow_changes_neither_the_numbers_nor_the_wait(tmp_path: Path) -> None
     client = sqlite(tmp_path / "healthy")
     [(run_id, status)] = runs(client).items()
     assert status == "FINISHED"
-    for name in healthy.rows()[0].keys() - {"step"}:
-        logged = [(row["step"], row[name]) for row in healthy.rows()]
-        assert repr(history(client, run_id, name)) == repr([(int(s), v) for s, v in logged])
+    assert agrees(client, run_id, healthy.folder)
 
     port = free_port()
     with server(tmp_path, port) as backend, proxy(backend) as line:
@@ -125,7 +132,7 @@ def test_mlflow_changes_neither_the_numbers_nor_the_wait(tmp_path: Path) -> None
         client = MlflowClient(tracking_uri=backend)
         [(run_id, status)] = runs(client).items()
         assert status == "FINISHED"
-        assert [step for step, _ in history(client, run_id, names.POLICY_LOSS)] == [1, 2, 3]
+        assert agrees(client, run_id, slow.folder)
 
         line.fault = lambda method, path: "hang"
         silent = train(tmp_path / "silent", line.uri, 3, int(line.uri.rpartition(":")[2]))
@@ -143,3 +150,32 @@ def test_mlflow_changes_neither_the_numbers_nor_the_wait(tmp_path: Path) -> None
         for name, run in (("without", without), ("healthy", healthy), ("slow", slow), ("silent", silent))
     }
     print(json.dumps(spent))
+
+
+def test_a_killed_training_that_is_resumed_has_each_step_once_in_mlflow(tmp_path: Path) -> None:
+    arguments = [
+        "train", "experiments/demo/grpo.yaml", *TINY, "warm_start=null", "trainer.steps=15",
+        "trainer.checkpoint_every=5", "eval.at_start=false", "tracking.flush_seconds=120",
+        f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    process = launch_background(*arguments)
+    folder = RunFolder(tmp_path / "demo" / "grpo")
+    try:
+        database = tmp_path / "mlflow.db"
+        client = eventually(lambda: database.exists() and sqlite(tmp_path), 300)
+        [first] = eventually(lambda: runs(client), 300)
+        eventually(lambda: len(history(client, first, names.POLICY_LOSS)) >= 7, 300)
+    finally:
+        kill_hard(process)
+    assert runs(client) == {first: "RUNNING"}
+    sent = max(step for step, _ in history(client, first, names.POLICY_LOSS))
+    newest = CheckpointStore(folder.root).latest_valid()
+    assert newest is not None
+    done = launch(*arguments, "--resume", "demo/grpo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [(run_id, status)] = runs(client).items()
+    assert status == "FINISHED" and agrees(client, run_id, folder)
+    assert [step for step, _ in history(client, run_id, names.POLICY_LOSS)] == list(range(1, 16))
+    # Only a run that has rows past the checkpoint must be replaced.
+    assert (run_id != first) == (sent > int(newest.name.removeprefix("step-")))
+    assert runs(client, deleted=True) == ({first: "KILLED"} if run_id != first else {})
