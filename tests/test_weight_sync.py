@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -24,6 +25,7 @@ from rairl_ray.trainer.grpo import GrpoStrategy
 from rairl_ray.trainer.loop import Loop
 from rairl_ray.trainer.parts import Parts, cluster, place, start_parts
 from rairl_ray.trainer.prepare import Prepared, prepare
+from rairl_ray.types import RewardedTrace
 from tests.runs import ROOT, TINY
 
 Chunk = dict[str, torch.Tensor]
@@ -38,6 +40,23 @@ SMALL = [
     "policy.warmup_share=0",
     "policy.schedule=constant",
 ]
+
+
+class EvenTokens(GrpoStrategy):
+    """Rewards the share of even token ids: unlike right answers, an untrained policy has something to learn."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__(prepared.task, prepared.policy_renderer)
+
+    def rewards(self, groups: Any, step: int, timer: PhaseTimer) -> Any:
+        rewarded, metrics = super().rewards(groups, step, timer)
+        return [[even(trace) for trace in traces] for traces in rewarded], metrics
+
+
+def even(trace: RewardedTrace) -> RewardedTrace:
+    share = sum(1 - token % 2 for token in trace.tokens.completion_ids) / len(trace.tokens.completion_ids)
+    rewards = np.full_like(trace.token_rewards, share)
+    return dataclasses.replace(trace, token_rewards=rewards, last_unit_reward=share)
 
 
 @dataclasses.dataclass
@@ -59,8 +78,8 @@ def started(output: Path, *overrides: str) -> Machine:
     parts.rollouts.open()
     assert parts.policy is not None
     parts.policy.open(10)
-    strategy = GrpoStrategy(prepared.task, prepared.policy_renderer)
-    loop = Loop(config, Feed(prepared.task, config.seed), parts.rollouts, parts.policy, strategy)
+    feed, strategy = Feed(prepared.task, config.seed), EvenTokens(prepared)
+    loop = Loop(config, feed, parts.rollouts, parts.policy, strategy)
     return Machine(prepared, parts, loop)
 
 
@@ -119,9 +138,14 @@ def corrupted(update: WeightUpdate, change: Callable[[Chunk], Chunk]) -> WeightU
 
 
 def pair(chunk: Chunk) -> tuple[str, str]:
-    """Two names whose tensors have one shape."""
+    """Two names whose tensors differ but have one shape."""
     names = sorted(chunk)
-    return next((a, b) for a in names for b in names if a < b and chunk[a].shape == chunk[b].shape)
+    return next(
+        (a, b)
+        for a in names
+        for b in names
+        if a < b and chunk[a].shape == chunk[b].shape and not torch.equal(chunk[a], chunk[b])
+    )
 
 
 def wrong_tensor(chunk: Chunk) -> Chunk:
@@ -150,7 +174,7 @@ def test_what_is_damaged_between_learner_and_engine_fails_the_sync(
     if machine.prepared.config.model.policy.lora.rank is not None and fault is swapped_names:
         machine.step(1)  # B starts at zero: at version 0 a swap would change nothing
         update = policy.weights(rollouts.members)
-    with pytest.raises(GroupFailure, match=r"rollout: rank 0 \(node .*pid .*failed in phase sync") as failure:
+    with pytest.raises(GroupFailure, match=r"rollout: rank \d \(node .*pid .*failed in phase sync") as failure:
         rollouts.sync(corrupted(update, fault))
     assert str(failure.value).count("\n") == 0
     assert (

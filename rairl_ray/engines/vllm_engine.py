@@ -214,12 +214,17 @@ class VllmEngine:
         """`started`: time.perf_counter() when the update began."""
         self._llm.finish_weight_update(str(version))
         reports = self._llm.collective_rpc("transfer_report")
-        missing = sorted({name for names, _ in reports for name in names})
+        faults = {fault for fault, _, _ in reports if fault is not None}
+        if faults:
+            raise WeightSyncError(
+                f"policy version {version} does not fit the rollout engine's model: {faults.pop()}"
+            )
+        missing = sorted({name for _, names, _ in reports for name in names})
         if missing:
             raise WeightSyncError(
                 f"policy version {version} came without the weights of {', '.join(missing[:5])}"
             )
-        checksums = {digest for _, digest in reports}
+        checksums = {digest for _, _, digest in reports}
         if len(checksums) != 1:
             raise WeightSyncError(f"policy version {version} arrived differently in the engine's workers")
         self._llm.reset_prefix_cache()

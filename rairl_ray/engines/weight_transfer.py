@@ -34,7 +34,9 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
     ),
     "vllm.distributed.weight_transfer.nccl_engine": ("NCCLWeightTransferEngine", "NCCLTrainerInitInfo"),
     "vllm.distributed.weight_transfer.ipc_engine": ("IPCWeightTransferEngine", "IPCTrainerInitInfo"),
-    "vllm.model_executor.model_loader.reload": ("initialize_layerwise_reload", "finalize_layerwise_reload"),
+    "vllm.model_executor.model_loader.reload.layerwise": (
+        "get_layerwise_info", "initialize_layerwise_reload", "finalize_layerwise_reload",
+    ),
 }  # fmt: skip
 
 

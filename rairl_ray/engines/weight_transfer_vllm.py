@@ -27,7 +27,11 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLWeightTransferEngine
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    get_layerwise_info,
+    initialize_layerwise_reload,
+)
 
 from rairl_ray.config.transport import Transport
 from rairl_ray.engines.weight_transfer import BACKENDS
@@ -59,6 +63,7 @@ class Watched:
     def start_weight_update(self) -> None:
         self._expected = {name.replace(".base_layer.", ".") for name, _ in self.model.named_parameters()}
         self._filled: set[str] = set()
+        self._fault: str | None = None
         self._digest = Checksum()
         super().start_weight_update()  # type: ignore[misc]
         load = self.model.load_weights
@@ -72,18 +77,33 @@ class Watched:
         try:
             super().receive_weights(update_info)  # type: ignore[misc]
         except BaseException:
-            # else the half-loaded layers would take the next update's first tensors for the rest of this one
             del self.model.load_weights
-            finalize_layerwise_reload(self.model, self.model_config)
+            self._abandon()
             raise
 
     def finish_weight_update(self) -> None:
         del self.model.load_weights
-        super().finish_weight_update()  # type: ignore[misc]
+        try:
+            super().finish_weight_update()  # type: ignore[misc]
+        except Exception as error:  # it must return: the worker would take the update for unfinished for ever
+            self._fault = str(error)
+            self._abandon()
 
-    def report(self) -> tuple[list[str], str]:
-        """(parameters that the last update did not fill, checksum of the tensors as they arrived)"""
-        return sorted(self._expected - self._filled), self._digest.hexdigest()
+    def report(self) -> tuple[str | None, list[str], str]:
+        """Of the last update: what did not fit; parameters that were not filled; checksum of what arrived."""
+        return self._fault, sorted(self._expected - self._filled), self._digest.hexdigest()
+
+    def _abandon(self) -> None:
+        """Put the old tensors back into layers that are not whole.
+
+        Else they would take the next update's first tensors for the rest of this one.
+        """
+        for layer in self.model.modules():
+            info = get_layerwise_info(layer)
+            if info.can_load():
+                info.loaded_weights.clear()
+                info.load_numel = 0
+        finalize_layerwise_reload(self.model, self.model_config)
 
     def _passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """`weights` with a tied head, which transformers does not count among the parameters.
@@ -146,7 +166,7 @@ class TransferReport:
 
     weight_transfer_engine: Any
 
-    def transfer_report(self) -> tuple[list[str], str]:
+    def transfer_report(self) -> tuple[str | None, list[str], str]:
         return self.weight_transfer_engine.report()
 
 
