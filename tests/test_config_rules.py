@@ -33,6 +33,7 @@ UNANSWERED = {**JSONL, "data.fields.answer": None}
 IMPLICIT = {"discriminator.head": "implicit"}
 GPU = {"placement.device": "gpu"}
 CPU = {"placement.device": "cpu"}
+ADAPTER = {"model.policy.lora.rank": 8, "model.policy.dtype": "bfloat16"}
 APART = {"placement.type": "disaggregated"}
 TRANSPORT = "rollout.weight_transport"
 NF4 = {"model.policy.quantization": "nf4", "model.policy.lora.rank": 4, "model.policy.dtype": "bfloat16"}
@@ -64,7 +65,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({**GPU, "rollout.tensor_parallel": 8}, "model.policy.build.heads", "multiple of rollout.tensor_parallel"),
     ({**CPU, **APART, "rollout.weight_transport": "nccl"}, TRANSPORT, "placement.device=cpu"),
     ({**GPU, **APART, "rollout.weight_transport": "nccl", "rollout.engine": "hf"}, TRANSPORT, "vLLM's"),
-    ({**GPU, "rollout.weight_transport": "ipc", "model.policy.lora.rank": 8, "model.policy.dtype": "bfloat16"}, TRANSPORT, "an adapter"),
+    ({**GPU, **ADAPTER, "rollout.weight_transport": "ipc"}, TRANSPORT, "an adapter"),
     ({**GPU, "rollout.weight_transport": "nccl"}, TRANSPORT, "write ipc"),
     ({**GPU, **APART, "rollout.weight_transport": "ipc"}, TRANSPORT, "write nccl"),
     ({**GPU, "rollout.weight_transport": "ipc", "rollout.replicas": 2}, TRANSPORT, "than learner.replicas"),

@@ -185,11 +185,12 @@ def test_what_is_too_old_is_dropped_and_counted_or_sampled_again(replicas: tuple
     ahead.sync(version(parts, 6))
     ahead.take(1)
     ahead.settle()
-    (later, _) = state = ahead.state()
-    later["step"], state[1]["step"] = 3, 4
+    state = ahead.state()
+    later, latest = state["steps"]
+    later["step"], latest["step"] = 3, 4
     for row in later["groups"][0]:
         row["policy_version"] = -1
-    for group in state[1]["groups"]:
+    for group in latest["groups"]:
         for row in group:
             row["policy_version"] = 0
     other, recorder, _ = ahead_of(replicas)

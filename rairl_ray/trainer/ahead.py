@@ -14,7 +14,7 @@ weights that would be needed to sample it again are gone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -102,23 +102,14 @@ class RunAhead:
         while self._waiting:
             self._finish_next()
 
-    def state(self) -> list[dict[str, Any]]:
-        """The buffer as JSON; call `settle` before."""
-        return [
-            {
-                "step": item.step,
-                "rows": item.rows,
-                "seconds": item.sampled.seconds,
-                "groups": [[asdict(rollout) for rollout in group.rollouts] for group in item.sampled.groups],
-            }
-            for item in self._buffer
-            if item.sampled is not None
-        ]
+    def state(self) -> dict[str, Any]:
+        """The buffer as a JSON object; call `settle` before."""
+        return {"steps": [_as_json(item) for item in self._buffer]}
 
-    def restore(self, state: Sequence[dict[str, Any]]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Take the buffer of a checkpoint instead of sampling anew."""
         self._buffer.clear()
-        for saved in state:
+        for saved in state["steps"]:
             prompts = self._feed.prompts(saved["rows"])
             groups = [
                 RolloutGroup(prompt=prompt, rollouts=tuple(_from_json(row) for row in rows))
@@ -153,6 +144,12 @@ class RunAhead:
 
     def _is_fresh(self, group: RolloutGroup, step: int) -> bool:
         return all(step - 1 - rollout.policy_version <= self._bound for rollout in group.rollouts)
+
+
+def _as_json(item: _Buffered) -> dict[str, Any]:
+    assert item.sampled is not None
+    groups = [[asdict(rollout) for rollout in group.rollouts] for group in item.sampled.groups]
+    return {"step": item.step, "rows": item.rows, "seconds": item.sampled.seconds, "groups": groups}
 
 
 def _from_json(row: dict[str, Any]) -> Rollout:
