@@ -132,6 +132,9 @@ def test_stopped_processes_and_their_children_are_gone_after_the_end(group: Acto
     for member in group.members:
         os.kill(member.pid, signal.SIGSTOP)
     os.kill(children[0], signal.SIGSTOP)
+    deadline = time.monotonic() + 30  # a child carries the mark only once it has become another program
+    while len(marked_processes()) < 2 + len(children) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert len(marked_processes()) >= 2 + len(children)
     assert group.roster is not None and group.roster.end(60) == []
     assert_nothing_left()

@@ -8,15 +8,13 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from rairl_ray.errors import ConfigError, DataError, ResumeError
-from rairl_ray.files import append_line, json_text, read_json_lines, write_atomic
+from rairl_ray.files import json_text, read_json_lines, write_atomic
 from rairl_ray.runfolder import RunFolder, read_summary, write_summary
-from rairl_ray.spool import Spool
 
 
 @pytest.fixture
@@ -156,77 +154,3 @@ def test_broken_json_lines_name_file_and_line(tmp_path: Path) -> None:
         read_json_lines(path)
     assert read_json_lines(path, skip_broken=True) == [{"a": 1}, {"a": 2}]
     assert json_text({"a": [math.inf, (1.5, math.nan)]}) == '{"a": [null, [1.5, null]]}'
-
-
-# --- spool -----------------------------------------------------------------------------------------
-
-
-def spool_in(folder: Path, apply: object, server: str = "s") -> Spool:
-    return Spool(
-        folder / "spool.jsonl",
-        folder / "cursor.json",
-        cursor={"server": server},
-        same=("server",),
-        apply=apply,  # type: ignore[arg-type]
-        on_failure=lambda error: None,
-    )
-
-
-def test_spool_carries_in_order_and_goes_on_after_a_failure(tmp_path: Path) -> None:
-    seen: list[int] = []
-    down = threading.Event()
-    down.set()
-
-    def apply(record: dict) -> None:
-        if down.is_set() and record["i"] >= 2:
-            raise ConnectionError("down")
-        seen.append(record["i"])
-
-    first = spool_in(tmp_path, apply)
-    for i in range(4):
-        first.put({"i": i})
-    first.start(lambda: False, 5.0)
-    assert seen == [0, 1]
-    assert not first.drain(10.0)
-    append_line(tmp_path / "spool.jsonl", '{"i": torn')
-    down.clear()
-    second = spool_in(tmp_path, lambda record: record and apply(record))
-    second.put({"i": 4})
-    second.start(lambda: False, 5.0)
-    assert second.drain(10.0) and seen == [0, 1, 2, 3, 4]
-    assert [record["i"] for record in second.history()] == [0, 1, 2, 3, 4]
-    third = spool_in(tmp_path, lambda record: seen.append(record.get("i", -1)), server="another")
-    third.start(lambda: False, 5.0)
-    assert third.drain(10.0) and seen[5:] == [0, 1, 2, 3, -1, 4]
-
-
-def test_spool_recovers_while_it_runs(tmp_path: Path) -> None:
-    seen: list[int] = []
-    calls = iter([True, False, False])
-
-    def apply(record: dict) -> None:
-        if next(calls):
-            raise ConnectionError("down")
-        seen.append(record["i"])
-
-    spool = spool_in(tmp_path, apply)
-    spool.put({"i": 0})
-    spool.start(lambda: False, 5.0)
-    assert seen == []
-    spool.put({"i": 1})
-    assert spool.drain(10.0) and seen == [0, 1]
-
-
-def test_after_a_drain_that_gave_up_the_cursor_is_left_to_the_next_process(tmp_path: Path) -> None:
-    hanging = threading.Event()
-    spool = spool_in(tmp_path, lambda record: hanging.wait(30))
-    spool.put({"i": 0})
-    spool.start(lambda: False, 0.1)
-    assert not spool.drain(0.1)
-    before = (tmp_path / "cursor.json").read_text()
-    threads = [thread for thread in threading.enumerate() if thread.name == "spool"]
-    hanging.set()
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
-    assert (tmp_path / "cursor.json").read_text() == before

@@ -168,7 +168,7 @@ def test_engines_that_disagree_with_the_learner_end_the_run_in_one_paragraph(tmp
     )
     assert done.returncode not in (0, 2, 130)
     last = done.stderr.strip().splitlines()[-1]
-    assert "rollout: rank 0" in last and "phase sync" in last and "rollout.max_sync_logprob_gap" in last
+    assert "rollout rank 0" in last and "phase sync" in last and "rollout.max_sync_logprob_gap" in last
     assert not [row for row in metric_rows(tmp_path / "demo" / "grpo") if row["step"] >= 1]
 
 

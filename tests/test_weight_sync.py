@@ -16,6 +16,7 @@ import torch
 from rairl_ray import metrics as names
 from rairl_ray.actors.group import GroupFailure, Member
 from rairl_ray.actors.rollout import RolloutActor, RolloutWorkers
+from rairl_ray.actors.roster import Roster
 from rairl_ray.actors.weight_sync import EngineClient, WeightUpdate, fetched
 from rairl_ray.config.load import load_config
 from rairl_ray.engines.weights import pack, whole
@@ -74,7 +75,7 @@ class Machine:
 def started(output: Path, *overrides: str) -> Machine:
     config = load_config(ROOT / "experiments/demo/grpo.yaml", [*SMALL, f"output_dir={output}", *overrides])
     prepared = prepare(config)
-    parts = start_parts(prepared, place(config))
+    parts = start_parts(prepared, place(config), Roster(probe_seconds=30))
     parts.rollouts.open()
     assert parts.policy is not None
     parts.policy.open(10)
@@ -94,7 +95,7 @@ def machine(request: Any, joined: None, tmp_path_factory: pytest.TempPathFactory
     rank = "null" if request.param == "full" else "4"
     machine = started(tmp_path_factory.mktemp(request.param), f"model.policy.lora.rank={rank}")
     yield machine
-    machine.parts.close()
+    machine.parts.roster.end(60)
 
 
 def assert_stale(machine: Machine) -> None:
@@ -219,12 +220,13 @@ def test_silently_wrong_numerics_fail_the_run_by_the_probe(joined: None, tmp_pat
     perturbed.open()
     machine.loop.rollouts = perturbed
     try:
-        assert machine.loop.sync()[names.SYNC_LOGPROB_GAP] < 1e-5
+        machine.loop.sync()
+        assert machine.loop.ahead.sync_metrics[names.SYNC_LOGPROB_GAP] < 1e-5
         with pytest.raises(GroupFailure, match=r"phase sync.*away from the learner's.*max_sync_logprob_gap"):
             machine.step(1)
     finally:
         perturbed.close()
-        machine.parts.close()
+        machine.parts.roster.end(60)
 
 
 def test_the_probe_can_be_thinned_out(machine: Machine) -> None:
@@ -234,7 +236,8 @@ def test_the_probe_can_be_thinned_out(machine: Machine) -> None:
         rollout = machine.loop.config.rollout.model_copy(update={"probe_every": every})
         machine.loop.config = machine.loop.config.model_copy(update={"rollout": rollout})
         probed = every and policy.version % every == 0
-        assert (names.SYNC_LOGPROB_GAP in machine.loop.sync()) == bool(probed)
+        machine.loop.sync()
+        assert (names.SYNC_LOGPROB_GAP in machine.loop.ahead.sync_metrics) == bool(probed)
     machine.loop.config = machine.prepared.config
 
 
@@ -292,4 +295,4 @@ def test_two_vllm_engines_read_one_update(joined: None, tmp_path: Path, kind: st
         assert_stale(machine)
         machine.loop.sync()
     finally:
-        machine.parts.close()
+        machine.parts.roster.end(60)

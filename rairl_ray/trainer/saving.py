@@ -44,6 +44,7 @@ class Saving:
         self._in_flight: _InFlight | None = None
         self._error: str | None = None
         """Why the newest checkpoint could not be written."""
+        self._metrics: dict[str, float] = {}
         self.newest: dict[str, Any] | None = None
         """State of the newest checkpoint that is written or being written."""
 
@@ -110,8 +111,12 @@ class Saving:
         self._error = None
         sizes = [facts["size"] for report in reports.values() for facts in report.files.values()]
         seconds = max(report.seconds for report in reports.values())
-        written = {names.CHECKPOINT_WRITE_SECONDS: seconds, names.CHECKPOINT_BYTES: float(sum(sizes))}
-        session.log(draft.step, written)
+        self._metrics = {names.CHECKPOINT_WRITE_SECONDS: seconds, names.CHECKPOINT_BYTES: float(sum(sizes))}
+
+    def take_metrics(self) -> dict[str, float]:
+        """Of the checkpoint committed since the last call, for the row of the step that found it committed."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
 
     def failed(self, step: int, error: str) -> None:
         """Tell the user of a checkpoint that could not be written; the run goes on."""

@@ -166,8 +166,9 @@ class Fit:
         elif message.kind == "finished":
             self._finished = True
         elif message.kind == "update":
-            session.log(step, message.content)
-            session.display.step(step, message.content)
+            metrics = {**message.content, **self._saving.take_metrics()}
+            session.log(step, metrics)
+            session.display.step(step, metrics)
             self._progress(step)
 
     def _progress(self, step: int) -> None:
