@@ -40,6 +40,7 @@ SMALL = [
     "policy.learning_rate=0.01",
     "policy.warmup_share=0",
     "policy.schedule=constant",
+    "trainer.steps=100",
 ]
 
 
@@ -67,6 +68,7 @@ class Machine:
     prepared: Prepared
     parts: Parts
     loop: Loop
+    feed: Feed
 
     def step(self, number: int) -> dict[str, float]:
         return self.loop.step(number, PhaseTimer())[0]
@@ -81,7 +83,7 @@ def started(output: Path, *overrides: str) -> Machine:
     parts.policy.open(10)
     feed, strategy = Feed(prepared.task, config.seed), EvenTokens(prepared)
     loop = Loop(config, feed, parts.rollouts, parts.policy, strategy)
-    return Machine(prepared, parts, loop)
+    return Machine(prepared, parts, loop, feed)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +101,8 @@ def machine(request: Any, joined: None, tmp_path_factory: pytest.TempPathFactory
 
 
 def assert_stale(machine: Machine) -> None:
-    prompts = machine.loop.feed.next_prompts(1)
-    with pytest.raises(GroupFailure, match=r"rollout: rank . .* no policy version yet"):
+    prompts = machine.feed.next_prompts(1)
+    with pytest.raises(GroupFailure, match=r"rollout rank . .* no policy version yet"):
         machine.parts.rollouts.generate(prompts, "stale")
 
 
@@ -109,7 +111,7 @@ def test_an_engine_serves_nothing_before_its_sync_and_nothing_after_it_was_opene
 ) -> None:
     assert_stale(machine)
     machine.loop.sync()
-    prompts = machine.loop.feed.next_prompts(2)
+    prompts = machine.feed.next_prompts(2)
     groups = machine.parts.rollouts.generate(prompts, "fresh")
     assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {0}
     machine.parts.rollouts.open()
@@ -175,7 +177,7 @@ def test_what_is_damaged_between_learner_and_engine_fails_the_sync(
     if machine.prepared.config.model.policy.lora.rank is not None and fault is swapped_names:
         machine.step(1)  # B starts at zero: at version 0 a swap would change nothing
         update = policy.weights(rollouts.members)
-    with pytest.raises(GroupFailure, match=r"rollout: rank \d \(node .*pid .*failed in phase sync") as failure:
+    with pytest.raises(GroupFailure, match=r"rollout rank \d \(node .*pid .*failed in phase sync") as failure:
         rollouts.sync(corrupted(update, fault))
     assert str(failure.value).count("\n") == 0
     assert (
