@@ -136,9 +136,11 @@ class ActorGroup:
         started = pending.submitted
         while pending in self._queue:
             first = self._queue[0]
-            self._finish(first, max(started, first.submitted))
+            try:
+                self._finish(first, max(started, first.submitted))
+            finally:
+                self._queue.remove(first)  # a failure is told once
             started = time.monotonic()
-            self._queue.remove(first)
         return [pending.results[rank] for rank in sorted(pending.results)]
 
     def _finish(self, pending: Pending, started: float) -> None:
