@@ -218,14 +218,15 @@ def test_silently_wrong_numerics_fail_the_run_by_the_probe(joined: None, tmp_pat
     machine = started(tmp_path, "rollout.replicas=1")
     config = machine.prepared.config
     handle = ray.remote(PerturbedActor).remote(0, config, machine.prepared.policy_path, "cpu")
-    perturbed = RolloutWorkers([Member(0, handle, "here", 1)], config, machine.prepared.policy_renderer)
+    perturbed = RolloutWorkers([Member("rollout", 0, handle)], config, machine.prepared.policy_renderer)
     perturbed.open()
-    machine.loop.rollouts = perturbed
+    assert machine.parts.policy is not None
+    loop = Loop(config, machine.feed, perturbed, machine.parts.policy, EvenTokens(machine.prepared))
     try:
-        machine.loop.sync()
-        assert machine.loop.ahead.sync_metrics[names.SYNC_LOGPROB_GAP] < 1e-5
+        loop.sync()
+        assert loop.ahead.sync_metrics[names.SYNC_LOGPROB_GAP] < 1e-5
         with pytest.raises(GroupFailure, match=r"phase sync.*away from the learner's.*max_sync_logprob_gap"):
-            machine.step(1)
+            loop.step(1, PhaseTimer())
     finally:
         perturbed.close()
         machine.parts.roster.end(60)
@@ -258,7 +259,7 @@ class Recorder:
 
 def test_every_engine_gets_nccl_ranks_of_its_own(joined: None) -> None:
     handles = [ray.remote(Recorder).options(num_cpus=0).remote() for _ in range(3)]
-    client = EngineClient(handles, workers_per_engine=2, deadline_seconds=60)
+    client = EngineClient(handles, workers_per_engine=2, deadline_seconds=300)
     client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 7})
     client.init_weight_transfer_engine({"packed": True})
     seen = ray.get([handle.seen.remote() for handle in handles])
