@@ -1,12 +1,13 @@
 # make demo   install (once) and run the main job: SFT warm start, R-AIRL, evaluation, result table
 # make test   everything that a laptop can test;  make test-slow: the long end-to-end cases
+# make test-matrix  every role stopped in every phase: an hour
 # make lint   ruff and mypy
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 PYTEST_ARGS ?=
 
-.PHONY: install demo test test-slow gpu-test lint format clean
+.PHONY: install demo test test-slow test-matrix gpu-test lint format clean
 
 install:
 	@PYTHON=$(PYTHON) bash requirements/install.sh
@@ -18,7 +19,10 @@ test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu and not matrix" $(PYTEST_ARGS)
+
+test-matrix: install
+	$(BIN)/python -m pytest -m matrix $(PYTEST_ARGS)
 
 gpu-test: install
 	$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS)

@@ -28,7 +28,10 @@ from tests.faults import (
     steps,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.matrix,
+]  # CI has no hour for it; test_deadlines.py has one of each role
 
 START = "timeouts.start_seconds=90"
 SECONDS = 20
