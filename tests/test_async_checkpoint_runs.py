@@ -52,7 +52,7 @@ def test_a_run_goes_on_beside_a_disk_that_refuses_and_fails_only_where_it_must_s
         pids = [pid for pid in descendants(process.pid) if "PolicyActor" in psutil.Process(pid).cmdline()[0]]
         assert len(pids) == 1
         limit_files(pids[0], 50_000)
-        wait_for(lambda: "could not be written" in events.read_text(), process)
+        wait_for(lambda: events.exists() and "could not be written" in events.read_text(), process)
         good = newest(folder)
         steps = RunFolder(folder).read_metrics()[-1]["step"]
         wait_for(lambda: RunFolder(folder).read_metrics()[-1]["step"] >= steps + 2, process)
