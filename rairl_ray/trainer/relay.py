@@ -18,7 +18,7 @@ from rairl_ray.config.schema import Timeouts
 
 
 class Message(NamedTuple):
-    """From a worker. `kind`: joined, phase, restored, update, finished."""
+    """From a worker. `kind`: joined, phase, restored, update, finished, failed."""
 
     kind: str
     step: int

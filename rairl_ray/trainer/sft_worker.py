@@ -8,11 +8,13 @@ tokens: it does not change with micro-batches or ranks.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from rairl_ray.config.load import config_hash
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import policy_tensors
 from rairl_ray.data.tasks import make_task
+from rairl_ray.errors import UserError
 from rairl_ray.metrics import PhaseTimer
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.tracking import git_state
@@ -43,7 +46,14 @@ def train_worker(settings: dict[str, Any]) -> None:
     os.environ["LOCAL_SIZE"] = str(context.get_local_world_size())
     if settings["device"] == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    Worker(settings, relay, context.get_world_rank(), context.get_world_size()).run()
+    try:
+        Worker(settings, relay, context.get_world_rank(), context.get_world_size()).run()
+    except Exception as error:
+        # Ray Train would hand on the traceback alone. A relay that is gone has no use for it either.
+        told = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        with suppress(ray.exceptions.RayError):
+            relay.send("failed", 0, (context.get_world_rank(), told))
+        raise
 
 
 class Worker:
