@@ -260,7 +260,8 @@ class Lane:
                 failures = 0
             except Exception as error:
                 failures += 1
-                if not self._spool.ended:
+                # Once is nothing: SQLite answers "locked" at once where two of our lanes write.
+                if failures > 1 and not self._spool.ended:
                     self._on_failure(error)
             self.failing = failures > 0
             with self._spool.changed:

@@ -25,8 +25,6 @@ from rairl_ray.trainer import attempts
 from rairl_ray.trainer.run import train
 from rairl_ray.trainer.session import StopRequest
 from tests.faults import (
-    CLASSES,
-    STEPS,
     Fault,
     assert_nothing_left,
     configuration,
@@ -238,26 +236,25 @@ def test_errors_of_the_user_are_not_tried_again_and_a_shrunken_cluster_says_what
 
 
 @pytest.mark.parametrize(
-    ("fault", "phase", "deadline"),
+    ("fault", "deadline", "ranks"),
     [
-        (Fault("rollout", 0, "generate", call=2), "generate", "timeouts.rollout_seconds=15"),
-        (Fault("policy", 1, "update", call=2), "update", "timeouts.update_seconds=15"),
-        (Fault("discriminator", 0, "score", call=2), "score", "timeouts.score_seconds=15"),
+        (Fault("rollout", 0, "generate", call=2), "timeouts.rollout_seconds=12", 1),
+        (Fault("policy", 1, "update", call=2), "timeouts.update_seconds=12", 2),
+        (Fault("discriminator", 0, "score", call=2), "timeouts.score_seconds=12", 1),
     ],
-    ids=lambda value: f"{value.role}-{value.verb}" if isinstance(value, Fault) else None,
+    ids=["rollout", "policy", "discriminator"],
 )
 def test_a_run_recovers_from_a_stopped_process(
-    fault: Fault, phase: str, deadline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Fault, deadline: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(fault, tmp_path, monkeypatch)
-    assert set(CLASSES) >= {fault.role}
-    assert train(configuration(tmp_path, deadline)) == 0
+    assert train(configuration(tmp_path, deadline, "trainer.steps=2", f"learner.replicas={ranks}")) == 0
     folder = tmp_path / "demo" / "airl"
     [(at, text)] = events(folder, "^failure ")
     named = f"{fault.role} rank {fault.rank} (node "
     assert f"failure 1 of role {fault.role}" in text and named in text and "is stopped" in text
-    assert f"in phase {phase}" in text and "last finished step 1" in text
-    assert at - float(fault.mark(tmp_path).read_text()) < 15 + 30
-    assert len(events(folder, f"^recovered from the failure of {fault.role} in phase {phase}")) == 1
-    assert steps(folder) == list(range(1, STEPS + 1))
+    assert f"in phase {fault.verb}" in text and "last finished step 1" in text
+    assert at - float(fault.mark(tmp_path).read_text()) < 12 + 30
+    assert len(events(folder, f"^recovered from the failure of {fault.role} in phase {fault.verb}")) == 1
+    assert steps(folder) == [1, 2]
     assert_nothing_left()

@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
 from rairl_ray.actors.group import GroupFailure
+from rairl_ray.errors import DataError
 from rairl_ray.trainer import sft
 from rairl_ray.trainer.run import train
 from tests.faults import (
@@ -72,16 +74,24 @@ MATRIX = [
 """(fault, phase in the report, deadline, last finished step in the report)"""
 
 
-def assert_recovered(folder: Path, output: Path, fault: Fault, phase: str, last: int, deadline: float) -> None:
-    [(at, text)] = events(folder, f"^failure 1 of role {fault.role}")
+def assert_reported(
+    folder: Path, output: Path, fault: Fault, phase: str, last: int, deadline: float, failure: int = 1
+) -> None:
+    """One paragraph names the culprit, in time."""
+    [(at, text)] = events(folder, f"^failure {failure} of role {fault.role}")
     state = "is gone" if fault.number == signal.SIGKILL else "is stopped"
     assert f"{fault.role} rank {fault.rank} (node " in text and state in text, text
     assert f"in phase {phase}" in text and f"last finished step {last}" in text, text
     detection = at - float(fault.mark(output).read_text())
     assert detection < deadline + 30
-    [(_, recovered)] = events(folder, f"^recovered from the failure of {fault.role} in phase {phase}")
-    met = f"{fault.role} {fault.rank} {fault.verb} {fault.number.name}"
-    print(f"{met}: detected in {detection:.1f} s; {recovered}")
+    print(f"{fault.role} {fault.rank} {fault.verb} {fault.number.name}: detected in {detection:.1f} s")
+
+
+def assert_recovered(folder: Path, fault: Fault, phase: str) -> None:
+    """The run went on, and says how long that took; no step is lost or doubled."""
+    assert len(events(folder, f"^recovered from the failure of {fault.role} in phase {phase} in ")) == 1
+    assert steps(folder) == list(range(1, STEPS + 1))
+    assert_nothing_left()
 
 
 @pytest.mark.parametrize(
@@ -101,9 +111,8 @@ def test_every_role_stopped_in_every_phase(
     plant(fault, tmp_path, monkeypatch)
     assert train(configuration(tmp_path, deadline)) == 0
     folder = tmp_path / "demo" / "airl"
-    assert_recovered(folder, tmp_path, fault, phase, last, float(deadline.partition("=")[2]))
-    assert steps(folder) == list(range(1, STEPS + 1))
-    assert_nothing_left()
+    assert_reported(folder, tmp_path, fault, phase, last, float(deadline.partition("=")[2]))
+    assert_recovered(folder, fault, phase)
 
 
 @pytest.mark.parametrize(("role", "rank"), LEARNERS)
@@ -118,12 +127,9 @@ def test_stopped_while_it_loads_after_a_kill(
     overrides = ["timeouts.checkpoint_seconds=20", "trainer.failure_retries=2"]
     assert train(configuration(tmp_path, *overrides)) == 0
     folder = tmp_path / "demo" / "airl"
-    assert_recovered(folder, tmp_path, kill, "update", 2, 0)
-    [(_, text)] = events(folder, f"^failure 2 of role {role}")
-    assert f"{role} rank {rank} (node " in text and "is stopped" in text
-    assert "in phase load (last finished step 2)" in text
-    assert steps(folder) == list(range(1, STEPS + 1))
-    assert_nothing_left()
+    assert_reported(folder, tmp_path, kill, "update", 2, 0)
+    assert_reported(folder, tmp_path, stop, "load", 2, 20, failure=2)
+    assert_recovered(folder, stop, "load")
 
 
 @pytest.mark.parametrize(
@@ -142,9 +148,8 @@ def test_a_killed_process_is_seen_at_once(
     plant(fault, tmp_path, monkeypatch)
     assert train(configuration(tmp_path)) == 0
     folder = tmp_path / "demo" / "airl"
-    assert_recovered(folder, tmp_path, fault, fault.verb, 1, 0)
-    assert steps(folder) == list(range(1, STEPS + 1))
-    assert_nothing_left()
+    assert_reported(folder, tmp_path, fault, fault.verb, 1, 0)
+    assert_recovered(folder, fault, fault.verb)
 
 
 def test_a_role_that_keeps_failing_ends_the_run_with_one_paragraph(
@@ -214,8 +219,27 @@ def test_a_stopped_worker_of_ray_train(
     limits = [f"timeouts.{name}_seconds={SECONDS}" for name in ("update", "checkpoint", "placement")]
     assert train(configuration(tmp_path, START, *limits, experiment="sft")) == 0
     folder = tmp_path / "demo" / "sft"
-    assert_recovered(folder, tmp_path, fault, phase, last, 90 + SECONDS)
-    assert steps(folder) == list(range(1, STEPS + 1))
+    assert_reported(folder, tmp_path, fault, phase, last, 90 + SECONDS)
+    assert_recovered(folder, fault, phase)
+
+
+def test_an_error_of_the_user_in_a_worker_of_ray_train_is_not_tried_again(
+    own_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_worker(settings: dict[str, Any]) -> None:
+        from rairl_ray.errors import DataError
+        from rairl_ray.trainer import sft_worker
+
+        def refuse(_self: Any) -> None:
+            raise DataError("my.jsonl line 3")
+
+        sft_worker.Worker._restore = refuse
+        sft_worker.train_worker(settings)
+
+    monkeypatch.setattr(sft, "train_worker", train_worker)
+    with pytest.raises(DataError, match=r"my\.jsonl line 3"):
+        train(configuration(tmp_path, experiment="sft"))
+    assert not events(tmp_path / "demo" / "sft", "^failure ")
     assert_nothing_left()
 
 

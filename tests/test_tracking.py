@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from rairl_ray.carrier import CURSOR
 from rairl_ray.tracking import SPOOL, Tracker, git_state, metric_name
@@ -103,8 +104,13 @@ def test_a_resume_goes_on_in_the_same_run_where_nothing_is_made_again(tmp_path: 
     assert history(client, first.run_id, "eval") == [(5, 1.0)]
 
 
-def test_steps_made_again_have_the_values_of_the_resumed_run_once(tmp_path: Path, folder: Path) -> None:
-    """MLflow cannot forget a row, so the run is replaced; notes and tags of people go along."""
+def test_steps_made_again_have_the_values_of_the_resumed_run_once(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow cannot forget a row, so the run is replaced; notes and tags of people go along.
+
+    Also where the database is busy when they are asked for: SQLite answers so while another lane writes.
+    """
     first = Tracker(warn=pytest.fail)
     first.start(config(tmp_path), folder)
     for step in range(1, 6):
@@ -114,14 +120,22 @@ def test_steps_made_again_have_the_values_of_the_resumed_run_once(tmp_path: Path
     client = sqlite(tmp_path)
     client.set_tag(str(first.run_id), "mlflow.note.content", "look here")
     client.set_tag(str(first.run_id), "team", "blue")
+    busy = [MlflowException("database is locked")]
+    real = MlflowClient.set_tag
 
+    def set_tag(self: MlflowClient, run_id: str, key: str, value: Any) -> None:
+        if key == "team" and busy:
+            raise busy.pop()
+        real(self, run_id, key, value)
+
+    monkeypatch.setattr(MlflowClient, "set_tag", set_tag)
     second = Tracker(warn=pytest.fail)
     second.start(config(tmp_path), folder, resumed=True)
     second.forget_after(2)
     for step in range(3, 8):
         second.log({"a": 10.0 * step, "time/step": 0.25}, step)
     second.finish("FINISHED")
-    assert second.run_id != first.run_id
+    assert second.run_id != first.run_id and not busy
     assert runs(client) == {str(second.run_id): "FINISHED"}
     assert runs(client, deleted=True) == {str(first.run_id): "KILLED"}
     expected = [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0), (6, 60.0), (7, 70.0)]

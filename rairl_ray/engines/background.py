@@ -57,7 +57,7 @@ class BackgroundWriter:
     def __init__(self) -> None:
         # It costs three times as much as everything else in a write, and says less than our own hash.
         torch.serialization.set_crc32_options(False)
-        # At a lower priority it would wait for a core while it holds Python's lock, and training with it.
+        # Its priority stays: a thread that waits for a core while it holds Python's lock holds training up.
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._future: Future[Written] | None = None
 

@@ -18,7 +18,10 @@ from rairl_ray.config.machine_schema import Timeouts
 
 
 class Message(NamedTuple):
-    """From a worker. `kind`: joined, phase, restored, update, written, unwritable, event, finished."""
+    """From a worker.
+
+    `kind`: joined, phase, restored, update, written, unwritable, event, finished, failed.
+    """
 
     kind: str
     step: int

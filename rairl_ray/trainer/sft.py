@@ -21,14 +21,13 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rairl_ray.actors.group import GroupFailure, blamed
 from rairl_ray.actors.learner import learner_environment
-from rairl_ray.actors.roster import ANY_RANK, Member
+from rairl_ray.actors.roster import ANY_RANK, GONE, Member
 from rairl_ray.actors.weight_sync import put_update
 from rairl_ray.config.machine_schema import Timeouts
 from rairl_ray.engines.weights import saved_chunks
@@ -93,6 +92,8 @@ class Fit:
         for rank in range(session.config.learner.replicas):
             self._roster.add(Member("policy", rank, None))
         self._error: BaseException | None = None
+        self._raised: dict[int, UserError | str] = {}
+        """What the workers' own code raised, by rank, the first one first."""
         self._phase, self._since = "start", time.monotonic()
         self._last, self._finished = 0, False
 
@@ -146,6 +147,9 @@ class Fit:
             if joined.group is not None and joined.group not in self._roster.groups:
                 self._roster.groups.append(joined.group)
             return
+        if message.kind == "failed":
+            self._raised |= dict([message.content])
+            return
         self._since = time.monotonic()
         if message.kind == "phase":
             self._phase = message.content
@@ -177,31 +181,29 @@ class Fit:
 
     def _late(self) -> GroupFailure:
         seconds = phase_seconds(self._session.config.timeouts, self._phase)
-        return self._blamed(
+        text = (
             f"policy (SFT workers): no sign of life within {seconds:g} s in phase {self._phase} "
             f"(last finished step {self._last})"
         )
+        suspect = self._roster.members["policy", 0]
+        return blamed(text, suspect, self._roster, self._phase, self._last, self._since)
 
     def _explained(self, error: BaseException) -> BaseException:
         """The worker's own error where it is one that a user can act on, else a one-paragraph failure."""
-        cause: Any = error
-        while cause is not None:
-            if isinstance(cause, UserError):
-                return cause
-            inner = getattr(cause, "worker_failures", None)
-            cause = (
-                next(iter(inner.values()), None)
-                if inner
-                else (cause.__cause__ or getattr(cause, "cause", None))
-            )
-        text = " ".join(str(error).split())[:800]
-        return self._blamed(
-            f"policy (SFT workers): failed in phase {self._phase}, last finished step {self._last}: {text}"
+        user_errors = [cause for cause in self._raised.values() if isinstance(cause, UserError)]
+        if user_errors:
+            return user_errors[0]
+        # Ray Train has ended all workers by now: who died by itself is what it met, not what is seen today.
+        failures = getattr(error, "worker_failures", None) or {}
+        dead = [rank for rank, failure in failures.items() if hasattr(failure, "health_check_failure")]
+        suspect = self._roster.members["policy", [*sorted(dead), *self._raised, *failures, 0][0]]
+        cause = self._raised.get(suspect.rank) or failures.get(suspect.rank) or error
+        text = (
+            f"{suspect.name} failed in phase {self._phase}, last finished step {self._last}: "
+            f"{' '.join(str(cause).split())[:800]}"
         )
-
-    def _blamed(self, text: str) -> GroupFailure:
-        suspect = self._roster.members["policy", 0]
-        return blamed(text, suspect, self._roster, self._phase, self._last, self._since)
+        text = f"{suspect.name} is {GONE}. {text}" if dead else text
+        return blamed(text, suspect, None, self._phase, self._last, self._since)
 
 
 def phase_seconds(timeouts: Timeouts, phase: str) -> float:

@@ -8,11 +8,13 @@ tokens: it does not change with micro-batches or ranks.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import policy_tensors
 from rairl_ray.data.tasks import make_task
+from rairl_ray.errors import UserError
 from rairl_ray.keys import key_seed
 from rairl_ray.metrics import PhaseTimer
 from rairl_ray.runfolder import RunFolder
@@ -45,6 +48,14 @@ def train_worker(settings: dict[str, Any]) -> None:
     else:  # Ray Train shows a rank all its node's GPUs; DeepSpeed takes the one that LOCAL_RANK counts
         os.environ["LOCAL_RANK"] = str(ray.train.torch.get_device().index)
     Worker(settings, relay, context.get_world_rank(), context.get_world_size()).run()
+    try:
+        Worker(settings, relay, context.get_world_rank(), context.get_world_size()).run()
+    except Exception as error:
+        # Ray Train would hand on the traceback alone. A relay that is gone has no use for it either.
+        told = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        with suppress(ray.exceptions.RayError):
+            relay.send("failed", 0, (context.get_world_rank(), told))
+        raise
 
 
 class Worker:
