@@ -58,13 +58,18 @@ def moved(rows: Sequence[dict[str, float]]) -> bool:
 
 
 def run(config: RunConfig, resume: bool = False) -> list[dict[str, float]]:
-    """Train and return the rows of metrics.jsonl without what measures the machine."""
+    """Train and return `rows_of`."""
     assert train(config, resume=config.name if resume else None) == 0
     return rows_of(config)
 
 
 def rows_of(config: RunConfig) -> list[dict[str, float]]:
-    rows = RunFolder(Path(config.output_dir) / config.name).read_metrics()
+    return rows_in(RunFolder(Path(config.output_dir) / config.name))
+
+
+def rows_in(folder: RunFolder) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl without what measures the machine."""
+    rows = folder.read_metrics()
     kept = [{name: value for name, value in row.items() if not name.startswith(MACHINE)} for row in rows]
     return [row for row in kept if len(row) > 1]  # a checkpoint's own row says when it was written, no more
 

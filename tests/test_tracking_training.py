@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from rairl_ray import metrics as names
 from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.runfolder import RunFolder
+from tests.inprocess import differing, rows_in
 from tests.mlflow_server import free_port, proxy, server
 from tests.runs import ROOT, TINY, kill_hard, launch, launch_background
 from tests.tracked import eventually, history, runs, sqlite
@@ -77,12 +78,8 @@ class Watched:
     calls: dict[str, list[float]]
 
     def rows(self) -> list[dict[str, float]]:
-        """Its metrics but for what a clock says."""
-        clocks = (names.ROLLOUT_TOKENS_PER_SECOND,)
-        return [
-            {k: v for k, v in row.items() if not (k.startswith("time/") or k in clocks)}
-            for row in self.folder.read_metrics()
-        ]
+        """Its metrics but for what measures the machine."""
+        return rows_in(self.folder)
 
 
 def train(output: Path, uri: str, flush: float, port: int = 0) -> Watched:
@@ -105,13 +102,6 @@ def agrees(client: MlflowClient, run_id: str, folder: RunFolder) -> bool:
     logged = {name: history(client, run_id, name) for row in rows for name in row.keys() - {"step"}}
     expected = {name: [(int(row["step"]), row[name]) for row in rows if name in row] for name in logged}
     return repr(logged) == repr(expected)
-
-
-def equal(one: list[dict[str, float]], two: list[dict[str, float]]) -> bool:
-    """Bit for bit, with NaN equal to itself."""
-    return [{k: repr(v) for k, v in row.items()} for row in one] == [
-        {k: repr(v) for k, v in row.items()} for row in two
-    ]
 
 
 def test_mlflow_changes_neither_the_numbers_nor_the_wait(tmp_path: Path) -> None:
@@ -139,7 +129,7 @@ def test_mlflow_changes_neither_the_numbers_nor_the_wait(tmp_path: Path) -> None
         assert "--resume" in silent.output
 
     for run in (healthy, slow, silent):
-        assert equal(run.rows(), without.rows())
+        assert not differing(run.rows(), without.rows())
         assert run.touched == [] and run.threads
         assert all(thread.startswith("tracking-") for thread in run.threads)
         # The longest a trainer ever waited for its tracker while it trained, against 3 s for one answer.
