@@ -34,8 +34,6 @@ PER_BATCH = {"params": 100, "tags": 100, "metrics": 1000}
 TAG_LENGTH, KEY_LENGTH = 8000, 250
 LARGEST = 1.7976931348623157e308
 """MLflow's own stand-in for infinity."""
-FINAL = (400, 401, 403, 404)
-"""Answers that asking again does not change."""
 FILE_ATTEMPTS = 3
 """A file that a living server does not take so many times is left out."""
 
@@ -183,30 +181,31 @@ class MlflowRun:
                 self._bin(run_id)
 
     def _replace(self, old: str) -> None:
-        """Take over what people wrote on the old run, and bin it."""
+        """Take over what people wrote on the old run, then bin it. A busy database is asked again."""
         client = self._client()
-        try:
+        with self._unless_final("tags", f"MLflow does not hand over the tags of run {old}"):
             has = client.get_run(self._run_id).data.tags
             for name, value in client.get_run(old).data.tags.items():
                 if name == "mlflow.note.content" or not (name in has or name.startswith("mlflow.")):
                     client.set_tag(self._run_id, name, value)
-        except Exception as error:
-            # A busy database is asked again: the old run goes only when all of it was taken over.
-            if _status(error) not in FINAL:
-                raise
-            self._warn("tags", f"MLflow does not hand over the tags of run {old}: {brief(error)}")
         self._bin(old)
 
     def _bin(self, run_id: str) -> None:
         """Terminate a run of ours and move it to MLflow's trash, from where it can be restored."""
-        try:
+        with self._unless_final("bin", f"MLflow keeps the superseded run {run_id}"):
             if self._client().get_run(run_id).info.lifecycle_stage == "active":
                 self._client().set_terminated(run_id, "KILLED")
                 self._client().delete_run(run_id)
+
+    @contextlib.contextmanager
+    def _unless_final(self, topic: str, text: str) -> Iterator[None]:
+        """An answer that asking again does not change becomes a warning."""
+        try:
+            yield
         except Exception as error:
-            if _status(error) not in FINAL:
+            if _status(error) not in (400, 401, 403, 404):
                 raise
-            self._warn("bin", f"MLflow keeps the superseded run {run_id}: {brief(error)}")
+            self._warn(topic, f"{text}: {brief(error)}")
 
     def _experiment(self, name: str) -> str:
         client = self._client()
