@@ -7,7 +7,7 @@ Exactly once, over a line that may be cut anywhere:
 - MLflow never forgets a row. Where a resume makes steps again that MLflow has already, the run is replaced:
   a new one receives the history as it now is, and the old one goes to MLflow's trash.
 
-Only the threads of the lanes come here. Nothing here runs on the thread that trains, but `import_mlflow`.
+Only the threads of the lanes come here, but for `import_mlflow`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ RUN_KEY_TAG = "rairl.run_key"
 # MLflow's limits
 PER_BATCH = {"params": 100, "tags": 100, "metrics": 1000}
 TAG_LENGTH, KEY_LENGTH = 8000, 250
-LARGEST = 1.7976931348623157e308
-"""MLflow's own stand-in for infinity."""
+LARGEST = 1.7976931348623157e308  # MLflow's own stand-in for infinity
 FILE_ATTEMPTS = 3
 """A file that a living server does not take so many times is left out."""
 
@@ -78,8 +77,7 @@ class MlflowRun:
             (position, record["step"]) for record, position in spool.records("rewind") if record
         ]
         """(position, step): rows before the position and past the step were made again, or never were."""
-        self.before_finish: Callable[[int], None] = lambda position: None
-        """Called before a terminal state is set, with its position."""
+        self.before_finish: Callable[[int], None] = lambda position: None  # before a terminal state is set
 
     def exists(self) -> bool:
         """Whether a server gave this run an id."""
@@ -395,7 +393,6 @@ def _status(error: Exception) -> int | None:
 
 
 def _refused(error: Exception) -> bool:
-    """Whether sending the same again can never help."""
     return _status(error) == 400
 
 
