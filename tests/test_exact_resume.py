@@ -7,11 +7,13 @@ given checkpoint is the newest (later rows of metrics.jsonl remain), and the run
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.trainer.parts import cluster
 from tests.inprocess import config_of, differing, killed_after, mediocre, moved, rows_of, run
@@ -35,7 +37,7 @@ SCALAR = ("discriminator.head=scalar", "discriminator.loss.level=unit")
 REPLAY = ("discriminator.replay.capacity=16", "discriminator.replay.share=0.5")
 GATE = (
     "discriminator.warmup_gate_auroc=0.01",
-    "discriminator.warmup_steps=3",
+    "discriminator.warmup_steps=5",
     "discriminator.warmup_max_steps=5",
 )
 KL = ("policy.kl_coefficient=0.05", "policy.minibatches_per_step=2")
@@ -82,6 +84,9 @@ def test_the_resumed_run_equals_the_uninterrupted_one(case: str, tmp_path: Path)
     config = config_of(experiment, tmp_path / "whole", *COMMON, *overrides, *start)
     whole = run(config)
     assert moved(whole)
+    # A second start in one run is work done twice, which the numbers alone would not show.
+    events = (tmp_path / "whole" / config.name / "events.log").read_text()
+    assert events.count("workers start from") == (experiment == "sft")
     for checkpoint in (2,) if case in FAST else (2, 4):
         resumed = run(killed_after(config, checkpoint, tmp_path / f"from-{checkpoint}"), resume=True)
         assert differing(whole, resumed) == [], f"resumed from step {checkpoint}"
@@ -89,7 +94,7 @@ def test_the_resumed_run_equals_the_uninterrupted_one(case: str, tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def warmed(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Three warm-up updates with fresh samples, a checkpoint after the second, two steps."""
+    """Five warm-up updates with fresh samples, a checkpoint after every second, two steps."""
     config = config_of(
         "airl",
         tmp_path_factory.mktemp("warm"),
@@ -97,7 +102,7 @@ def warmed(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         MIDDLE,
         "trainer.steps=2",
         "discriminator.warmup_steps=3",
-        "discriminator.warmup_max_steps=3",
+        "discriminator.warmup_max_steps=5",
         "discriminator.warmup_pool_prompts=null",
     )
     run(config)
@@ -118,15 +123,18 @@ def test_a_kill_before_the_first_checkpoint_starts_again(warmed: RunConfig, tmp_
 def test_a_kill_in_the_warm_up_resumes_inside_it(
     warmed: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver ends in the third warm-up update, after the checkpoint of the second."""
+    """The driver ends in the first warm-up update that finds a checkpoint, which is written beside them."""
     from rairl_ray.trainer.airl import AirlStrategy
 
     config = warmed.model_copy(update={"output_dir": str(tmp_path)})
     update = AirlStrategy.update
+    store = CheckpointStore(tmp_path / config.name)
 
     def interrupted(self: AirlStrategy, *args: object, **kwargs: object) -> dict[str, float]:
-        if kwargs.get("epoch") == "warmup/3":
-            raise RuntimeError("the driver ends here")
+        if str(kwargs.get("epoch")).startswith("warmup/"):
+            time.sleep(0.5)
+            if store.latest_valid() is not None:
+                raise RuntimeError("the driver ends here")
         return update(self, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(AirlStrategy, "update", interrupted)

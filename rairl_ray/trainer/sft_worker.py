@@ -47,7 +47,6 @@ def train_worker(settings: dict[str, Any]) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     else:  # Ray Train shows a rank all its node's GPUs; DeepSpeed takes the one that LOCAL_RANK counts
         os.environ["LOCAL_RANK"] = str(ray.train.torch.get_device().index)
-    Worker(settings, relay, context.get_world_rank(), context.get_world_size()).run()
     try:
         Worker(settings, relay, context.get_world_rank(), context.get_world_size()).run()
     except Exception as error:
