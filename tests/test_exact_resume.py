@@ -70,15 +70,19 @@ FAST = ("airl, implicit, full, ZeRO 1, replay, gate, KL", "sft, full, ZeRO 1")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with cluster(config_of("grpo", tmp_path_factory.mktemp("cluster"))):
-        yield
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cluster for all cases, and the folder where its processes would leave kernels that they compile."""
+    folder = tmp_path_factory.mktemp("extensions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        with cluster(config_of("grpo", tmp_path_factory.mktemp("cluster"))):
+            yield folder
 
 
 @pytest.mark.parametrize(
     "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_the_resumed_run_equals_the_uninterrupted_one(case: str, tmp_path: Path) -> None:
+def test_the_resumed_run_equals_the_uninterrupted_one(case: str, tmp_path: Path, compiled: Path) -> None:
     experiment, overrides = CASES[case]
     start = mediocre(tmp_path / "start") if experiment == "grpo" else ()
     config = config_of(experiment, tmp_path / "whole", *COMMON, *overrides, *start)
@@ -87,6 +91,7 @@ def test_the_resumed_run_equals_the_uninterrupted_one(case: str, tmp_path: Path)
     # A second start in one run is work done twice, which the numbers alone would not show.
     events = (tmp_path / "whole" / config.name / "events.log").read_text()
     assert events.count("workers start from") == (experiment == "sft")
+    assert not list(compiled.iterdir())
     for checkpoint in (2,) if case in FAST else (2, 4):
         resumed = run(killed_after(config, checkpoint, tmp_path / f"from-{checkpoint}"), resume=True)
         assert differing(whole, resumed) == [], f"resumed from step {checkpoint}"

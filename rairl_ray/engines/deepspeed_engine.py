@@ -74,11 +74,12 @@ class _Snapshots(TorchCheckpointEngine):
 
 def join_group(device: str, timeout_seconds: float) -> None:
     """Join the process group that the environment describes; a collective fails after the timeout."""
+    # DeepSpeed would compile `deepspeed_shm_comm` when it first sees a group, also one that others made (36 s),
+    # a kernel that only its inference all-reduce uses. It builds what this cached table of buildable
+    # extensions names; our table names none.
+    deepspeed.ops.__compatible_ops__ = {}
     if torch.distributed.is_initialized():
         return
-    # DeepSpeed would compile `deepspeed_shm_comm` here (36 s), a kernel that only its inference all-reduce
-    # uses. It builds what this cached table of buildable extensions names; our table names none.
-    deepspeed.ops.__compatible_ops__ = {}
     backend = "nccl" if device.startswith("cuda") else "gloo"
     deepspeed.init_distributed(
         dist_backend=backend,
