@@ -37,8 +37,8 @@ SCALAR = ("discriminator.head=scalar", "discriminator.loss.level=unit")
 REPLAY = ("discriminator.replay.capacity=16", "discriminator.replay.share=0.5")
 GATE = (
     "discriminator.warmup_gate_auroc=0.01",
-    "discriminator.warmup_steps=5",
-    "discriminator.warmup_max_steps=5",
+    "discriminator.warmup_steps=3",
+    "discriminator.warmup_max_steps=3",
 )
 KL = ("policy.kl_coefficient=0.05", "policy.minibatches_per_step=2")
 
@@ -106,7 +106,7 @@ def warmed(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         *COMMON,
         MIDDLE,
         "trainer.steps=2",
-        "discriminator.warmup_steps=3",
+        "discriminator.warmup_steps=5",
         "discriminator.warmup_max_steps=5",
         "discriminator.warmup_pool_prompts=null",
     )
