@@ -38,7 +38,7 @@ REPLAY = ("discriminator.replay.capacity=16", "discriminator.replay.share=0.5")
 GATE = (
     "discriminator.warmup_gate_auroc=0.01",
     "discriminator.warmup_steps=3",
-    "discriminator.warmup_max_steps=3",
+    "discriminator.warmup_max_steps=5",
 )
 KL = ("policy.kl_coefficient=0.05", "policy.minibatches_per_step=2")
 
