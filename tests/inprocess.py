@@ -69,9 +69,10 @@ def rows_of(config: RunConfig) -> list[dict[str, float]]:
 
 def rows_in(folder: RunFolder) -> list[dict[str, float]]:
     """The rows of metrics.jsonl without what measures the machine."""
-    rows = folder.read_metrics()
-    kept = [{name: value for name, value in row.items() if not name.startswith(MACHINE)} for row in rows]
-    return [row for row in kept if len(row) > 1]  # a checkpoint's own row says when it was written, no more
+    return [
+        {name: value for name, value in row.items() if not name.startswith(MACHINE)}
+        for row in folder.read_metrics()
+    ]
 
 
 def differing(one: Sequence[dict[str, float]], other: Sequence[dict[str, float]]) -> list[str]:
