@@ -121,8 +121,10 @@ def configuration(output: Path, *overrides: str, experiment: str = "airl") -> Ru
 
 
 def events(folder: Path, pattern: str) -> list[tuple[float, str]]:
-    """(time, text) of the run's events that match."""
-    lines = (folder / "events.log").read_text().splitlines()
+    """(time, text) of the run's events that match. A run to which nothing happened has no events.log."""
+    assert folder.is_dir(), folder
+    log = RunFolder(folder).events
+    lines = log.read_text().splitlines() if log.exists() else []
     split = [line.partition(" ") for line in lines]
     return [(datetime.fromisoformat(at).timestamp(), text) for at, _, text in split if re.search(pattern, text)]
 

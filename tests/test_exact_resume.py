@@ -15,8 +15,8 @@ import pytest
 
 from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.runfolder import RunFolder
 from rairl_ray.trainer.parts import cluster
+from tests.faults import events
 from tests.inprocess import config_of, differing, killed_after, mediocre, moved, rows_of, run
 
 COMMON = (
@@ -90,9 +90,8 @@ def test_the_resumed_run_equals_the_uninterrupted_one(case: str, tmp_path: Path,
     whole = run(config)
     assert moved(whole)
     # A second start in one run is work done twice, which the numbers alone would not show.
-    events = RunFolder(tmp_path / "whole" / config.name).events
-    starts = events.read_text().count("workers start from") if events.exists() else 0
-    assert starts == (experiment == "sft")
+    starts = events(tmp_path / "whole" / config.name, "workers start from")
+    assert len(starts) == (experiment == "sft")
     assert not list(compiled.iterdir())
     for checkpoint in (2,) if case in FAST else (2, 4):
         resumed = run(killed_after(config, checkpoint, tmp_path / f"from-{checkpoint}"), resume=True)
