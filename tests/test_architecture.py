@@ -21,7 +21,8 @@ LAYERS = {
     "actors": 5,
     "checkpoint": 6, "tracking": 6, "spool": 6, "runfolder": 6, "display": 6,
     "mlflow_run": 6, "carrier": 6, "leftovers": 6,
-    "trainer": 7, "evaluation": 7,
+    "evaluation": 6, "rewards": 6,
+    "trainer": 7,
     "sweep": 8, "report": 8, "jobs": 8, "plan": 8, "doctor": 8, "demo": 8,
     "launch": 9,
 }  # fmt: skip

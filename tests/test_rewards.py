@@ -41,3 +41,16 @@ def test_selectors(selector: str, expected: float) -> None:
 def test_no_units_no_score() -> None:
     with pytest.raises(ValueError, match="without units"):
         trace_score(np.zeros(0), "mean")
+
+
+def test_discounted_and_tail_selectors() -> None:
+    values = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+    weights = 0.5 ** np.arange(5)
+    assert trace_score(values, "discounted", discount=0.5) == pytest.approx(
+        (values * weights).sum() / weights.sum()
+    )
+    assert trace_score(values, "discounted", discount=1.0) == pytest.approx(values.mean())
+    assert trace_score(values, "discounted", discount=0.0) == 1.0
+    assert trace_score(values, "tail", tail_share=0.25) == pytest.approx(12.0)  # the last two of five
+    assert trace_score(values, "tail", tail_share=0.2) == 16.0
+    assert trace_score(values, "tail", tail_share=1.0) == pytest.approx(values.mean())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
 
-from rairl_ray.config.schema import Reward
+from rairl_ray.config.schema import Eval, Reward
 
-Selector = Literal["mean", "sum", "last", "min"]
+Selector = Literal["mean", "sum", "last", "min", "discounted", "tail"]
 
 
 def unit_rewards(logits_U: np.ndarray, config: Reward, outcome: float | None = None) -> np.ndarray:
@@ -34,10 +35,36 @@ def clipped_count(logits_U: np.ndarray, config: Reward) -> int:
     return int(np.count_nonzero((scaled < config.clip[0]) | (scaled > config.clip[1])))
 
 
-def trace_score(unit_rewards_U: np.ndarray, selector: Selector) -> float:
-    """The one number of a trace that reranks it (`eval.selector`)."""
+def trace_score(
+    unit_rewards_U: np.ndarray, selector: Selector, *, discount: float = 0.95, tail_share: float = 0.25
+) -> float:
+    """The one number of a trace that reranks it (`eval.selector`).
+
+    `discounted` is a weighted mean in which a unit counts `discount` times the one before it; `tail` the mean of
+    the last `tail_share` of the units, rounded up. Raises ValueError for a trace without units.
+    """
     if len(unit_rewards_U) == 0:
         raise ValueError("trace_score: a trace without units has no score")
     values = np.asarray(unit_rewards_U, dtype=np.float64)
-    by_selector = {"mean": values.mean(), "sum": values.sum(), "min": values.min(), "last": values[-1]}
-    return float(by_selector[selector])
+    match selector:
+        case "sum":
+            return float(values.sum())
+        case "min":
+            return float(values.min())
+        case "last":
+            return float(values[-1])
+        case "discounted":
+            return float(np.average(values, weights=_discounts(len(values), discount)))
+        case "tail":
+            return float(values[-max(1, math.ceil(tail_share * len(values))) :].mean())
+    return float(values.mean())
+
+
+def selected_score(unit_rewards_U: np.ndarray, config: Eval) -> float:
+    """`trace_score` as the configuration's section `eval` has it."""
+    return trace_score(unit_rewards_U, config.selector, discount=config.discount, tail_share=config.tail_share)
+
+
+def _discounts(count: int, discount: float) -> np.ndarray:
+    """[count] 1, discount, discount^2, ...; a discount of 0 leaves the first unit alone."""
+    return discount ** np.arange(count, dtype=np.float64)

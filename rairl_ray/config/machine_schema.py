@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from rairl_ray.config.section import NonNegativeFloat, NonNegativeInt, Section
+from rairl_ray.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Section
 
 
 class Rollout(Section):
@@ -80,10 +80,23 @@ class Eval(Section):
     k: tuple[PositiveInt, ...] = (1,)
     temperature: NonNegativeFloat = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    selector: Literal["mean", "sum", "last", "min"] = "mean"
+    selector: Literal["mean", "sum", "last", "min", "discounted", "tail"] = "mean"
     """How a trace's unit rewards become the one number that reranks it."""
+    discount: Fraction = 0.95
+    """`discounted`: weight of a unit against the one before it, in a weighted mean."""
+    tail_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    """`tail`: mean over this last share of the units (at least one)."""
     localisation_traces: NonNegativeInt = 256
     """Held-out expert traces with one injected error, for localisation."""
+    mode: Literal["generate", "aime", "pregenerated_policy", "pregenerated_policy_and_reward"] = "generate"
+    """`evaluate`: sample the policy; the same on AIME's problems; read the completions of `input` and add the
+    policy's log-probabilities; read completions with their rewards."""
+    input: str | None = None
+    """Pregenerated modes: JSONL file with `prompt` or `question`, `generation`, `generation_idx`, `answer`."""
+    reward: str | None = None
+    """`evaluate`: run folder, reward-model folder or hub id whose reward scores; None: the run's own, if any."""
+    name: str | None = None
+    """`evaluate`: folder below evaluations/; None: the mode, and the task where it is not the run's own."""
     bootstrap: PositiveInt = 1000
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rairl_ray.errors import DataError
@@ -39,6 +39,12 @@ class EvalRow:
     """[U] character end (exclusive) of each unit in `generation`."""
     score: float | None = None
     """The selector's number for the whole generation, which reranks it."""
+    policy_logprobs: Sequence[float] | None = None
+    """[T] log-probability of each completion token under the policy, where it was asked for."""
+    verifiable_rewards: Mapping[str, float] | None = None
+    """Name -> value of each verifiable reward (format, correctness, ...), where they were asked for."""
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    """What the problem's grader needs besides the answer (`Prompt.metadata`); `category` groups tables."""
 
 
 _NAMES = frozenset(field.name for field in dataclasses.fields(EvalRow))

@@ -11,7 +11,7 @@ import numpy as np
 
 from rairl_ray.actors.rollout import RolloutWorkers
 from rairl_ray.algorithms.negatives import perturb
-from rairl_ray.algorithms.rewards import trace_score, unit_rewards
+from rairl_ray.algorithms.rewards import selected_score, unit_rewards
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.engines.rollout_engine import SamplingSettings
@@ -89,7 +89,8 @@ class HeldOut:
                 discriminator_version=None if score is None else score.discriminator_version,
                 unit_scores=None if rewards is None else [float(value) for value in rewards],
                 unit_char_ends=None if score is None else [int(end) for end in score.unit_char_ends],
-                score=None if rewards is None else trace_score(rewards, self._config.eval.selector),
+                score=None if rewards is None else selected_score(rewards, self._config.eval),
+                metadata=group.prompt.metadata,
             )
             rows.append(row)
         return rows
