@@ -40,7 +40,7 @@ def trace_score(
 ) -> float:
     """The one number of a trace that reranks it (`eval.selector`).
 
-    `discounted` is a weighted mean in which a unit counts `discount` times the one before it; `tail` the mean of
+    `discounted` is a weighted mean in which a unit counts `discount` times the one before; `tail` the mean of
     the last `tail_share` of the units, rounded up. Raises ValueError for a trace without units.
     """
     if len(unit_rewards_U) == 0:

@@ -94,7 +94,7 @@ class Eval(Section):
     input: str | None = None
     """Pregenerated modes: JSONL file with `prompt` or `question`, `generation`, `generation_idx`, `answer`."""
     reward: str | None = None
-    """`evaluate`: run folder, reward-model folder or hub id whose reward scores; None: the run's own, if any."""
+    """`evaluate`: run folder, reward-model folder or hub id whose reward scores; None: the run's own."""
     name: str | None = None
     """`evaluate`: folder below evaluations/; None: the mode, and the task where it is not the run's own."""
     bootstrap: PositiveInt = 1000
