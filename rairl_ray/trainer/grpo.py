@@ -10,7 +10,7 @@ from rairl_ray import metrics as names
 from rairl_ray.data.rendering import Renderer
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.metrics import PhaseTimer, mean
-from rairl_ray.trainer.labelling import trace_of
+from rairl_ray.rewards.reading import trace_of
 from rairl_ray.types import RewardedTrace, RolloutGroup
 
 

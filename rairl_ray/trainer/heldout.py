@@ -18,8 +18,8 @@ from rairl_ray.engines.rollout_engine import SamplingSettings
 from rairl_ray.evaluation.localisation import InjectedError, localise, step_char_ends
 from rairl_ray.evaluation.metrics import auroc, summarise
 from rairl_ray.evaluation.rows import EvalRow
+from rairl_ray.rewards.reading import trace_of
 from rairl_ray.trainer.airl import AirlStrategy
-from rairl_ray.trainer.labelling import trace_of
 from rairl_ray.types import RolloutGroup, Trace, TraceScores
 
 Summary = dict[str, dict[str, float]]

@@ -17,7 +17,7 @@ from rairl_ray.data.tasks.generated import GeneratedSplit
 from rairl_ray.data.window import fit_window
 from rairl_ray.engines.models import materialise, missing_packages
 from rairl_ray.errors import ConfigError, DataError
-from rairl_ray.trainer.labelling import TraceReader
+from rairl_ray.rewards.reading import TraceReader
 from rairl_ray.types import Demonstration, Trace
 
 PROBED_EXPERTS = 500
