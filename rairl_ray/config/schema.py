@@ -96,7 +96,8 @@ class Countdown(Section):
 
 
 class Fields(Section):
-    """Column names of a `jsonl` or `gsm8k` file, dotted for nested ones."""
+    """Column names, dotted for nested ones. The defaults are those of `jsonl`; a data set of the hub has its own,
+    and these names take their place where they are changed, or where only they are in a row."""
 
     prompt: str = "prompt"
     demonstration: str | None = "target"
@@ -107,7 +108,8 @@ class Fields(Section):
 class Data(Section):
     task: str = "arithmetic"
     path: str | None = None
-    """Folder or file (jsonl, json, parquet, csv) or hub id; None: the task's own hub id or generator."""
+    """Folder or file (jsonl, json, parquet, csv) or hub id; None: the task's own hub id or generator. A single
+    file is split (one in ten held out); of a task for evaluation only (aime, math500) it is all held out."""
     config_name: str | None = None
     train_split: str = "train"
     eval_split: str = "test"

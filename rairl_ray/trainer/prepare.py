@@ -117,9 +117,14 @@ def usable_rows(task: Task, renderer: Renderer, config: RunConfig) -> Task:
     """The task without rows that this run cannot use: too long a prompt, or no expert where one is needed.
 
     Raises:
-        DataError: nothing is left, or `data.on_bad_row` is `fail` and a prompt is too long.
+        DataError: there is nothing to train on, or `data.on_bad_row` is `fail` and a prompt is too long.
     """
     limit, on_bad_row = config.data.max_prompt_tokens, config.data.on_bad_row
+    if not len(task.train):
+        raise DataError(
+            f"data.task={task.name}: the data has evaluation problems alone and nothing to train on; "
+            "give data.path a folder with a training split, or set data.train_split to the evaluation split to train on that"
+        )
     train = task.train if config.algorithm.type == "grpo" else with_experts(task)
     return replace(
         task,
