@@ -96,8 +96,8 @@ class Countdown(Section):
 
 
 class Fields(Section):
-    """Column names, dotted for nested ones. The defaults are those of `jsonl`; a data set of the hub has its own,
-    and these names take their place where they are changed, or where only they are in a row."""
+    """Column names, dotted for nested ones. The defaults are those of `jsonl`; a data set of the hub has its
+    own, and these take their place where they are changed, or where only they are in a row."""
 
     prompt: str = "prompt"
     demonstration: str | None = "target"
@@ -115,6 +115,9 @@ class Data(Section):
     eval_split: str = "test"
     demonstrations: str | None = None
     """File of expert chains of thought that replace the task's own, matched by `fields.id` or prompt."""
+    expert_error_rate: Fraction = 0.0
+    """Share of the training demonstrations that are made wrong on purpose by a perturbation: the same examples
+    in every run, and those of a lower rate among them."""
     fields: Fields = Fields()
     grader: Literal["number", "math", "text", "choice"] = "math"
     """How `jsonl` answers are compared."""
