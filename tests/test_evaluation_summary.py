@@ -132,7 +132,7 @@ def test_every_selector_baseline_and_category_against_values_by_hand() -> None:
         row("a", 0, True, unit_scores=[1.0, 1.0, 1.0, 1.0], policy_logprobs=[-3.0, -1.0]),  # sum
         row("a", 1, False, unit_scores=[0.0, 0.0, 0.0, 3.9], policy_logprobs=[-1.0]),  # last, tail, logprob
         row("a", 2, False, unit_scores=[1.5], policy_logprobs=[-9.0]),  # mean, min, discounted
-        row("b", 0, False, unit_scores=[-1.0, 0.0], extracted="7"),
+        row("b", 0, False, unit_scores=[-1.0, 0.1], extracted="7"),  # mean, sum; discounted if by 0.95
         row("b", 1, True, unit_scores=[0.0, -1.0]),  # discounted
         row("b", 2, False, unit_scores=[], extracted="7"),  # no unit: worst
     ]
@@ -142,7 +142,7 @@ def test_every_selector_baseline_and_category_against_values_by_hand() -> None:
     ]
     summary = summarise(rows, k=(2,), resamples=20, discount=0.5, tail_share=0.25)
     value = {name: numbers["value"] for name, numbers in summary.items()}
-    expected = {"mean": 0.25, "sum": 0.75, "min": 0.25, "last": 0.0, "tail": 0.0, "discounted": 0.5}
+    expected = {"mean": 0.0, "sum": 0.5, "min": 0.25, "last": 0.0, "tail": 0.0, "discounted": 0.5}
     for selector, share in expected.items():
         assert value[f"eval/rerank_{selector}_at_1_of_3"] == pytest.approx(share), selector
     assert value["eval/rerank_min_at_2_of_3"] == pytest.approx(1.0)
