@@ -27,8 +27,8 @@ from rairl_ray.display import Display
 from rairl_ray.engines.artifacts import REWARD_FILE
 from rairl_ray.engines.sources import content_id, materialise
 from rairl_ray.errors import ConfigError
-from rairl_ray.evaluation.metrics import summarise
 from rairl_ray.evaluation.rows import EvalRow, read_rows, write_rows
+from rairl_ray.evaluation.summary import summarise
 from rairl_ray.files import stream_json_lines, write_json_lines
 from rairl_ray.runfolder import write_summary
 from rairl_ray.trainer.parts import cluster
@@ -60,8 +60,14 @@ def evaluate(text: str, overrides: Sequence[str] = (), display: Display | None =
     evaluation = Evaluation(target, display)
     display.note(f"evaluation folder: {evaluation.folder}")
     rows = evaluation.rows()
+    settings = target.config.eval
     summary = summarise(
-        rows, k=target.config.eval.k, resamples=target.config.eval.bootstrap, key=(target.config.seed, "eval")
+        rows,
+        k=settings.k,
+        resamples=settings.bootstrap,
+        key=(target.config.seed, "eval"),
+        discount=settings.discount,
+        tail_share=settings.tail_share,
     )
     write_summary(evaluation.folder / "summary.json", summary)
     display.table(text, summary_rows(summary), SUMMARY_COLUMNS)

@@ -10,6 +10,7 @@ import numpy as np
 from rairl_ray.algorithms.rewards import selected_score
 from rairl_ray.config.schema import Eval
 from rairl_ray.data.grading import Grade
+from rairl_ray.data.verifiable_rewards import verifiable_rewards
 from rairl_ray.errors import DataError
 from rairl_ray.evaluation.rows import EvalRow
 from rairl_ray.types import Prompt
@@ -54,5 +55,6 @@ def graded(
             unit_char_ends=row.get("unit_char_ends"),
             score=selected_score(np.asarray(units), config) if units else row.get("reward_model_score"),
             policy_logprobs=row.get("policy_logprobs"),
+            verifiable_rewards=verifiable_rewards(grade, row["generation"]),
             metadata=row["metadata"],
         )
