@@ -93,6 +93,10 @@ def header(path: Path) -> str:
     return " ".join(line.lstrip("# ") for line in lines[:end])
 
 
+PLANNED = [name for name in map(name_of, FILES) if "/" in name and not name.startswith("demo/")]
+"""The rows of the published tables."""
+
+
 # --- every file -----------------------------------------------------------------------------------
 
 
@@ -128,8 +132,8 @@ def test_every_base_is_commented_and_used() -> None:
 
 
 def test_rows_are_small_diffs() -> None:
-    rows = [path for path in FILES if path.parent.name not in ("demo", "experiments")]
-    assert [name_of(path) for path in rows if len(path.read_text().splitlines()) > 12] == []
+    rows = {name: EXPERIMENTS / f"{name}.yaml" for name in PLANNED}
+    assert [name for name, path in rows.items() if len(path.read_text().splitlines()) > 12] == []
 
 
 # --- the tables -----------------------------------------------------------------------------------
@@ -145,10 +149,14 @@ def test_the_main_table_is_whole(task: str, backbone: str) -> None:
         other = experiment(f"{task}/{backbone}_{density}")
         assert (other.algorithm.type, other.reward.density.type) == ("airl", density)
         assert changes(partial, f"{task}/{backbone}_{density}").keys() <= {"reward.density.type"}
-    sft = {"algorithm.type": "sft", "policy.learning_rate": 1e-4}
+    sft = {"algorithm.type": "sft", "policy.learning_rate": 1e-4, "trainer.prompts_per_step": 128}
     assert changes(partial, f"{task}/{backbone}_sft") == sft
-    grpo = {"algorithm.type": "grpo", "reward.type": "official", "placement.policy_gpu_fraction": 0.6}
-    assert changes(partial, f"{task}/{backbone}_grpo") == grpo
+    assert changes(partial, f"{task}/{backbone}_grpo") == {
+        "algorithm.type": "grpo",
+        "reward.type": "official",
+        "policy.learning_rate": 1e-5,
+        "placement.policy_gpu_fraction": 0.6,
+    }
 
 
 @pytest.mark.parametrize("task", TASK_NAMES)
@@ -204,18 +212,17 @@ def test_the_rows_have_the_papers_settings() -> None:
     assert (config.eval.samples_per_prompt, config.eval.k, config.eval.top_p) == (16, (1, 3, 5, 10), 0.95)
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if p.parent.name not in ("demo", "experiments")], ids=name_of
-)
-def test_the_roles_on_a_gpu_of_80_gb_fit_by_the_estimate(path: Path) -> None:
-    """vLLM takes its share whatever its cache would like; the learners need what is estimated."""
-    config = experiment(name_of(path))
+@pytest.mark.parametrize("name", [name for name in PLANNED if name != "ablations/continued"])
+def test_the_roles_on_a_gpu_of_80_gb_fit_by_the_estimate(name: str) -> None:
+    """vLLM takes its share whatever its cache would like; the learners need what is estimated.
+
+    `continued` starts from another run's result, whose shape nobody knows before; it is that run's.
+    """
+    config = experiment(name)
     rollout, *learners = memory(config)
-    if path.stem == "continued":
-        pytest.skip("no shape: its models are the results of another run")
     needed = [learner.total for learner in learners]
     engine = config.rollout.memory_share * 80e9
-    assert all(total is not None for total in needed)
+    assert None not in needed
     assert engine + sum(total or 0 for total in needed) < 80e9
     weights = (rollout.parts["weights"] or 0) + (rollout.parts["adapter"] or 0)
     assert 0 < weights < 0.75 * engine, "room for a key-value cache"
