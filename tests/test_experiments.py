@@ -42,7 +42,7 @@ SMALLER = {
 """Discriminators of the first version (METHOD 5)."""
 
 ROW = "gsm8k/qwen2.5-3b_partial"
-WGAN = {"discriminator.loss.type": "wgan", "discriminator.loss.gradient_penalty": 10.0}
+WGAN = {"discriminator.loss.type": "wgan", "discriminator.loss.weight_clip": 0.01}
 ABLATIONS: dict[str, tuple[str, dict[str, object]]] = {
     "no_perturbation": (ROW, {"discriminator.perturbations.count": 0}),
     "wgan": (ROW, WGAN),
