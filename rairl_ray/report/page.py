@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from rairl_ray.files import write_atomic
 from rairl_ray.report.parts import Figure, Number, Section, Table
+from rairl_ray.report.safety import clean, visible
 from rairl_ray.report.style import LEVELS, image, level_colour
 from rairl_ray.report.tables import cell_text, column_title, comma_separated, latex, markdown
 
@@ -46,28 +47,6 @@ def write_page(output: Path, title: str, sections: Sequence[Section], notes: Seq
 def slug(text: str) -> str:
     """A text as a file name or an anchor."""
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "part"
-
-
-def clean(text: str) -> str:
-    """Text that UTF-8 can hold: half a surrogate pair, which JSON allows, becomes U+FFFD."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-
-
-def visible(text: str) -> str:
-    """Model text as it may be shown: control characters as symbols, marks that turn the direction by number."""
-    return _HIDDEN.sub(lambda match: _shown(match[0]), text)
-
-
-_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
-
-
-def _shown(character: str) -> str:
-    code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if 0xD800 <= code <= 0xDFFF:
-        return "\ufffd"
-    return "\u2421" if code == 0x7F else f"⟨U+{code:04X}⟩"
 
 
 @cache
