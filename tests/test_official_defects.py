@@ -35,7 +35,7 @@ from rairl_ray.data.grading import grade_answer
 from rairl_ray.data.rendering import Renderer
 from rairl_ray.data.tasks import make_task
 from rairl_ray.errors import ConfigError
-from rairl_ray.evaluation.metrics import random_at_1
+from rairl_ray.evaluation.passing import random_at_1
 from rairl_ray.metrics import PhaseTimer
 from rairl_ray.trainer.airl import AirlStrategy
 from rairl_ray.trainer.feed import Feed

@@ -101,8 +101,9 @@ def test_the_final_artifacts_load_elsewhere(airl_run: Path) -> None:
 
 def test_the_final_evaluation_has_reranking_auroc_and_localisation(airl_run: Path) -> None:
     summary = read_summary(airl_run / "evaluations" / "final" / "summary.json")
-    for name in (names.EVAL_PASS_AT_1, names.EVAL_RERANK_AT_1, names.DISCRIMINATOR_AUROC):
+    for name in (names.EVAL_PASS_AT_1, names.EVAL_RERANK_AT_1, names.CALIBRATION_AUROC):
         assert name in summary
+    assert summary[names.DISCRIMINATOR_AUROC] == summary[names.CALIBRATION_AUROC]
     assert summary[names.LOCALISATION_CHANCE]["value"] == pytest.approx(1 / 3)
     rows = [json.loads(line) for line in (airl_run / "evaluations" / "final" / "rows.jsonl").open()]
     assert len(rows) == 8 * 4

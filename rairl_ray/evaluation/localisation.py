@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rairl_ray import metrics as names
-from rairl_ray.evaluation.metrics import Summary, bootstrap
+from rairl_ray.evaluation.bootstrap import Summary, bootstrap
 
 _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _LINE = re.compile(r"[^\n]*\S[^\n]*(?:\n\s*)?")

@@ -9,20 +9,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rairl_ray import metrics as names
 from rairl_ray.actors.rollout import RolloutWorkers
 from rairl_ray.algorithms.negatives import perturb
 from rairl_ray.algorithms.rewards import selected_score, unit_rewards
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.engines.rollout_engine import SamplingSettings
+from rairl_ray.evaluation.bootstrap import Summary
+from rairl_ray.evaluation.calibration import auroc
 from rairl_ray.evaluation.localisation import InjectedError, localise, step_char_ends
-from rairl_ray.evaluation.metrics import auroc, summarise
 from rairl_ray.evaluation.rows import EvalRow
+from rairl_ray.evaluation.summary import summarise
 from rairl_ray.trainer.airl import AirlStrategy
 from rairl_ray.trainer.labelling import trace_of
 from rairl_ray.types import RolloutGroup, Trace, TraceScores
-
-Summary = dict[str, dict[str, float]]
 
 
 class HeldOut:
@@ -56,10 +57,18 @@ class HeldOut:
         """
         groups = self.sample(stream)
         rows = self.rows(groups)
+        settings = self._config.eval
         summary = summarise(
-            rows, k=self._config.eval.k, resamples=self._config.eval.bootstrap, key=(self._config.seed, "eval")
+            rows,
+            k=settings.k,
+            resamples=settings.bootstrap,
+            key=(self._config.seed, "eval"),
+            discount=settings.discount,
+            tail_share=settings.tail_share,
         )
-        if self._strategy is not None and self._config.eval.localisation_traces:
+        if names.CALIBRATION_AUROC in summary:  # under the gate's name too: one curve through the whole run
+            summary[names.DISCRIMINATOR_AUROC] = summary[names.CALIBRATION_AUROC]
+        if self._strategy is not None and settings.localisation_traces:
             summary |= self.localisation()
         return summary, rows
 
