@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from rairl_ray.config.load import dump_yaml, load_config
-from rairl_ray.evaluation.metrics import summarise
 from rairl_ray.evaluation.rows import EvalRow, write_rows
+from rairl_ray.evaluation.summary import summarise
 from rairl_ray.runfolder import RunFolder, write_summary
 
 ROOT = Path(__file__).resolve().parents[1]

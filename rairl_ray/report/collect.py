@@ -13,8 +13,8 @@ from typing import Any
 from rairl_ray.config.load import read_saved
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import DataError, UserError
-from rairl_ray.evaluation.metrics import summarise
 from rairl_ray.evaluation.rows import EvalRow, read_rows
+from rairl_ray.evaluation.summary import summarise
 from rairl_ray.files import read_json_lines
 from rairl_ray.report.parts import Absent
 from rairl_ray.runfolder import RunFolder, Summary, read_summary

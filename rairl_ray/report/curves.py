@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rairl_ray import metrics as names
-from rairl_ray.evaluation.metrics import bootstrap, pass_at_k
+from rairl_ray.evaluation.bootstrap import bootstrap
+from rairl_ray.evaluation.passing import pass_at_k
 from rairl_ray.report.arrays import samples
 from rairl_ray.report.collect import Evaluation, Run
-from rairl_ray.report.labels import label_of, number_of
+from rairl_ray.report.labels import label_of, number_of, pattern_of
 from rairl_ray.report.parts import Absent, Cell, Figure, Number, Part, Table
 from rairl_ray.report.style import MARKERS, NEUTRAL, legend_below, line_looks, new_figure, whole_ticks
-
-_PASS_AT = re.compile(names.EVAL_PASS_AT.replace("{k}", r"(\d+)") + r"\Z")
 
 LEARNING = (
     names.EVAL_PASS_AT_1,
@@ -57,8 +56,8 @@ def pass_at_k_parts(evaluations: Sequence[Evaluation]) -> list[Part]:
 
 
 def _reported(evaluation: Evaluation) -> dict[int, Number]:
-    matches = [(metric, _PASS_AT.match(metric)) for metric in evaluation.summary]
-    found = {int(match[1]): metric for metric, match in matches if match}
+    matches = [(metric, pattern_of(names.EVAL_PASS_AT).match(metric)) for metric in evaluation.summary]
+    found = {int(match["k"]): metric for metric, match in matches if match and match["k"].isdigit()}
     return {k: number_of(metric, evaluation.summary[metric]) for k, metric in found.items()}
 
 

@@ -47,7 +47,7 @@ def samples_parts(evaluation: Evaluation, gamma: float = GAMMA) -> list[Part]:
     for name, title, group in kinds[: 4 if scored else 2]:
         group = [row for row in group if not scored or np.isfinite(score_of(row))]
         sign = -1 if name.startswith("best") else 1
-        group = sorted(group, key=lambda row: sign * score_of(row)) if scored else group  # noqa: B023
+        group = sorted(group, key=lambda row: sign * score_of(row)) if scored else group
         picked = _of_different_problems(group)
         title = title if scored else title.removeprefix("Best ").removeprefix("Worst ").capitalize()
         if not picked:
@@ -67,7 +67,7 @@ _READINGS = ("raw rewards", "discounted rewards")
 
 
 def _limit(rows: Sequence[EvalRow], reading: str, gamma: float) -> float:
-    """End of the colour scale: the 98th percentile of the size, so that one outlier does not whiten the rest."""
+    """End of the colour scale: the 98th percentile of the size; one outlier must not whiten the rest."""
     values = [np.abs(_read(rewards_of(row.unit_scores or ()), reading, gamma)) for row in rows[:2000]]
     flat = np.concatenate(values) if values else np.zeros(0)
     flat = flat[np.isfinite(flat)]
@@ -152,13 +152,13 @@ def pieces_of(
         unit = bisect_right(ends, start)
         value = float(values_U[unit]) if unit < len(ends) else float("nan")
         inside = [span is not None and span[0] <= start < span[1] for span in (error, predicted)]
-        tags = ["error" * (inside[0] and start == error[0])] if error else []  # type: ignore[index]
-        tags += ["named by the reward" * (inside[1] and start == predicted[0])] if predicted else []  # type: ignore[index]
+        tags = ["error" * (inside[0] and start == error[0])] if error else []
+        tags += ["named by the reward" * (inside[1] and start == predicted[0])] if predicted else []
         piece = Piece(
             text=text[start:end],
             level=level_of(value, limit) if np.isfinite(value) else None,
             reward=f"{value:+.2f}" if np.isfinite(value) and end == ends[unit] else "",
-            mark=("", "error", "predicted", "both")[inside[0] + 2 * inside[1]],  # type: ignore[arg-type]
+            mark=("", "error", "predicted", "both")[inside[0] + 2 * inside[1]],
             tag=", ".join(tag for tag in tags if tag),
         )
         pieces.append(piece)
@@ -222,7 +222,8 @@ def _fitting(text: str, column: int) -> list[str]:
 
 def _scale(axes, limit: float) -> None:  # type: ignore[no-untyped-def]
     """The colour scale below the text."""
-    bar = axes.inset_axes((0.3, -14 / 72 / axes.figure.get_figheight(), 0.4, 7 / 72 / axes.figure.get_figheight()))
+    points = 1 / 72 / axes.figure.get_figheight()
+    bar = axes.inset_axes((0.3, -14 * points, 0.4, 7 * points))
     for index, level in enumerate(range(-10, 11)):
         bar.add_patch(Rectangle((index, 0), 1, 1, color=level_colour(level), lw=0))
     bar.set(xlim=(0, 21), ylim=(0, 1), yticks=[], xticks=[0, 10.5, 21])

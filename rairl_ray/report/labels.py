@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Literal
 
 from rairl_ray import metrics as names
@@ -27,9 +28,6 @@ _KNOWN: list[tuple[str, str, Kind]] = [
     (names.EVAL_TRUNCATED, "truncated", "percent"),
     (names.EVAL_COMPLETION_TOKENS, "tokens a completion", "plain"),
     (names.DISCRIMINATOR_AUROC, "AUROC right/wrong", "plain"),
-    (names.DISCRIMINATOR_AUROC_WITHIN, "AUROC within a problem", "plain"),
-    (names.DISCRIMINATOR_ECE, "ECE", "plain"),
-    (names.DISCRIMINATOR_BRIER, "Brier score", "plain"),
     (names.CALIBRATION_AUROC, "AUROC right/wrong", "plain"),
     (names.CALIBRATION_AUROC_WITHIN, "AUROC within a problem", "plain"),
     (names.CALIBRATION_AUROC_LENGTH, "AUROC within a length", "plain"),
@@ -55,16 +53,17 @@ _KNOWN: list[tuple[str, str, Kind]] = [
     (names.ROLLOUT_TOKENS_PER_SECOND, "rollout tokens per second", "plain"),
 ]
 
-_PATTERNS = [
-    (re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+?)", re.escape(name)) + r"\Z", re.DOTALL), label, kind)
-    for name, label, kind in _KNOWN
-]
+
+@cache
+def pattern_of(name: str) -> re.Pattern[str]:
+    """What metrics of a name with `{k}`, `{category}`, ... look like; the braces are its groups."""
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+?)", re.escape(name)) + r"\Z", re.DOTALL)
 
 
 def label_of(metric: str) -> tuple[str, Kind]:
     """(what people call it, how its numbers are shown); the name itself for a metric that has no label."""
-    for pattern, label, kind in _PATTERNS:
-        match = pattern.match(metric)
+    for name, label, kind in _KNOWN:
+        match = pattern_of(name).match(metric)
         if match:
             return label.format(**match.groupdict()), kind
     return metric, "plain"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rairl_ray.evaluation.metrics import bootstrap
+from rairl_ray.evaluation.bootstrap import bootstrap
 from rairl_ray.report.arrays import rewards_of
 from rairl_ray.report.collect import Evaluation, LocalisedTrace
 from rairl_ray.report.heatmap import SHOWN_CHARACTERS, cut_note, heatmap_figure, pieces_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,12 +13,25 @@ import matplotlib
 from rich.console import Console
 
 from rairl_ray.errors import ConfigError
-from rairl_ray.report import curves, overview
-from rairl_ray.report.collect import Material, Run, collect
+from rairl_ray.report import (
+    calibration,
+    categories,
+    comparison,
+    curves,
+    heatmap,
+    localisation,
+    overview,
+    reranking,
+)
+from rairl_ray.report.collect import Evaluation, Material, Run, collect
 from rairl_ray.report.page import slug, write_page
 from rairl_ray.report.parts import Figure, Missing, Part, Section, Table, attempt
 from rairl_ray.report.style import STYLE
+from rairl_ray.report.transfer import transfer_parts
 from rairl_ray.runfolder import RunFolder
+
+Plan = list[tuple[str, str, Callable[[], list[Part]]]]
+"""(section, title, what makes its parts), in the page's order."""
 
 DETAILED_RUNS = 4
 """So many runs are shown in full; of more, only the best."""
@@ -58,35 +72,83 @@ def _title(material: Material) -> str:
 
 
 def _sections(material: Material) -> list[Section]:
+    """Comparison first, then each run in full (of many runs the best), then the transfer matrices."""
     runs = material.runs
     sections: list[Section] = []
-    for run in runs:
-        sections += _run_sections(run, prefix="" if len(runs) == 1 else run.label)
+    if len(runs) > 1:
+        sections += _named(_comparison_plan(runs), "")
+    shown = runs if len(runs) <= DETAILED_RUNS else comparison.best_runs(runs, 1)
+    for run in shown:
+        sections += _named(_run_plan(run, alone=len(runs) == 1), "" if len(runs) == 1 else run.label)
+    if len(shown) < len(runs):
+        rest = f"In full: {shown[0].label}, the run of highest pass@1. For another: launch.py report RUN."
+        sections = [
+            dataclasses.replace(s, intro=rest if s.title == "Comparison" else s.intro) for s in sections
+        ]
+    for transfer in material.transfers:
+        prefix = transfer.path.parent.name if len(material.transfers) > 1 else ""
+        plan: Plan = [("Transfer", "Transfer matrix", partial(transfer_parts, transfer))]
+        sections += _named(plan, prefix)
     return sections
 
 
-def _run_sections(run: Run, prefix: str) -> list[Section]:
+def _comparison_plan(runs: Sequence[Run]) -> Plan:
+    return [
+        ("Comparison", "Every run", lambda: comparison.run_table(runs)),
+        ("Comparison", "Runs over seeds", lambda: comparison.seed_table(runs)),
+        ("Density", "Reward density", lambda: comparison.density_parts(runs)),
+        ("Ablation", "Ablation", lambda: comparison.ablation_parts(runs)),
+        ("Learning curves", "Learning curves", lambda: curves.learning_curves(runs)),
+    ]
+
+
+def _run_plan(run: Run, *, alone: bool) -> Plan:
     evaluations = list(run.evaluations.values())
-    plan: list[tuple[str, str, Callable[[], list[Part]]]] = [
+    plan: Plan = [
         ("What was run", "Settings", lambda: overview.what_was_run(run)),
         ("Results", "All metrics", lambda: overview.headline(run)),
         ("Results", "pass@k", lambda: curves.pass_at_k_parts(evaluations)),
-        ("Learning curves", "Learning curves", lambda: curves.learning_curves([run])),
     ]
-    return _named(plan, prefix)
+    if alone:
+        plan.append(("Learning curves", "Learning curves", lambda: curves.learning_curves([run])))
+    # The start is the policy before training: it has its numbers above, and no figures of its own.
+    detailed = [e for e in evaluations if e.name != "start"] or evaluations
+    for evaluation in detailed:
+        plan += _evaluation_plan(run, evaluation, f" ({evaluation.name})" if len(detailed) > 1 else "")
+    return plan
 
 
-def _named(plan: Sequence[tuple[str, str, Callable[[], list[Part]]]], prefix: str) -> list[Section]:
+def _evaluation_plan(run: Run, evaluation: Evaluation, of: str) -> Plan:
+    gamma = run.config.eval.discount if run.config else heatmap.GAMMA
+    parts: list[tuple[str, str, Callable[[Evaluation], list[Part]]]] = [
+        ("Reranking", "One answer from all samples", reranking.reranking_table),
+        ("Reranking", "Reranking curves", reranking.reranking_figures),
+        ("Reranking", "Reward-weighted pass@k, by selector", reranking.selector_table),
+        ("Calibration", "Calibration", calibration.calibration_table),
+        ("Calibration", "Reliability diagram", calibration.reliability_diagram),
+        ("Calibration", "Scores of right and wrong samples", calibration.score_histogram),
+        ("Calibration", "What goes along with what", calibration.correlation_matrix),
+        ("Localisation", "Localisation of the first error", localisation.localisation_table),
+        ("Localisation", "Traces with their error", localisation.localisation_details),
+        ("Categories", "pass@1 by category", categories.category_parts),
+        ("Samples", "Best and worst samples", lambda e: heatmap.samples_parts(e, gamma)),
+    ]
+    return [(section + of, title, partial(make, evaluation)) for section, title, make in parts]
+
+
+def _named(plan: Plan, prefix: str) -> list[Section]:
     """Sections in the plan's order, their files named after the run or evaluation that they tell of."""
     sections: dict[str, list[Part]] = {}
     for section, title, make in plan:
-        sections.setdefault(section, []).extend(_prefixed(part, prefix) for part in attempt(title, make))
+        _, bracket, evaluation = section.partition(" (")
+        files = f"{prefix} {evaluation}" if bracket else prefix
+        sections.setdefault(section, []).extend(_prefixed(part, files) for part in attempt(title, make))
     before = f"{prefix}: " if prefix else ""
     return [Section(title=before + title, parts=parts) for title, parts in sections.items()]
 
 
 def _prefixed(part: Part, prefix: str) -> Part:
-    if isinstance(part, Table | Figure) and prefix:
+    if isinstance(part, Table | Figure) and prefix.strip():
         return dataclasses.replace(part, name=f"{slug(prefix)}_{part.name}")
     return part
 

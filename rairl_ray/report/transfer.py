@@ -31,7 +31,7 @@ def _cell(transfer: Transfer, policy: str, reward: str, metric: str) -> Number |
 
 
 def _table(transfer: Transfer, metric: str) -> Table:
-    label, kind = label_of(metric)
+    label = label_of(metric)[0]
     rows: list[tuple[Cell, ...]] = [
         (policy, *(_cell(transfer, policy, reward, metric) for reward in transfer.rewards))
         for policy in transfer.policies
