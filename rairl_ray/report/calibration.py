@@ -12,7 +12,7 @@ from rairl_ray.report.arrays import score_of, scored
 from rairl_ray.report.collect import Evaluation
 from rairl_ray.report.labels import label_of, number_of
 from rairl_ray.report.parts import Absent, Cell, Figure, Number, Part, Table
-from rairl_ray.report.style import NEUTRAL, RIGHT, WIDTH, WRONG, legend_below, new_figure
+from rairl_ray.report.style import DIVERGING, NEUTRAL, RIGHT, WIDTH, WRONG, legend_below, new_figure
 from rairl_ray.report.tables import cell_text
 
 BINS = 10
@@ -53,7 +53,7 @@ def reliability_diagram(evaluation: Evaluation) -> list[Part]:
         [100 * b.confidence for b in filled], [100 * b.accuracy for b in filled],
         color=RIGHT, marker="o", label="the reward",
     )  # fmt: skip
-    axes.set(xlim=(0, 100), ylim=(0, 100), ylabel="right (%)", xticks=range(0, 101, 20))
+    axes.set(xlim=(0, 100), ylim=(-3, 103), ylabel="right (%)", xticks=range(0, 101, 20))
     axes.tick_params(labelbottom=False)
     below.bar([50 * (b.low + b.high) for b in bins], [b.count for b in bins], width=80 / BINS, color=RIGHT)
     below.set(xlabel="probability by the reward (%)", ylabel="samples")
@@ -109,8 +109,7 @@ def correlation_matrix(evaluation: Evaluation) -> list[Part]:
             if both.sum() > 1 and a[both].std() > 0 and b[both].std() > 0:
                 values[i, j] = np.corrcoef(a[both], b[both])[0, 1]
     drawing, axes = new_figure(height=min(4.5, 1.4 + 0.32 * size), width=WIDTH)
-    # Orange and purple: the two ends differ for every kind of colour vision.
-    axes.imshow(values, cmap="PuOr_r", vmin=-1, vmax=1, aspect="auto")
+    axes.imshow(values, cmap=DIVERGING, vmin=-1, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         text = "–" if not np.isfinite(value) else f"{value:.2f}"
         colour = "white" if np.isfinite(value) and abs(value) > 0.7 else "black"

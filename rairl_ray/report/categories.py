@@ -8,7 +8,7 @@ from rairl_ray import metrics as names
 from rairl_ray.report.collect import Evaluation
 from rairl_ray.report.labels import number_of, pattern_of
 from rairl_ray.report.parts import Absent, Cell, Figure, Number, Part, Table
-from rairl_ray.report.style import RIGHT, new_figure
+from rairl_ray.report.style import RIGHT, new_figure, shortened
 
 
 def category_parts(evaluation: Evaluation) -> list[Part]:
@@ -36,7 +36,7 @@ def category_parts(evaluation: Evaluation) -> list[Part]:
     axes.errorbar(
         100 * values[:, 0], places, xerr=np.nan_to_num(sizes), fmt="none", ecolor="black", elinewidth=0.8
     )
-    axes.set_yticks(places, [name if len(name) <= 24 else f"{name[:23]}…" for name, _ in ordered])
+    axes.set_yticks(places, [shortened(name, 24) for name, _ in ordered])
     axes.set(xlabel="pass@1 (%)", xlim=(0, None))
     axes.grid(axis="y", visible=False)
     note = "Bars: 95% bootstrap intervals over problems."

@@ -14,7 +14,7 @@ from rairl_ray.report.collect import Run
 from rairl_ray.report.labels import label_of, number_of
 from rairl_ray.report.overview import density_name
 from rairl_ray.report.parts import Absent, Cell, Figure, Number, Part, Table
-from rairl_ray.report.style import COLOURS, NEUTRAL, legend_below, new_figure
+from rairl_ray.report.style import COLOURS, NEUTRAL, legend_below, new_figure, shortened
 from rairl_ray.runfolder import Summary
 
 COMPARED = (
@@ -43,7 +43,8 @@ class Group:
 
     @property
     def label(self) -> str:
-        return self.runs[0].label
+        more = len(self.runs) - 1
+        return self.runs[0].label + (f" and {more} more seed{'s' * (more > 1)}" if more else "")
 
     @property
     def config(self) -> RunConfig | None:
@@ -58,19 +59,19 @@ class Group:
         return Number(value=float(values.mean()), std=float(values.std(ddof=1)), kind=label_of(metric)[1])
 
 
-def best_runs(runs: Sequence[Run], count: int) -> list[Run]:
-    """The runs with the highest pass@1, best first; those without come last."""
+def best_first(groups: Sequence[Group]) -> list[Group]:
+    """Groups by their mean pass@1; those without come last."""
 
-    def rank(run: Run) -> float:
-        value = _summary(run).get(names.EVAL_PASS_AT_1, {}).get("value", np.nan)
-        return -value if np.isfinite(value) else np.inf
+    def rank(group: Group) -> float:
+        number = group.number(names.EVAL_PASS_AT_1)
+        return -number.value if number is not None and np.isfinite(number.value) else np.inf
 
-    return sorted(runs, key=rank)[:count]
+    return sorted(groups, key=rank)
 
 
 def run_table(runs: Sequence[Run]) -> list[Part]:
     """One row a run, with the interval over problems."""
-    groups = [Group(runs=[run], summaries=[_summary(run)]) for run in runs]
+    groups = [group_of([run]) for run in runs]
     seeds = [str(run.config.seed) if run.config else "–" for run in runs]
     evaluations = [run.main.name if run.evaluations else "–" for run in runs]
     metrics = _present(groups)
@@ -166,7 +167,12 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     for run in runs:
         key = config_hash(_comparable(run.config)) if run.config else f"run {run.label}"
         members.setdefault(key, []).append(run)
-    return [Group(runs=group, summaries=[_summary(run) for run in group]) for group in members.values()]
+    return [group_of(alike) for alike in members.values()]
+
+
+def group_of(runs: Sequence[Run]) -> Group:
+    """Runs of one configuration with the numbers of their main evaluations."""
+    return Group(runs=runs, summaries=[_summary(run) for run in runs])
 
 
 def _comparable(config: RunConfig, *, density: bool = True) -> RunConfig:
@@ -224,11 +230,11 @@ def _bars(name: str, title: str, groups: Sequence[Group], labels: Sequence[str])
         axes.barh(places, 100 * values, height=0.9 * height, color=COLOURS[index], alpha=0.75, hatch=hatch,
                   edgecolor="white", lw=0, label=label_of(metric)[0])  # fmt: skip
         axes.errorbar(100 * values, places, xerr=100 * errors, fmt="none", ecolor="black", elinewidth=0.8)
-    axes.set_yticks(np.arange(len(shown))[::-1], [x if len(x) <= 22 else f"{x[:10]}…{x[-11:]}" for x in labels])
+    axes.set_yticks(np.arange(len(shown))[::-1], [shortened(x, 22) for x in labels])
     axes.set(xlabel="share (%)", xlim=(0, None))
     axes.grid(axis="y", visible=False)
     axes.axvline(0, color=NEUTRAL, lw=0.6)
-    legend_below(axes, columns=3 if len(metrics) < 3 else 2)
+    legend_below(axes)
     note = "Lines: 95% interval over problems, or one standard deviation over seeds."
     note += f" The first {BARS} of {len(groups)}." if len(groups) > BARS else ""
     return [Figure(name=name, title=title, drawing=drawing, note=note)]

@@ -26,6 +26,8 @@ SAMPLES = 3
 GAMMA = 0.95
 """Discount of the second reading where no configuration gives one."""
 
+READ = "Blue: reward above 0; orange: below. ∎ is the end of the text. `numbers` shows each reward."
+
 _COLUMNS, _LINES, _LINE_POINTS = 54, 48, 9.5
 
 
@@ -54,7 +56,7 @@ def samples_parts(evaluation: Evaluation, gamma: float = GAMMA) -> list[Part]:
             parts.append(Traces(title=title, traces=[], note="There are none."))
             continue
         traces = [_trace_of(row, limits, gamma) for row in picked]
-        parts.append(Traces(title=title, traces=traces))
+        parts.append(Traces(title=title, traces=traces, note=READ if scored else ""))
         if scored and name in ("best_right", "worst_wrong"):
             parts += [
                 heatmap_figure(f"heatmap_{name}_{reading.split()[0]}", f"{title[:-1]}: {reading}", view)
@@ -200,7 +202,7 @@ def heatmap_figure(name: str, title: str, view: View) -> Figure:
         axes.text(column, line + 0.72, text, family="DejaVu Sans Mono", fontsize=size, va="baseline")
     _scale(axes, view.limit)
     note = "" if last < _LINES else f"Cut after {_LINES} lines."
-    return Figure(name=name, title=title, drawing=drawing, note=note)
+    return Figure(name=name, title=title, drawing=drawing, note=note, place="files")
 
 
 def _fitting(text: str, column: int) -> list[str]:

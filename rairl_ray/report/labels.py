@@ -69,6 +69,11 @@ def label_of(metric: str) -> tuple[str, Kind]:
     return metric, "plain"
 
 
+def rank_of(metric: str) -> int:
+    """Place of a metric among those that have labels, for a table's order."""
+    return next((i for i, (name, _, _) in enumerate(_KNOWN) if pattern_of(name).match(metric)), len(_KNOWN))
+
+
 def number_of(metric: str, entry: Mapping[str, float]) -> Number:
     """A summary's entry as a cell."""
     low, high = entry.get("low", float("nan")), entry.get("high", float("nan"))

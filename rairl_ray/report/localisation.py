@@ -16,6 +16,8 @@ from rairl_ray.report.style import RIGHT, WRONG, legend_below, new_figure, whole
 
 SHOWN = 3
 
+MARKS = "Double line below: from the error to the end of its step. Dashed line above: the step that is named."
+
 
 def localisation_table(evaluation: Evaluation) -> list[Part]:
     """The summary's localisation metrics."""
@@ -94,7 +96,7 @@ def _distances(traces: Sequence[LocalisedTrace]) -> Figure:
     axes.bar(places, 100 * shares, width=0.8, color=RIGHT, label="the reward")
     axes.plot(places, 100 * chance, color=WRONG, marker="s", ls="--", label="a uniform guess")
     axes.set(xlabel="named step − wrong step", ylabel="traces (%)")
-    whole_ticks(axes, [int(x) for x in places])
+    whole_ticks(axes)
     legend_below(axes)
     note = "" if reach < 10 else "Ends: ten steps and more."
     return Figure(name="localisation_distance", title="Distance of the named step", drawing=drawing, note=note)
@@ -111,7 +113,7 @@ def _marked(traces: Sequence[LocalisedTrace]) -> list[Part]:
     ):
         picked = [t for t in traces if (t.predicted_step == t.first_error_step) == hit][:SHOWN]
         shown = [_trace(t, limit) for t in picked]
-        parts.append(Traces(title=title, traces=shown, note="" if shown else "There are none."))
+        parts.append(Traces(title=title, traces=shown, note=MARKS if shown else "There are none."))
         if shown:
             parts.append(heatmap_figure(f"localisation_{name}", f"{title}: one trace", shown[0].views[0]))
     return parts

@@ -8,7 +8,7 @@ from rairl_ray import metrics as names
 from rairl_ray.config.load import config_hash, dump_yaml
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.report.collect import Run
-from rairl_ray.report.labels import label_of, number_of, pattern_of
+from rairl_ray.report.labels import label_of, number_of, pattern_of, rank_of
 from rairl_ray.report.parts import Absent, Cell, Listing, Number, Part, Table
 
 
@@ -83,9 +83,8 @@ def headline(run: Run) -> list[Part]:
     if not evaluations:
         raise Absent("the run has no evaluations")
     metrics = list(dict.fromkeys(m for e in evaluations for m in e.summary if not _has_own_table(m)))
-    order = {name: index for index, name in enumerate(_in_order(metrics))}
     rows: list[Sequence[Cell]] = []
-    for metric in sorted(metrics, key=order.__getitem__):
+    for metric in sorted(metrics, key=rank_of):
         label, kind = label_of(metric)
         entries = [e.summary.get(metric) for e in evaluations]
         label = f"{label} (%)" if kind == "percent" else label
@@ -106,9 +105,3 @@ def headline(run: Run) -> list[Part]:
 def _has_own_table(metric: str) -> bool:
     own = (names.EVAL_RERANK_AT, names.EVAL_CATEGORY_PASS_AT_1)
     return any(pattern_of(name).match(metric) for name in own)
-
-
-def _in_order(metrics: Sequence[str]) -> list[str]:
-    """eval, then calibration, then localisation; the summary's own order within each."""
-    rooms = ["eval/", "discriminator/", "calibration/", "localisation/"]
-    return sorted(metrics, key=lambda m: next((i for i, r in enumerate(rooms) if m.startswith(r)), len(rooms)))

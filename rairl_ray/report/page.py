@@ -32,8 +32,9 @@ def write_page(output: Path, title: str, sections: Sequence[Section], notes: Seq
                 path = output / "figures" / f"{part.name}.{kind}"
                 path.write_bytes(image(part.drawing, kind))
                 paths.append(path)
-            encoded = base64.b64encode(image(part.drawing, "svg")).decode()
-            images[part.name] = f"data:image/svg+xml;base64,{encoded}"
+            if part.place == "page":
+                encoded = base64.b64encode(image(part.drawing, "svg")).decode()
+                images[part.name] = f"data:image/svg+xml;base64,{encoded}"
         elif isinstance(part, Table):
             for kind, render in TABLE_FORMATS.items():
                 path = output / "tables" / f"{part.name}.{kind}"

@@ -52,6 +52,8 @@ class Figure:
     title: str
     drawing: Drawing
     note: str = ""
+    place: Literal["page", "files"] = "page"
+    """`files`: the page shows the same as text, which needs no drawing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from rairl_ray.report import (
     comparison,
     curves,
     heatmap,
+    learning,
     localisation,
     overview,
     reranking,
@@ -77,7 +78,7 @@ def _sections(material: Material) -> list[Section]:
     sections: list[Section] = []
     if len(runs) > 1:
         sections += _named(_comparison_plan(runs), "")
-    shown = runs if len(runs) <= DETAILED_RUNS else comparison.best_runs(runs, 1)
+    shown = runs if len(runs) <= DETAILED_RUNS else [_best(runs)]
     for run in shown:
         sections += _named(_run_plan(run, alone=len(runs) == 1), "" if len(runs) == 1 else run.label)
     if len(shown) < len(runs):
@@ -92,13 +93,22 @@ def _sections(material: Material) -> list[Section]:
     return sections
 
 
+def _best(runs: Sequence[Run]) -> Run:
+    return comparison.best_first([comparison.group_of([run]) for run in runs])[0].runs[0]
+
+
 def _comparison_plan(runs: Sequence[Run]) -> Plan:
+    def families() -> list[learning.Family]:
+        groups = comparison.grouped(runs)
+        groups = comparison.best_first(groups) if len(groups) > learning.LINES else groups
+        return [(group.label, group.runs) for group in groups]
+
     return [
         ("Comparison", "Every run", lambda: comparison.run_table(runs)),
         ("Comparison", "Runs over seeds", lambda: comparison.seed_table(runs)),
         ("Density", "Reward density", lambda: comparison.density_parts(runs)),
         ("Ablation", "Ablation", lambda: comparison.ablation_parts(runs)),
-        ("Learning curves", "Learning curves", lambda: curves.learning_curves(runs)),
+        ("Learning curves", "Learning curves", lambda: learning.learning_curves(families())),
     ]
 
 
@@ -110,7 +120,9 @@ def _run_plan(run: Run, *, alone: bool) -> Plan:
         ("Results", "pass@k", lambda: curves.pass_at_k_parts(evaluations)),
     ]
     if alone:
-        plan.append(("Learning curves", "Learning curves", lambda: curves.learning_curves([run])))
+        plan.append(
+            ("Learning curves", "Learning curves", lambda: learning.learning_curves([(run.label, [run])]))
+        )
     # The start is the policy before training: it has its numbers above, and no figures of its own.
     detailed = [e for e in evaluations if e.name != "start"] or evaluations
     for evaluation in detailed:

@@ -142,6 +142,6 @@ def _lines(curves: Mapping[str, np.ndarray], band: np.ndarray | None, across: st
         if index == 0 and band is not None:
             axes.fill_between(ns, 100 * band[:, 1], 100 * band[:, 2], color=look["color"], alpha=0.15, lw=0)
     axes.set(xlabel=across, ylabel=up)
-    whole_ticks(axes, range(1, len(next(iter(curves.values()))) + 1))
+    whole_ticks(axes)
     legend_below(axes)
     return drawing

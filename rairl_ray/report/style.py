@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 WIDTH = 3.3
 """Inches: one column of a two-column paper."""
@@ -23,6 +24,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 LEVELS = 10
 """Steps of the heatmap's scale on either side of 0."""
+
+DIVERGING = LinearSegmentedColormap.from_list("orange_blue", (WRONG, "#ffffff", RIGHT))
+"""For what lies around 0, as in the heatmaps: orange below, blue above."""
 
 _NEGATIVE, _POSITIVE = np.array([241, 150, 60]), np.array([100, 170, 230])
 
@@ -93,24 +97,22 @@ def line_looks(count: int) -> list[dict[str, Any]]:
     return [{"color": colour, "linestyle": dash} for colour, dash in islice(cycle(looks), count)]
 
 
-def legend_below(axes: Axes, columns: int = 2) -> None:
+def legend_below(axes: Axes) -> None:
     """A legend under the axes, where it hides no line."""
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
-        short = [_short(label) for label in labels]
+        short = [shortened(label, 26) for label in labels]
+        columns = 3 if len(labels) == 3 and max(map(len, short)) <= 10 else 2
         axes.figure.legend(
             handles, short, loc="outside lower center", ncols=columns, handlelength=2.4, columnspacing=1.0
         )
 
 
-def _short(text: str, length: int = 30) -> str:
+def shortened(text: str, length: int) -> str:
+    """A label that fits; its middle gives way."""
     return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-length // 2 :]}"
 
 
-def whole_ticks(axes: Axes, values: Sequence[int]) -> None:
-    """Ticks at some of the whole numbers of an axis of counts, at most six."""
-    distinct = sorted(set(values))
-    if len(distinct) > 6:
-        picks = np.unique(np.round(np.linspace(0, len(distinct) - 1, 5)).astype(int))
-        distinct = [distinct[i] for i in picks]
-    axes.set_xticks(distinct)
+def whole_ticks(axes: Axes) -> None:
+    """Ticks of the horizontal axis at whole numbers only."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))

@@ -114,7 +114,7 @@ def _raw(value: float) -> str:
 
 def _digits(value: float) -> int:
     size = abs(value)
-    return 3 if size < 1 else 2 if size < 10 else 1 if size < 1000 else 0
+    return 3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0
 
 
 def _fixed(value: float, digits: int) -> str:
