@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -77,6 +78,47 @@ def train(
     from rairl_ray.trainer.run import train as run_training
 
     return run_training(resolved, resume)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="CONFIG|RUN|MODEL", help="YAML file, run, model folder or hub id.")
+    ],
+    overrides: Overrides = None,
+) -> int:
+    """Sample a policy on held-out problems, or read given completions: pass@k, reranking, calibration.
+
+    \b
+    Examples:
+      rairl evaluate demo/airl eval.samples_per_prompt=16 'eval.k=[1,4,16]'
+      rairl evaluate experiments/demo/airl.yaml                     the model before any training
+      rairl evaluate Qwen/Qwen2.5-3B-Instruct data.task=gsm8k model.policy.dtype=bfloat16
+      rairl evaluate demo/airl eval.mode=pregenerated_policy eval.input=completions.jsonl
+    """
+    from rairl_ray.verbs.evaluate import evaluate as run_evaluation
+
+    return run_evaluation(target, overrides or [])
+
+
+@app.command()
+def score(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run, reward-model folder or hub id.")],
+    file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="Rows with a prompt and a completion.")],
+    overrides: Overrides = None,
+    output: Annotated[str, typer.Option(metavar="OUT.jsonl", help="The same rows with their rewards.")] = "",
+) -> int:
+    """Score anybody's completions with a learned reward: one output line per input line.
+
+    \b
+    Example:
+      rairl score demo/airl completions.jsonl --output scored.jsonl eval.selector=min
+    """
+    if not output:
+        raise UserError("--output is missing; name the file to write: --output OUT.jsonl")
+    from rairl_ray.verbs.score import score as score_file
+
+    return score_file(run, Path(file), Path(output), overrides or [])
 
 
 @app.command()

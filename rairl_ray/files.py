@@ -62,8 +62,27 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a JSONL file atomically."""
+    """Write a small JSONL file atomically."""
     write_atomic(path, "".join(json_text(row) + "\n" for row in rows))
+
+
+def stream_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """`write_json_lines` for more rows than memory holds; the number of rows written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    count = 0
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json_text(row) + "\n")
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+    return count
 
 
 def read_json_lines(path: Path, *, skip_broken: bool = False) -> list[dict[str, Any]]:

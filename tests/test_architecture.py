@@ -23,7 +23,7 @@ LAYERS = {
     "mlflow_run": 6, "carrier": 6, "leftovers": 6,
     "evaluation": 6, "rewards": 6,
     "trainer": 7,
-    "sweep": 8, "report": 8, "jobs": 8, "plan": 8, "doctor": 8, "demo": 8,
+    "verbs": 8, "sweep": 8, "report": 8, "jobs": 8, "plan": 8, "doctor": 8, "demo": 8,
     "launch": 9,
 }  # fmt: skip
 STRANGERS = {frozenset({"data", "algorithms"})}

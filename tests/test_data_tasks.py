@@ -23,6 +23,7 @@ from rairl_ray.data.tasks.arithmetic import worked_steps
 from rairl_ray.data.tasks.countdown import expression_value, solve
 from rairl_ray.errors import ConfigError, DataError
 from rairl_ray.types import Prompt
+from tests.test_datasets import DATASETS
 
 # --- registry --------------------------------------------------------------------------------------
 
@@ -30,7 +31,7 @@ from rairl_ray.types import Prompt
 def test_unknown_task_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"data\.task=arithmetics: unknown task; did you mean arithmetic\?"):
         make_task(Data(task="arithmetics"))
-    with pytest.raises(ConfigError, match="choose one of arithmetic, countdown, gsm8k, jsonl"):
+    with pytest.raises(ConfigError, match="choose one of aime, arithmetic, countdown, gsm8k"):
         make_task(Data(task="zzz"))
 
 
@@ -383,5 +384,5 @@ def test_jsonl_refuses_what_it_cannot_use(tmp_path) -> None:
         make_task(_jsonl(tmp_path, [{"prompt": "p", "answer": "Z", "options": ["x", "y"]}], grader="choice"))
 
 
-def test_every_task_is_covered_here() -> None:
-    assert set(TASKS) == {"arithmetic", "countdown", "gsm8k", "jsonl"}
+def test_every_task_is_covered_here_or_in_test_datasets() -> None:
+    assert set(TASKS) == {"arithmetic", "countdown", "gsm8k", "jsonl"} | DATASETS

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +132,7 @@ def test_every_selector_baseline_and_category_against_values_by_hand() -> None:
         row("a", 0, True, unit_scores=[1.0, 1.0, 1.0, 1.0], policy_logprobs=[-3.0, -1.0]),  # sum
         row("a", 1, False, unit_scores=[0.0, 0.0, 0.0, 3.9], policy_logprobs=[-1.0]),  # last, tail, logprob
         row("a", 2, False, unit_scores=[1.5], policy_logprobs=[-9.0]),  # mean, min, discounted
-        row("b", 0, False, unit_scores=[-1.0, 0.0], extracted="7"),
+        row("b", 0, False, unit_scores=[-1.0, 0.1], extracted="7"),  # mean, sum; discounted if by 0.95
         row("b", 1, True, unit_scores=[0.0, -1.0]),  # discounted
         row("b", 2, False, unit_scores=[], extracted="7"),  # no unit: worst
     ]
@@ -139,7 +142,7 @@ def test_every_selector_baseline_and_category_against_values_by_hand() -> None:
     ]
     summary = summarise(rows, k=(2,), resamples=20, discount=0.5, tail_share=0.25)
     value = {name: numbers["value"] for name, numbers in summary.items()}
-    expected = {"mean": 0.25, "sum": 0.75, "min": 0.25, "last": 0.0, "tail": 0.0, "discounted": 0.5}
+    expected = {"mean": 0.0, "sum": 0.5, "min": 0.25, "last": 0.0, "tail": 0.0, "discounted": 0.5}
     for selector, share in expected.items():
         assert value[f"eval/rerank_{selector}_at_1_of_3"] == pytest.approx(share), selector
     assert value["eval/rerank_min_at_2_of_3"] == pytest.approx(1.0)
@@ -189,3 +192,44 @@ def test_controlled_auroc_t_and_p_are_those_of_the_strata_and_of_scipy() -> None
 )
 def test_a_category_becomes_part_of_a_legal_metric_name(category: str, legal: str) -> None:
     assert legal_category(category) == legal
+
+
+def test_a_file_of_real_chains_equals_a_count_by_hand(shared_data: Path, tmp_path: Path) -> None:
+    """MMLU-Pro, up to ten chains a question with known correctness: pass@1, pass@3, oracle, majority."""
+    source = shared_data / "mmlu_pro_sample" / "multi_model_cot.jsonl"
+    questions = [json.loads(line) for line in source.open()][::7]
+    rows = [
+        row(
+            str(question["question_id"]),
+            index,
+            chain["correct"],
+            extracted=chain["pred"],
+            metadata={"category": question["category"]},
+        )
+        for question in questions
+        for index, chain in enumerate(question["outputs"])
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    summary = summarise(read_rows(tmp_path / "rows.jsonl"), k=(1, 3), resamples=20)
+
+    correct = [[chain["correct"] for chain in question["outputs"]] for question in questions]
+    ten = [question for question in questions if len(question["outputs"]) == 10]
+    majority = []
+    for question in ten:
+        votes = Counter(chain["pred"] for chain in question["outputs"] if chain["pred"] is not None)
+        elected = [answer for answer, count in votes.items() if count == max(votes.values())]
+        majority.append(np.mean([answer == question["answer"] for answer in elected]) if votes else 0.0)
+    triples = [np.mean([any(draw) for draw in itertools.combinations(c, 3)]) for c in correct]
+    for name, expected, n in (
+        ("eval/pass_at_1", np.mean([np.mean(c) for c in correct]), len(questions)),
+        ("eval/pass_at_3", np.mean(triples), len(questions)),
+        ("eval/majority_at_10", np.mean(majority), len(ten)),
+        ("eval/oracle_at_10", np.mean([any(c) for c in correct if len(c) == 10]), len(ten)),
+        (
+            "eval/category_pass_at_1/computer science",
+            np.mean([np.mean(c) for c, q in zip(correct, questions, strict=True) if "comp" in q["category"]]),
+            sum(question["category"] == "computer science" for question in questions),
+        ),
+    ):
+        assert summary[name]["value"] == pytest.approx(expected), name
+        assert summary[name]["n"] == n > 0, name

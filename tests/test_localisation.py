@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,11 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rairl_ray.evaluation.localisation import (
+    ARGMIN,
     InjectedError,
+    Readout,
+    StepTrace,
+    baseline_summary,
+    baseline_values,
+    hit_at_1,
     localise,
     predicted_step,
     step_char_ends,
     step_of,
+    step_summary,
     step_values,
 )
 
@@ -119,3 +127,119 @@ def test_rewards_that_are_not_finite_are_refused() -> None:
         step_values([3], [3], [math.nan])
     with pytest.raises(ValueError, match="0 rewards"):
         step_values([3], [], [])
+
+
+@pytest.mark.parametrize(
+    ("readout", "expected"),
+    [
+        (Readout(), [0, 0, 1, 0]),
+        (Readout(threshold=2.9), [0, 0, 1, 0]),
+        (Readout(threshold=3.0), [0, 0, 0, 0]),  # it falls by 3, not by more
+        (ARGMIN, [0, 0, 0, 1]),
+        (Readout(type="argmin", threshold=-2.0), [0, 0, 0, 1]),
+        (Readout(type="argmin", threshold=-3.0), [0, 0, 0, 0]),
+        (Readout(type="threshold", threshold=0.5), [0, 1, 0, 0]),
+        (Readout(type="threshold", threshold=0.0), [0, 0, 1, 0]),
+        (Readout(type="threshold", threshold=-3.0), [0, 0, 0, 0]),
+    ],
+)
+def test_each_readout_names_its_step_or_none(readout: Readout, expected: list[int]) -> None:
+    assert predicted_step(np.array([1.0, 0.4, -2.6, -3.0]), readout).tolist() == expected
+
+
+def test_a_threshold_readout_needs_its_threshold() -> None:
+    with pytest.raises(ValueError, match="needs a threshold"):
+        Readout(type="threshold")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(-2, 2), min_size=1, max_size=4), min_size=1, max_size=6),
+    st.data(),
+    st.sampled_from([Readout(threshold=1.5), ARGMIN, Readout(type="threshold", threshold=0.0)]),
+)
+def test_step_summary_equals_its_formulas(
+    values: list[list[int]], data: st.DataObject, readout: Readout
+) -> None:
+    traces = [StepTrace(values=v, first_error=data.draw(st.integers(-1, len(v) - 1))) for v in values]
+    summary = step_summary(traces, readout, resamples=5)
+    hits: dict[bool, list[float]] = {True: [], False: []}
+    chances = []
+    for trace in traces:
+        named = list(predicted_step(np.array(trace.values), readout))
+        if trace.first_error < 0:
+            hits[False].append(1 - sum(named))
+        else:
+            hits[True].append(named[trace.first_error])
+            chances.append(1 / len(named))
+    accuracy, right = (np.mean(h) if h else math.nan for h in (hits[True], hits[False]))
+    chance = np.mean(chances) if chances else math.nan
+    value = {name: numbers["value"] for name, numbers in summary.items()}
+    assert value["localisation/step_accuracy"] == pytest.approx(accuracy, nan_ok=True)
+    assert value["localisation/chance"] == pytest.approx(chance, nan_ok=True)
+    above = (accuracy - chance) / (1 - chance) if chance < 1 else math.nan
+    assert value["localisation/step_accuracy_above_chance"] == pytest.approx(above, nan_ok=True)
+    assert ("localisation/processbench_f1" in value) == bool(hits[False])
+    if hits[False]:
+        f1 = 0.0 if accuracy + right == 0 else 2 * accuracy * right / (accuracy + right)
+        assert value["localisation/right_accuracy"] == pytest.approx(right)
+        assert value["localisation/processbench_f1"] == pytest.approx(f1, nan_ok=True)
+        assert summary["localisation/processbench_f1"]["n"] == len(traces)
+
+
+def test_a_perfect_reward_is_at_one_and_intervals_hold_the_value() -> None:
+    generator = np.random.default_rng(1)
+    perfect = [StepTrace(values=[1, 1, -1, -1], first_error=2), StepTrace(values=[1, 1], first_error=-1)]
+    value = {name: n["value"] for name, n in step_summary(perfect, Readout(threshold=1.0), resamples=5).items()}
+    assert value["localisation/step_accuracy_above_chance"] == value["localisation/processbench_f1"] == 1.0
+    noise = [
+        StepTrace(values=generator.normal(size=5), first_error=int(generator.integers(-1, 5)))
+        for _ in range(300)
+    ]
+    for name, numbers in step_summary(noise, Readout(threshold=1.0), resamples=200).items():
+        assert numbers["low"] <= numbers["value"] <= numbers["high"], name
+        assert numbers["low"] < numbers["high"], name
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_hit_at_1_equals_a_loop_over_tokens(data: st.DataObject) -> None:
+    ends = sorted(data.draw(st.sets(st.integers(1, 25), min_size=2, max_size=12)))
+    units = sorted(data.draw(st.sets(st.sampled_from(range(len(ends))), min_size=1)))
+    rewards = [float(data.draw(st.integers(-2, 2))) for _ in units]
+    edit = data.draw(st.integers(0, ends[-1] - 1))
+    within = data.draw(st.integers(0, 5))
+    case = InjectedError(
+        step_char_ends=[ends[-1]], edit_char=edit, unit_char_ends=[ends[u] for u in units],
+        unit_rewards=rewards, token_char_ends=ends,
+    )  # fmt: skip
+    token = next(i for i, end in enumerate(ends) if edit < end)
+    near = [abs(unit - token) <= within for unit in units]
+    named = predicted_step(np.array(rewards))
+    hit, chance = hit_at_1(case, within)
+    assert hit == pytest.approx(sum(p for p, close in zip(named, near, strict=True) if close))
+    assert chance == pytest.approx(sum(near) / len(near))
+
+
+def test_hit_at_1_is_in_the_summary_with_its_chance() -> None:
+    case = dataclasses.replace(
+        error_in(1, [1.0, -1.0, 0.0, 5.0]), token_char_ends=list(range(1, len(TEXT) + 2))
+    )
+    summary = localise([case, error_in(1, [1.0, -1.0, 0.0, 5.0])], hit_tokens=(2, 100), resamples=5)
+    # The edit is the `9` in `8+1=9`: its unit ends two characters on (the line end, blanks before the next).
+    assert summary["localisation/hit_at_1_within_2_tokens"]["value"] == 1.0
+    assert summary["localisation/hit_at_1_within_2_tokens"]["n"] == 1
+    assert summary["localisation/hit_chance_within_2_tokens"]["value"] == 0.25
+    assert summary["localisation/hit_chance_within_100_tokens"]["value"] == 1.0
+
+
+def test_baselines_name_the_least_likely_and_the_most_uncertain_step() -> None:
+    ends, tokens = [4, 8], [2, 4, 6, 8, 9]  # two tokens a step, then the end of the sequence
+    logprobs, entropies = [-1.0, -1.0, -3.0, -0.5, -50.0], [2.0, 2.0, 3.0, 0.1, 50.0]
+    likely = baseline_values("logprob", ends, tokens, logprobs)
+    certain = baseline_values("entropy", ends, tokens, entropies)
+    np.testing.assert_allclose(likely, [-1.0, -1.75])
+    np.testing.assert_allclose(certain, [-2.0, -1.55])
+    for name, values, hit in (("logprob", likely, 1.0), ("entropy", certain, 0.0)):
+        summary = baseline_summary(name, [StepTrace(values=values, first_error=1)], resamples=5)
+        assert summary[f"localisation/step_accuracy_{name}"]["value"] == hit

@@ -37,9 +37,9 @@ from rairl_ray.data.tasks import make_task
 from rairl_ray.errors import ConfigError
 from rairl_ray.evaluation.passing import random_at_1
 from rairl_ray.metrics import PhaseTimer
+from rairl_ray.rewards.reading import TraceReader
 from rairl_ray.trainer.airl import AirlStrategy
 from rairl_ray.trainer.feed import Feed
-from rairl_ray.trainer.labelling import TraceReader
 from rairl_ray.types import (
     Demonstration,
     DiscriminatorBatch,

@@ -102,6 +102,8 @@ def test_weighted_majority_weighs_votes_by_the_sigmoid() -> None:
     assert reward_weighted_majority(["a", "b", "b"], [True, False, False], [2.0, -1.0, -1.0]) == 1.0
     assert reward_weighted_majority(["a", "b", "b"], [True, False, False], [2.0, 0.0, 0.0]) == 0.0
     assert reward_weighted_majority(["a", "b"], [True, False], [0.3, 0.3]) == 0.5
+    forth = [0.1, 0.2, 0.7]
+    assert reward_weighted_majority([*"aaabbb"], [True] * 3 + [False] * 3, [*forth, *forth[::-1]]) == 0.5
     assert reward_weighted_majority([None, "b"], [True, False], [9.0, -9.0]) == 0.0
     assert reward_weighted_majority(["a", "b"], [True, False], [math.nan, -3.0]) == 0.0
     assert reward_weighted_majority([None, None], [False, False], [1.0, 1.0]) == 0.0

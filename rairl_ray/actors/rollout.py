@@ -196,7 +196,10 @@ class RolloutWorkers(ActorGroup):
         shares = balance([len(ids) + settings.max_tokens for ids in prompt_ids], len(self))
         requests = [
             [
-                GenerationRequest(prompt_ids=prompt_ids[i], seed=self._seed(stream, prompts[i], sample))
+                GenerationRequest(
+                    prompt_ids=prompt_ids[i],
+                    seed=sampling_seed(self._config.seed, stream, prompts[i].id, sample),
+                )
                 for i in share
                 for sample in range(count)
             ]
@@ -286,8 +289,10 @@ class RolloutWorkers(ActorGroup):
                 self.call("close", deadline, lambda actor, _rank: actor.close.remote())
         super().close()
 
-    def _seed(self, stream: str, prompt: Prompt, sample: int) -> int:
-        return key_seed(self._config.seed, "rollout", stream, prompt.id, sample) % 2**31
+
+def sampling_seed(run_seed: int, stream: str, prompt_id: str, sample: int) -> int:
+    """The seed of one request: a run, its final evaluation and a later `evaluate` draw the same samples."""
+    return key_seed(run_seed, "rollout", stream, prompt_id, sample) % 2**31
 
 
 def _rollout(prompt: Prompt, sample: int, made: Generation, seed: int, version: int | None) -> Rollout:

@@ -47,29 +47,32 @@ _ALLOWED = {
 }
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, merge, validate and check one experiment file.
 
     Args:
-        path: YAML file; its `base:` and `warm_start:` are relative to the file that names them.
+        path: YAML file; its `base:` and `warm_start:` are relative to the file that names them. None: the
+            schema's own values and the overrides, which need not describe a whole run.
         overrides: `section.key=value` texts, the value read as YAML; later ones win.
 
     Raises:
         ConfigError: one line per error, each with file, key, value and what is allowed.
     """
-    layers = [*_file_layers(Path(path), str(path), ()), *(_override(text) for text in overrides)]
+    layers = [] if path is None else _file_layers(Path(path), str(path), ())
+    layers = [*layers, *(_override(text) for text in overrides)]
     data: dict[str, Any] = {}
     for layer in layers:
         data = _merge(data, layer.data)
 
     def origin(key: str) -> str:
-        return _origin(layers, key, str(path))
+        return _origin(layers, key, COMMAND_LINE if path is None else str(path))
 
     config = from_dict(data, origin)
     for layer in layers:
         if layer.name == COMMAND_LINE and "reward.density.every" in layer.lines:
             _refuse_idle_interval(config)
-    rules.check(config, origin)
+    if path is not None:
+        rules.check(config, origin)
     return config
 
 

@@ -69,10 +69,13 @@ def reward(config: RunConfig) -> Problems:
             "reward.type",
             "algorithm.type=airl learns its reward; write reward.type=discriminator or algorithm.type=grpo",
         )
-    if algorithm == "grpo" and kind != "correctness":
-        yield "reward.type", "algorithm.type=grpo has no discriminator; write reward.type=correctness"
-    if kind == "correctness" and algorithm == "grpo" and config.reward.outcome_weight > 0:
-        yield "reward.outcome_weight", "would count correctness twice with reward.type=correctness; set it to 0"
+    if algorithm == "grpo" and kind == "discriminator":
+        yield (
+            "reward.type",
+            "algorithm.type=grpo has no discriminator; write reward.type=correctness or official",
+        )
+    if kind != "discriminator" and algorithm == "grpo" and config.reward.outcome_weight > 0:
+        yield "reward.outcome_weight", f"would count correctness twice with reward.type={kind}; set it to 0"
     clip = config.reward.clip
     if clip is not None and clip[0] >= clip[1]:
         yield "reward.clip", "the lower bound must be less than the upper; write [lower, upper] such as [-5, 5]"

@@ -96,7 +96,8 @@ class Countdown(Section):
 
 
 class Fields(Section):
-    """Column names of a `jsonl` or `gsm8k` file, dotted for nested ones."""
+    """Column names, dotted for nested ones. The defaults are those of `jsonl`; a data set of the hub has its
+    own, and these take their place where they are changed, or where only they are in a row."""
 
     prompt: str = "prompt"
     demonstration: str | None = "target"
@@ -107,12 +108,16 @@ class Fields(Section):
 class Data(Section):
     task: str = "arithmetic"
     path: str | None = None
-    """Folder or file (jsonl, json, parquet, csv) or hub id; None: the task's own hub id or generator."""
+    """Folder or file (jsonl, json, parquet, csv) or hub id; None: the task's own hub id or generator. A single
+    file is split (one in ten held out); of a task for evaluation only (aime, math500) it is all held out."""
     config_name: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
     demonstrations: str | None = None
     """File of expert chains of thought that replace the task's own, matched by `fields.id` or prompt."""
+    expert_error_rate: Fraction = 0.0
+    """Share of the training demonstrations that are made wrong on purpose by a perturbation: the same examples
+    in every run, and those of a lower rate among them."""
     fields: Fields = Fields()
     grader: Literal["number", "math", "text", "choice"] = "math"
     """How `jsonl` answers are compared."""
@@ -139,9 +144,10 @@ class Density(Section):
 
 
 class Reward(Section):
-    type: Literal["discriminator", "correctness"] = "discriminator"
-    """`correctness` is the task's own grade. Where no file or override names it, `load.py` sets what the
-    algorithm needs: `correctness` for grpo, else `discriminator`."""
+    type: Literal["discriminator", "correctness", "official"] = "discriminator"
+    """`correctness` is the task's own grade; `official` adds rewards for the format (METHOD 4), 4 in all.
+    Where no file or override names it, `load.py` sets what the algorithm needs: `correctness` for grpo, else
+    `discriminator`."""
     density: Density = Density()
     temperature: PositiveFloat = 1.0
     clip: tuple[float, float] | None = None

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rairl_ray.data.choices import Options, chosen_letter
+from rairl_ray.data.choices import Options, chosen_letter, letter_of
 from rairl_ray.data.completion_format import ANSWER_OPEN, answer_sections, is_well_formed
 from rairl_ray.data.math_equality import equal_expressions
 from rairl_ray.data.quantities import canonical, equal_quantities, parse_quantity
@@ -65,7 +65,7 @@ def grade_answer(text: str, gold: str | None, grader: str, options: Options | No
         return Grade(False, None, format_ok)
     if grader == "choice":
         letter = chosen_letter(answer, options or {})
-        gold_letter = None if gold is None else _gold_letter(gold, options or {})
+        gold_letter = None if gold is None else letter_of(gold, options or {})
         return Grade(letter is not None and letter == gold_letter, letter, format_ok)
     correct = gold is not None and _EQUAL[grader](gold.strip(), answer)
     return Grade(correct, canonical_answer(answer, grader), format_ok)
@@ -105,11 +105,6 @@ _EQUAL: dict[str, Callable[[str, str], bool]] = {
     "math": equal_mathematics,
     "text": equal_texts,
 }
-
-
-def _gold_letter(gold: str, options: Options) -> str | None:
-    letter = gold.strip().strip("().").upper()
-    return letter if letter in options else chosen_letter(gold, options)
 
 
 def _agree(first: str, second: str) -> bool:

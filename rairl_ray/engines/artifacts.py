@@ -22,6 +22,7 @@ from rairl_ray.config.load import config_hash
 from rairl_ray.config.schema import Model, RunConfig
 from rairl_ray.data.batching import DiscriminatorTensors
 from rairl_ray.data.rendering import load_tokenizer
+from rairl_ray.data.tasks import task_rules
 from rairl_ray.engines.heads import ImplicitModel, ScalarModel
 from rairl_ray.engines.models import DTYPES, adapter_config, load_causal_lm, load_token_classifier
 from rairl_ray.engines.sources import atomic_folder
@@ -56,6 +57,9 @@ class RewardSettings:
     """Of the saved weights, and of training."""
     discriminator_version: int
     config_hash: str
+    system_prompt: str | None = None
+    """What stood before every question in training; "" for nothing, None where it was not recorded."""
+    system_role: Literal["auto", "system", "user"] = "auto"
 
 
 def save_policy(
@@ -122,6 +126,8 @@ def save_reward_model(
             dtype=model.dtype,
             discriminator_version=version,
             config_hash=config_hash(config),
+            system_prompt=task_rules(config.data).system_prompt,
+            system_role=config.data.system_role,
         )
         (temporary / REWARD_FILE).write_text(json.dumps(asdict(settings), indent=2, sort_keys=True))
 

@@ -28,7 +28,7 @@ def bootstrap(values_by_problem: Sequence[float] | np.ndarray, n: int, key: tupl
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return float("nan"), float("nan"), float("nan")
-    return interval(float(values.mean()), resamples(len(values), n, key) @ values / len(values))
+    return interval(float(values.mean()), resampled(len(values), n, key) @ values / len(values))
 
 
 def bootstrap_statistic(
@@ -37,7 +37,7 @@ def bootstrap_statistic(
     """Like `bootstrap` for any statistic of how often each problem counts ([P] integers)."""
     if problems == 0:
         return float("nan"), float("nan"), float("nan")
-    draws = np.array([statistic(counts) for counts in resamples(problems, n, key)])
+    draws = np.array([statistic(counts) for counts in resampled(problems, n, key)])
     return interval(statistic(np.ones(problems)), draws)
 
 
@@ -51,7 +51,7 @@ def interval(value: float, draws: np.ndarray) -> Interval:
 
 
 @lru_cache(maxsize=4)
-def resamples(problems: int, n: int, key: tuple[object, ...]) -> np.ndarray:
+def resampled(problems: int, n: int, key: tuple[object, ...]) -> np.ndarray:
     """[B, P] how often each problem counts in each of n resamples; kept, since many metrics share it."""
     generator = keyed_generator(*key, "bootstrap", problems)
     draws = [np.bincount(generator.integers(0, problems, problems), minlength=problems) for _ in range(n)]

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rairl_ray.errors import DataError
-from rairl_ray.files import read_json_lines, write_json_lines
+from rairl_ray.files import read_json_lines, stream_json_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,8 @@ class EvalRow:
     """"stop", or "length" for a truncated generation."""
     tokens: int
     """Completion tokens, with the end-of-sequence token."""
-    policy_version: int
+    policy_version: int | None
+    """Number of policy updates; None for a model that no run of ours made."""
     discriminator_version: int | None = None
     unit_scores: Sequence[float] | None = None
     """[U] rewards of the scored units."""
@@ -49,18 +51,32 @@ class EvalRow:
 
 _NAMES = frozenset(field.name for field in dataclasses.fields(EvalRow))
 
+FILE_NAMES = {"question": "prompt", "score": "reward_model_score", "policy_logprobs": "policy_log_probs"}
+"""Fields whose column in rows.jsonl is the official evaluator's (METHOD 6)."""
 
-def write_rows(path: Path, rows: Iterable[EvalRow]) -> None:
-    """Write rows.jsonl atomically, one row a line; NaN becomes null."""
-    write_json_lines(path, (dataclasses.asdict(row) for row in rows))
+
+def row_values(row: EvalRow) -> dict[str, Any]:
+    """The row's JSON object; fields that are None or empty are left out, but for the score."""
+    values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    optional = ("unit_scores", "unit_char_ends", "policy_logprobs", "verifiable_rewards", "metadata")
+    return {
+        FILE_NAMES.get(name, name): value for name, value in values.items() if name not in optional or value
+    }
+
+
+def write_rows(path: Path, rows: Iterable[EvalRow]) -> int:
+    """Write rows.jsonl, one row a line, streamed, whole or not at all; NaN becomes null. The number of rows."""
+    return stream_json_lines(path, (row_values(row) for row in rows))
 
 
 def read_rows(path: Path) -> list[EvalRow]:
-    """Read rows.jsonl; keys that are not ours are ignored. Raises DataError naming file and row."""
+    """Read rows.jsonl; columns that are not ours are ignored. Raises DataError naming file and row."""
+    ours = {column: name for name, column in FILE_NAMES.items()}
     rows = []
     for number, values in enumerate(read_json_lines(path), start=1):
+        named = {ours.get(column, column): value for column, value in values.items()}
         try:
-            rows.append(EvalRow(**{name: value for name, value in values.items() if name in _NAMES}))
+            rows.append(EvalRow(**{name: value for name, value in named.items() if name in _NAMES}))
         except TypeError as error:
             missing = str(error).split(": ")[-1]
             raise DataError(f"{path}: row {number} lacks {missing}; evaluate the run again") from error

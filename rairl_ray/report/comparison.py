@@ -43,8 +43,7 @@ class Group:
 
     @property
     def label(self) -> str:
-        more = len(self.runs) - 1
-        return self.runs[0].label + (f" and {more} more seed{'s' * (more > 1)}" if more else "")
+        return self.runs[0].label + (f" ({len(self.runs)} seeds)" if len(self.runs) > 1 else "")
 
     @property
     def config(self) -> RunConfig | None:

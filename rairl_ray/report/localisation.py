@@ -25,10 +25,13 @@ def localisation_table(evaluation: Evaluation) -> list[Part]:
     if not found:
         raise Absent("the summary has no localisation metrics; `localise` writes them")
     rows: list[Sequence[Cell]] = []
+    mixed = any(label_of(metric)[1] != "percent" for metric in found)
     for metric, entry in found.items():
         label, kind = label_of(metric)
         traces = Number(value=entry["n"], kind="count") if "n" in entry else None
-        rows.append((f"{label} (%)" if kind == "percent" else label, number_of(metric, entry), traces))
+        rows.append(
+            (f"{label} (%)" if mixed and kind == "percent" else label, number_of(metric, entry), traces)
+        )
     return [
         Table(
             name="localisation",

@@ -101,9 +101,14 @@ def legend_below(axes: Axes) -> None:
     """A legend under the axes, where it hides no line."""
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
-        short = [shortened(label, 26) for label in labels]
-        columns = 3 if len(labels) == 3 and max(map(len, short)) <= 10 else 2
-        axes.figure.legend(
+        short = [shortened(label, 44) for label in labels]
+        longest = max(map(len, short))
+        columns = 1 if longest > 22 else 3 if longest <= 10 and len(short) == 3 else 2
+        rows = -(-len(short) // columns)
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.set_figheight(figure.get_figheight() + 0.15 * max(0, rows - 2))
+        figure.legend(
             handles, short, loc="outside lower center", ncols=columns, handlelength=2.4, columnspacing=1.0
         )
 

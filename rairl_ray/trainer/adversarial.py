@@ -68,7 +68,7 @@ class Run:
                 config, prepared.task, self.feed, prepared.policy_renderer, prepared.reader,
                 parts.discriminator, parts.policy,
             )  # fmt: skip
-        strategy = self.airl or GrpoStrategy(prepared.task, prepared.policy_renderer)
+        strategy = self.airl or GrpoStrategy(prepared.task, prepared.policy_renderer, config.reward)
         self.strategy = strategy
         self.loop = Loop(config, self.feed, parts.rollouts, parts.policy, strategy)
         self.heldout = HeldOut(config, prepared.task, parts.rollouts, self.airl)

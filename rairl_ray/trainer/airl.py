@@ -26,16 +26,9 @@ from rairl_ray.data.rendering import Renderer
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import PhaseTimer, mean
+from rairl_ray.rewards.reading import ReadTrace, TraceReader, sample_of, trace_of
 from rairl_ray.trainer.feed import Feed
-from rairl_ray.trainer.labelling import (
-    Labelled,
-    ReadTrace,
-    TraceReader,
-    labelled_batch,
-    sample_of,
-    segment_logprobs,
-    trace_of,
-)
+from rairl_ray.trainer.labelling import Labelled, labelled_batch, segment_logprobs
 from rairl_ray.types import (
     Demonstration,
     DiscriminatorBatch,

@@ -21,8 +21,8 @@ from rairl_ray.evaluation.calibration import auroc
 from rairl_ray.evaluation.localisation import InjectedError, localise, step_char_ends
 from rairl_ray.evaluation.rows import EvalRow
 from rairl_ray.evaluation.summary import summarise
+from rairl_ray.rewards.reading import trace_of
 from rairl_ray.trainer.airl import AirlStrategy
-from rairl_ray.trainer.labelling import trace_of
 from rairl_ray.types import RolloutGroup, Trace, TraceScores
 
 

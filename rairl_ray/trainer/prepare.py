@@ -17,7 +17,8 @@ from rairl_ray.data.tasks.generated import GeneratedSplit
 from rairl_ray.data.window import fit_window
 from rairl_ray.engines.models import materialise, missing_packages
 from rairl_ray.errors import ConfigError, DataError
-from rairl_ray.trainer.labelling import TraceReader
+from rairl_ray.rewards.reading import TraceReader
+from rairl_ray.trainer.expert_errors import with_expert_errors
 from rairl_ray.types import Demonstration, Trace
 
 PROBED_EXPERTS = 500
@@ -116,16 +117,24 @@ def check_window(config: RunConfig, path: str, key: str) -> None:
 def usable_rows(task: Task, renderer: Renderer, config: RunConfig) -> Task:
     """The task without rows that this run cannot use: too long a prompt, or no expert where one is needed.
 
+    `data.expert_error_rate` corrupts a share of the demonstrations that are left.
+
     Raises:
-        DataError: nothing is left, or `data.on_bad_row` is `fail` and a prompt is too long.
+        DataError: there is nothing to train on, or `data.on_bad_row` is `fail` and a prompt is too long.
     """
     limit, on_bad_row = config.data.max_prompt_tokens, config.data.on_bad_row
+    if not len(task.train):
+        raise DataError(
+            f"data.task={task.name}: the data has evaluation problems alone and nothing to train on; "
+            "give data.path a folder with a training split, or set data.train_split to data.eval_split"
+        )
     train = task.train if config.algorithm.type == "grpo" else with_experts(task)
-    return replace(
+    usable = replace(
         task,
         train=fit_window(train, renderer, limit, on_bad_row),
         eval=fit_window(task.eval, renderer, limit, on_bad_row),
     )
+    return with_expert_errors(usable, config.data.expert_error_rate)
 
 
 def policy_renderer_of(path: str, task: Task, config: RunConfig) -> Renderer:

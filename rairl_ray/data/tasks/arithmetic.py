@@ -7,18 +7,9 @@ from collections.abc import Sequence
 
 from rairl_ray.config.schema import Arithmetic, Data
 from rairl_ray.data.completion_format import format_completion
-from rairl_ray.data.grading import Grade, grade_answer
-from rairl_ray.data.tasks.base import Task
-from rairl_ray.data.tasks.generated import (
-    DEFAULT_EVAL_SIZE,
-    DEFAULT_TRAIN_SIZE,
-    GeneratedSplit,
-    Problem,
-    evaluation_split,
-    generated_hash,
-)
+from rairl_ray.data.tasks.base import TaskRules, rules_of
+from rairl_ray.data.tasks.generated import GeneratedTask, Problem
 from rairl_ray.errors import ConfigError
-from rairl_ray.types import Prompt
 
 
 class ArithmeticGenerator:
@@ -71,21 +62,11 @@ def _operand(random: random.Random, digits: int) -> int:
     return random.randint(10 ** (length - 1), 10**length - 1)
 
 
-def grade(prompt: Prompt, text: str) -> Grade:
-    return grade_answer(text, prompt.answer, "number")
+def _rules(data: Data) -> TaskRules:
+    # Models of this task are small and read characters: a system prompt would fill their window.
+    return rules_of(data, "number", system_prompt="")
 
 
-def make_arithmetic(data: Data) -> Task:
-    generator = ArithmeticGenerator(data.arithmetic)
-    train_size, eval_size = data.limit or DEFAULT_TRAIN_SIZE, data.eval_limit or DEFAULT_EVAL_SIZE
-    return Task(
-        name=generator.name,
-        # Models of this task are small and read characters: a system prompt would fill their window.
-        system_prompt="" if data.system_prompt is None else data.system_prompt,
-        train=GeneratedSplit(generator, train_size),
-        eval=evaluation_split(generator, eval_size),
-        data_hash=generated_hash(
-            generator.name, data.arithmetic.model_dump(mode="json"), train_size, eval_size
-        ),
-        grader=grade,
-    )
+ARITHMETIC = GeneratedTask(
+    name="arithmetic", generator=lambda data: ArithmeticGenerator(data.arithmetic), rules=_rules
+)

@@ -6,9 +6,27 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
-from rairl_ray.data.grading import Grade
+from rairl_ray.config.schema import Data
+from rairl_ray.data.completion_format import REASONING_SYSTEM_PROMPT
+from rairl_ray.data.grading import Grade, grade_answer
 from rairl_ray.types import Demonstration, Prompt
+
+CHOICE_SYSTEM_PROMPT = (
+    f"{REASONING_SYSTEM_PROMPT}\nThe problem is multiple choice. The final result is the letter of the one "
+    "right option alone."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRules:
+    """What a task asks for and how it grades: all that given completions need, without any data."""
+
+    system_prompt: str
+    """Empty: no system message at all."""
+    grader: Callable[[Prompt, str], Grade]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +47,28 @@ class Task:
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """The verdict on one completion of `prompt`."""
         return self.grader(prompt, text)
+
+
+class TaskKind(Protocol):
+    """What the registry holds: one task as such, before its data."""
+
+    def rules(self, data: Data) -> TaskRules: ...
+
+    def make(self, data: Data) -> Task: ...
+
+
+def rules_of(data: Data, grader: str, system_prompt: str = REASONING_SYSTEM_PROMPT) -> TaskRules:
+    """The task's own system prompt unless `data.system_prompt` replaces it, and `grading.grade_answer`."""
+    return TaskRules(
+        system_prompt=system_prompt if data.system_prompt is None else data.system_prompt,
+        grader=partial(grade, grader),
+    )
+
+
+def grade(grader: str, prompt: Prompt, text: str) -> Grade:
+    """Grades against the prompt's gold answer; `choice` reads the options in its metadata."""
+    options = prompt.metadata.get("options")
+    return grade_answer(text, prompt.answer, grader, options if isinstance(options, dict) else None)
 
 
 def content_hash(*splits: Iterable[Demonstration]) -> str:

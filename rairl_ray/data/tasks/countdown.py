@@ -12,15 +12,8 @@ from typing import NamedTuple
 from rairl_ray.config.schema import Countdown, Data
 from rairl_ray.data.completion_format import REASONING_SYSTEM_PROMPT, format_completion, is_well_formed
 from rairl_ray.data.grading import Grade, extract_answer
-from rairl_ray.data.tasks.base import Task
-from rairl_ray.data.tasks.generated import (
-    DEFAULT_EVAL_SIZE,
-    DEFAULT_TRAIN_SIZE,
-    GeneratedSplit,
-    Problem,
-    evaluation_split,
-    generated_hash,
-)
+from rairl_ray.data.tasks.base import TaskRules
+from rairl_ray.data.tasks.generated import GeneratedTask, Problem
 from rairl_ray.errors import ConfigError
 from rairl_ray.types import Prompt
 
@@ -176,14 +169,12 @@ def grade(prompt: Prompt, text: str) -> Grade:
     return Grade(value == target and within and claims_target, "".join(expression.split()), format_ok)
 
 
-def make_countdown(data: Data) -> Task:
-    generator = CountdownGenerator(data.countdown)
-    train_size, eval_size = data.limit or DEFAULT_TRAIN_SIZE, data.eval_limit or DEFAULT_EVAL_SIZE
-    return Task(
-        name=generator.name,
-        system_prompt=SYSTEM_PROMPT if data.system_prompt is None else data.system_prompt,
-        train=GeneratedSplit(generator, train_size),
-        eval=evaluation_split(generator, eval_size),
-        data_hash=generated_hash(generator.name, data.countdown.model_dump(mode="json"), train_size, eval_size),
-        grader=grade,
+def _rules(data: Data) -> TaskRules:
+    return TaskRules(
+        system_prompt=SYSTEM_PROMPT if data.system_prompt is None else data.system_prompt, grader=grade
     )
+
+
+COUNTDOWN = GeneratedTask(
+    name="countdown", generator=lambda data: CountdownGenerator(data.countdown), rules=_rules
+)

@@ -10,8 +10,7 @@ from pathlib import Path
 from rairl_ray.config.schema import Data
 from rairl_ray.data.completion_format import (
     ANSWER_CLOSE,
-    THINK_CLOSE,
-    THINK_OPEN,
+    TAGS,
     format_completion,
     is_well_formed,
 )
@@ -37,11 +36,19 @@ def expert_completion(text: str, gold: str | None) -> str:
     if is_well_formed(text):
         return text.strip()
     answer = extract_answer(text) or gold
-    if answer is None:
-        return text.strip()
+    return text.strip() if answer is None else composed_completion(text, answer)
+
+
+def composed_completion(text: str, answer: str) -> str:
+    """A text as the reasoning (as in `expert_completion`) before an answer that is known from elsewhere."""
     reasoning = _ANSWER_SECTION.sub("", _HASHES.sub("", _CALCULATION.sub("", text)))
-    reasoning = reasoning.replace(THINK_OPEN, "").replace(THINK_CLOSE, "")
-    return format_completion(reasoning.strip(), answer.strip())
+    return format_completion(_untagged(reasoning), _untagged(answer))
+
+
+def _untagged(text: str) -> str:
+    for tag in TAGS:
+        text = text.replace(tag, "")
+    return text.strip()
 
 
 def with_demonstrations(rows: list[Demonstration], keys: list[str], data: Data) -> list[Demonstration]:

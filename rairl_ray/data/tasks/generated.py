@@ -11,10 +11,12 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, overload
 
+from rairl_ray.config.schema import Data
+from rairl_ray.data.tasks.base import Task, TaskRules
 from rairl_ray.errors import ConfigError
 from rairl_ray.keys import key_seed, keyed_random
 from rairl_ray.types import Demonstration, Prompt
@@ -99,6 +101,29 @@ def evaluation_split(generator: Generator, size: int) -> list[Demonstration]:
         _demonstration(generator, problem, f"{generator.name}/eval/{index}")
         for index, problem in enumerate(problems.values())
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedTask:
+    """A task whose problems are made: `make` raises ConfigError for an impossible difficulty."""
+
+    name: str
+    """Also the section of `data` that holds its difficulty."""
+    generator: Callable[[Data], Generator]
+    rules: Callable[[Data], TaskRules]
+
+    def make(self, data: Data) -> Task:
+        generator, rules = self.generator(data), self.rules(data)
+        train_size, eval_size = data.limit or DEFAULT_TRAIN_SIZE, data.eval_limit or DEFAULT_EVAL_SIZE
+        difficulty = getattr(data, self.name).model_dump(mode="json")
+        return Task(
+            name=self.name,
+            system_prompt=rules.system_prompt,
+            train=GeneratedSplit(generator, train_size),
+            eval=evaluation_split(generator, eval_size),
+            data_hash=generated_hash(self.name, difficulty, train_size, eval_size),
+            grader=rules.grader,
+        )
 
 
 def generated_hash(name: str, parameters: Mapping[str, object], train_size: int, eval_size: int) -> str:

@@ -9,11 +9,9 @@ from __future__ import annotations
 from functools import partial
 
 from rairl_ray.config.schema import Data, Fields
-from rairl_ray.data.choices import chosen_letter, read_options
-from rairl_ray.data.completion_format import REASONING_SYSTEM_PROMPT
-from rairl_ray.data.grading import Grade, grade_answer
-from rairl_ray.data.rows import BadRow, Row, optional_text_column, text_column
-from rairl_ray.data.tasks.base import Task, content_hash
+from rairl_ray.data.choices import choice_prompt, read_options
+from rairl_ray.data.rows import BadRow, Row, column, optional_text_column, text_column
+from rairl_ray.data.tasks.base import Task, TaskRules, content_hash, rules_of
 from rairl_ray.data.tasks.experts import expert_completion
 from rairl_ray.data.tasks.table import read_splits
 from rairl_ray.errors import ConfigError, DataError
@@ -27,26 +25,21 @@ _DEFAULTS = Fields()
 def _parse(data: Data, row: Row, prompt_id: str) -> Demonstration:
     question = text_column(row.values, data.fields.prompt).strip()
     answer = _optional(row, data.fields.answer, _DEFAULTS.answer)
-    metadata: dict[str, object] = {}
     if data.grader == "choice":
         options = read_options(row.values.get(OPTIONS_COLUMN))
         if not options:
             raise BadRow(
                 f"data.grader=choice needs a column {OPTIONS_COLUMN!r} with a list or letters to texts"
             )
-        if (
-            answer is not None
-            and answer.strip("(). ").upper() not in options
-            and not chosen_letter(answer, options)
-        ):
-            raise BadRow(f"the answer {answer[:40]!r} is none of the options")
-        metadata["options"] = options
-        question += "\n" + "\n".join(f"{letter}. {text}" for letter, text in options.items())
+        gold = None if answer is None else column(row.values, data.fields.answer or "")
+        prompt = choice_prompt(prompt_id, question, options, gold)
+    else:
+        prompt = Prompt(id=prompt_id, question=question, answer=answer)
     target = _optional(row, data.fields.demonstration, _DEFAULTS.demonstration)
     return Demonstration(
-        prompt=Prompt(id=prompt_id, question=question, answer=answer, metadata=metadata),
-        completion=target and expert_completion(target, answer),
-        corrupted=_corrupted(row, answer),
+        prompt=prompt,
+        completion=target and expert_completion(target, prompt.answer),
+        corrupted=_corrupted(row, prompt.answer),
     )
 
 
@@ -68,25 +61,29 @@ def _corrupted(row: Row, answer: str | None) -> tuple[str, ...]:
     return tuple(expert_completion(text, answer) for text in value)
 
 
-def grade(grader: str, prompt: Prompt, text: str) -> Grade:
-    options = prompt.metadata.get("options")
-    return grade_answer(text, prompt.answer, grader, options if isinstance(options, dict) else None)
+class JsonlTask:
+    """The task of any table; its grader is `data.grader`."""
 
+    def rules(self, data: Data) -> TaskRules:
+        return rules_of(data, data.grader)
 
-def make_jsonl(data: Data) -> Task:
-    if data.path is None:
-        raise ConfigError("data.path is not set; data.task=jsonl needs a file, a folder or a hub id")
-    train, evaluation = read_splits(data, "jsonl", data.path, data.fields.prompt, partial(_parse, data))
-    if all(row.prompt.answer is None for row in evaluation) and all(row.completion is None for row in train):
-        raise DataError(
-            f"data.path={data.path}: rows have neither answers (data.fields.answer={data.fields.answer}) "
-            f"nor experts (data.fields.demonstration={data.fields.demonstration}); name the columns"
+    def make(self, data: Data) -> Task:
+        if data.path is None:
+            raise ConfigError("data.path is not set; data.task=jsonl needs a file, a folder or a hub id")
+        train, evaluation = read_splits(data, "jsonl", lambda row: data.fields.prompt, partial(_parse, data))
+        if all(row.prompt.answer is None for row in evaluation) and all(
+            row.completion is None for row in train
+        ):
+            raise DataError(
+                f"data.path={data.path}: rows have neither answers (data.fields.answer={data.fields.answer}) "
+                f"nor experts (data.fields.demonstration={data.fields.demonstration}); name the columns"
+            )
+        rules = self.rules(data)
+        return Task(
+            name="jsonl",
+            system_prompt=rules.system_prompt,
+            train=train,
+            eval=evaluation,
+            data_hash=content_hash(train, evaluation),
+            grader=rules.grader,
         )
-    return Task(
-        name="jsonl",
-        system_prompt=REASONING_SYSTEM_PROMPT if data.system_prompt is None else data.system_prompt,
-        train=train,
-        eval=evaluation,
-        data_hash=content_hash(train, evaluation),
-        grader=partial(grade, data.grader),
-    )

@@ -1,0 +1,108 @@
+"""Lines of a JSONL file with prompts and completions, and the same lines with their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rairl_ray.actors.chunks import Line
+from rairl_ray.algorithms.rewards import selected_score, unit_rewards
+from rairl_ray.config.schema import Eval
+from rairl_ray.data.rows import BadRow, text_column
+from rairl_ray.rewards.saved import SavedReward
+from rairl_ray.types import Prompt, Trace, TraceScores
+
+PROMPTS = ("prompt", "question", "problem", "query", "instruction")
+COMPLETIONS = ("generation", "completion", "response", "output", "solution", "text")
+"""Columns that public files keep them in; the first one present counts."""
+
+
+def question_of(values: Mapping[str, Any]) -> str:
+    """What was asked. Raises BadRow."""
+    messages = _messages(values)
+    if messages is not None:
+        asked = [message for message in messages if message.get("role") == "user"]
+        if len(asked) != 1:
+            raise BadRow(f"a conversation of {len(asked)} user turns; give rows of one question and one answer")
+        return text_column(asked[0], "content")
+    return text_column(values, _present(values, PROMPTS, "prompt"))
+
+
+def completion_of(values: Mapping[str, Any]) -> str:
+    """What was answered; it may be empty. Raises BadRow."""
+    messages = values.get("messages")
+    if isinstance(messages, list):
+        last = messages[-1] if messages else {}
+        if not isinstance(last, dict) or last.get("role") != "assistant":
+            raise BadRow("column 'messages' does not end with an assistant turn")
+        text = last.get("content")
+    else:
+        name = _present(values, COMPLETIONS, "generation")
+        text = values[name]
+    if not isinstance(text, str):
+        raise BadRow(f"the completion is {type(text).__name__}, not text")
+    return text
+
+
+def trace_of_line(values: Mapping[str, Any], number: int) -> Trace:
+    """The trace of a line; `finish_reason: length` marks one that was cut. Raises BadRow."""
+    ids = values.get("token_ids")
+    return Trace(
+        prompt=Prompt(id=str(number), question=question_of(values)),
+        text=completion_of(values),
+        finished=values.get("finish_reason") != "length",
+        token_ids=None if ids is None else tuple(ids),
+    )
+
+
+def check_line(values: Mapping[str, Any]) -> None:
+    """Raises BadRow for a line that cannot be scored."""
+    trace_of_line(values, 0)
+
+
+class ScoreLines:
+    """Adds rewards to lines (`actors.chunks.LineMap`); opened inside an actor."""
+
+    def __init__(self, folder: Path, selector: Eval, **options: Any) -> None:
+        self._reward = SavedReward(folder, **options)
+        self._selector = selector
+
+    def __call__(self, lines: Sequence[Line]) -> list[dict[str, Any]]:
+        """One row a line: its columns, the rewards of its units and where they end."""
+        traces = [trace_of_line(line.values, line.number) for line in lines]
+        scores = self._reward.score(traces)
+        return [self._row(line, trace, score) for line, trace, score in zip(lines, traces, scores, strict=True)]
+
+    def _row(self, line: Line, trace: Trace, score: TraceScores | str) -> dict[str, Any]:
+        kept = {name: value for name, value in line.values.items() if name not in ("token_ids", "error")}
+        if isinstance(score, str):
+            return {**kept, "reward_model_score": None, "error": f"line {line.number}: {score}"}
+        rewards = unit_rewards(score.logits, self._reward.reward, None)
+        ends = [int(end) for end in score.unit_char_ends]
+        starts = [0, *(min(end, len(trace.text)) for end in ends[:-1])]
+        return {
+            **kept,
+            "reward_model_score": selected_score(rewards, self._selector),
+            "unit_scores": [float(value) for value in rewards],
+            "unit_char_ends": ends,
+            "unit_spans": [[start, min(end, len(trace.text))] for start, end in zip(starts, ends, strict=True)],
+            "discriminator_version": score.discriminator_version,
+        }
+
+
+def _messages(values: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """A conversation in `messages` or in `prompt`."""
+    for name in ("messages", "prompt"):
+        value = values.get(name)
+        if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+            return value
+    return None
+
+
+def _present(values: Mapping[str, Any], columns: Sequence[str], wanted: str) -> str:
+    for name in columns:
+        if values.get(name) is not None:
+            return name
+    there = ", ".join(map(str, values)) or "none"
+    raise BadRow(f"no column {wanted!r} (nor {', '.join(columns[1:])}; there are: {there})")

@@ -1,0 +1,273 @@
+"""`launch.py evaluate`: samples or given completions, graded, scored and summarised, resumable throughout.
+
+    generate, aime:  problems ────SampleLines──> samples/ ─┐
+    pregenerated_*:  eval.input ──LogprobLines─> samples/ ─┤ (what is given already is not computed again)
+                                                           └─ScoreLines─> scores/ ─grade─> rows.jsonl ─> summary
+
+Each arrow is a pool of actors over a file (actors/chunks.py): a killed evaluation continues where it was, and
+no sample that was paid for is drawn again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rairl_ray.actors.chunks import map_file, rows_of, split
+from rairl_ray.actors.sampling import LogprobLines, SampleLines
+from rairl_ray.config.load import dump_yaml
+from rairl_ray.data.rendering import Renderer, load_tokenizer
+from rairl_ray.data.tasks import make_task, task_rules
+from rairl_ray.data.tasks.base import Task
+from rairl_ray.data.window import fit_window
+from rairl_ray.display import Display
+from rairl_ray.engines.artifacts import REWARD_FILE
+from rairl_ray.engines.sources import content_id, materialise
+from rairl_ray.errors import ConfigError
+from rairl_ray.evaluation.rows import EvalRow, read_rows, write_rows
+from rairl_ray.evaluation.summary import summarise
+from rairl_ray.files import stream_json_lines, write_json_lines
+from rairl_ray.runfolder import write_summary
+from rairl_ray.trainer.parts import cluster
+from rairl_ray.trainer.session import SUMMARY_COLUMNS, summary_rows
+from rairl_ray.types import Prompt, Trace
+from rairl_ray.verbs.given import given_rows
+from rairl_ray.verbs.grading import graded
+from rairl_ray.verbs.job import Job, file_id, remove
+from rairl_ray.verbs.machines import engine_pool, torch_device
+from rairl_ray.verbs.score import LINES_PER_CHUNK, score_chunks
+from rairl_ray.verbs.target import Target, find_target
+
+PREGENERATED = ("pregenerated_policy", "pregenerated_policy_and_reward")
+SOURCE, SAMPLES = "source.jsonl", "samples.jsonl"
+"""Files of an unfinished evaluation: what it begins with, and what the policy said."""
+
+
+def evaluate(text: str, overrides: Sequence[str] = (), display: Display | None = None) -> int:
+    """Evaluate a model: what `text` may be is in `target.find_target`, how in the section `eval`.
+
+    Leaves evaluations/NAME/rows.jsonl (one generation a line) and summary.json in the target's folder.
+
+    Raises:
+        UserError: one line, before an actor is started.
+    """
+    target = find_target(text, overrides)
+    target = _with_mode(target)
+    display = display or Display("evaluate", 1)
+    evaluation = Evaluation(target, display)
+    display.note(f"evaluation folder: {evaluation.folder}")
+    rows = evaluation.rows()
+    settings = target.config.eval
+    summary = summarise(
+        rows,
+        k=settings.k,
+        resamples=settings.bootstrap,
+        key=(target.config.seed, "eval"),
+        discount=settings.discount,
+        tail_share=settings.tail_share,
+    )
+    write_summary(evaluation.folder / "summary.json", summary)
+    display.table(text, summary_rows(summary), SUMMARY_COLUMNS)
+    display.finish(
+        [f"rows: {evaluation.folder / 'rows.jsonl'}", f"summary: {evaluation.folder / 'summary.json'}"]
+    )
+    return 0
+
+
+def _with_mode(target: Target) -> Target:
+    """The target with what `eval.mode` implies.
+
+    Raises:
+        ConfigError: an input that the mode needs, or does not read.
+    """
+    config = target.config
+    if config.eval.mode in PREGENERATED and config.eval.input is None:
+        raise ConfigError(f"eval.mode={config.eval.mode}: reads given completions; set eval.input=FILE.jsonl")
+    if config.eval.mode not in PREGENERATED and config.eval.input is not None:
+        raise ConfigError(
+            f"eval.input={config.eval.input}: eval.mode={config.eval.mode} samples its own completions; set "
+            "eval.mode=pregenerated_policy"
+        )
+    if config.eval.mode == "aime" and config.data.task != "aime":
+        # The run's own data keys (path, fields) are those of its training task.
+        data = type(config.data)(task="aime", max_prompt_tokens=config.data.max_prompt_tokens)
+        config = config.model_copy(update={"data": data})
+    return Target(config, target.folder, target.reward, target.policy_version)
+
+
+class Evaluation:
+    """One evaluation folder on its way to rows.jsonl."""
+
+    def __init__(self, target: Target, display: Display) -> None:
+        config = target.config
+        self._target, self._config, self._display = target, config, display
+        self._rules = task_rules(config.data)
+        cache = Path(config.output_dir) / ".cache" / "models"
+        self._policy = materialise(config.model.policy, role="policy", cache_dir=cache, seed=config.seed)
+        self._given = config.eval.mode in PREGENERATED
+        self._task: Task | None = None if self._given else self._fitting_task()
+        self.folder = target.folder.evaluations / (config.eval.name or self._name())
+        self._job = Job(self.folder, self._settings())
+
+    def _name(self) -> str:
+        """The mode, and the file that was given."""
+        mode = self._config.eval.mode
+        return f"{mode}-{Path(self._config.eval.input).stem}" if self._config.eval.input else mode
+
+    def _fitting_task(self) -> Task:
+        """The task with the problems whose prompts fit (`data.on_bad_row` says what becomes of others)."""
+        config = self._config
+        task = make_task(config.data, config.seed)
+        limit, on_bad_row = config.data.max_prompt_tokens, config.data.on_bad_row
+        return replace(task, eval=fit_window(task.eval, self._renderer(), limit, on_bad_row))
+
+    def _renderer(self) -> Renderer:
+        """How the policy reads prompts."""
+        tokenizer = load_tokenizer(self._policy, self._config.model.policy)
+        return Renderer(tokenizer, self._rules.system_prompt, self._config.data.system_role)
+
+    def _settings(self) -> dict[str, Any]:
+        """Everything that rows.jsonl depends on."""
+        config, reward = self._config, self._target.reward
+        settings: dict[str, Any] = {
+            "mode": config.eval.mode,
+            "policy": content_id(self._policy, config.model.policy.revision),
+            "reward": None if reward is None else [content_id(str(reward)), file_id(reward / REWARD_FILE)],
+            "task": config.data.task,
+            "system_prompt": self._rules.system_prompt,
+            "max_prompt_tokens": config.data.max_prompt_tokens,
+            "max_completion_tokens": config.rollout.max_completion_tokens,
+            "engine": config.rollout.engine,
+            "dtype": config.model.policy.dtype,
+        }
+        if self._given:
+            return settings | {"input": file_id(self._input())}
+        assert self._task is not None
+        return settings | {
+            "data": self._task.data_hash,
+            "problems": min(config.eval.prompts, len(self._task.eval)),
+            "samples_per_prompt": config.eval.samples_per_prompt,
+            "temperature": config.eval.temperature,
+            "top_p": config.eval.top_p,
+            "seed": config.seed,
+        }
+
+    def _input(self) -> Path:
+        file = Path(self._config.eval.input or "").expanduser()
+        if not file.is_file():
+            raise ConfigError(f"eval.input={file}: no such file; give a JSONL file of completions")
+        return file
+
+    def rows(self) -> list[EvalRow]:
+        """Make what is missing of rows.jsonl and read it."""
+        target = self.folder / "rows.jsonl"
+        if self._job.differences():
+            self._move_aside()
+        elif target.is_file():
+            self._display.note(
+                "all rows are there from an earlier evaluation of these settings; summarised anew"
+            )
+            return read_rows(target)
+        source = self._source()
+        self._job.open()
+        self._target.folder.evaluations.mkdir(parents=True, exist_ok=True)
+        if not self._target.folder.config.is_file():
+            self._target.folder.write_config(dump_yaml(self._config))
+        write_json_lines(self.folder / SOURCE, source)
+        with self._display:
+            rows = self._through_actors(source)
+            self._display.phase("grading")
+            write_rows(target, graded(rows, self._rules.grader, self._config.eval, self._target.policy_version))
+        for leftover in ("samples", "scores"):
+            remove(self.folder / leftover)
+        for leftover in (SOURCE, SAMPLES):
+            (self.folder / leftover).unlink(missing_ok=True)
+        return read_rows(target)
+
+    def _move_aside(self) -> None:
+        """An evaluation of other settings is kept beside the new one."""
+        aside = next(p for i in range(1, 1000) if not (p := Path(f"{self.folder}~{i}")).exists())
+        changed = ", ".join(self._job.differences())
+        self.folder.rename(aside)
+        self._display.note(f"an evaluation of this name with other settings was moved to {aside}: {changed}")
+
+    def _source(self) -> list[dict[str, Any]]:
+        """Rows to begin with: problems, or given completions."""
+        if self._given:
+            renderer = self._renderer()
+
+            def tokens(question: str, completion: str) -> int:
+                trace = Trace(prompt=Prompt(id="", question=question), text=completion)
+                return len(renderer.tokenize(trace, same_tokenizer=True).completion_ids)
+
+            return given_rows(self._input(), self._config, tokens)
+        assert self._task is not None
+        return [
+            {
+                "prompt_id": item.prompt.id,
+                "question": item.prompt.question,
+                "answer": item.prompt.answer,
+                "metadata": item.prompt.metadata,
+            }
+            for item in self._task.eval[: self._config.eval.prompts]
+        ]
+
+    def _through_actors(self, source: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Rows with generations, log-probabilities and rewards; what all rows have already is not asked for."""
+        mode, reward = self._config.eval.mode, self._target.reward
+        with_policy = not self._given or (
+            mode == "pregenerated_policy" and not all("policy_logprobs" in row for row in source)
+        )
+        scored = self._given and all("unit_scores" in row or "reward_model_score" in row for row in source)
+        if mode == "pregenerated_policy_and_reward" and not scored and reward is None:
+            raise ConfigError(
+                f"eval.input={self._config.eval.input}: some rows have no reward_model_score, and no reward is "
+                "named; set eval.reward=RUN, or eval.mode=pregenerated_policy"
+            )
+        if not with_policy and (scored or reward is None):
+            return iter(source)
+        with cluster(self._config):
+            file = self.folder / SOURCE
+            if with_policy:
+                file = self._with_policy(file)
+            if scored or reward is None:
+                return _rows(file)
+            return self._with_reward(file, reward)
+
+    def _with_policy(self, source: Path) -> Path:
+        """Samples of the problems, or log-probabilities of the completions, in a file."""
+        config, parts = self._config, self.folder / "samples"
+        target = self.folder / SAMPLES
+        chunks = split(source, self._lines_per_chunk())
+        arguments = {
+            "config": config,
+            "policy_path": self._policy,
+            "device": torch_device(config),
+            "system_prompt": self._rules.system_prompt,
+        }
+        make = LogprobLines if self._given else SampleLines
+        self._display.phase("log-probabilities of the policy" if self._given else "sampling", len(chunks))
+        pool = engine_pool(config)
+        map_file(source, chunks, parts, make, arguments, pool, lambda done: self._display.step(done, {}))
+        stream_json_lines(target, rows_of(parts, chunks))
+        return target
+
+    def _with_reward(self, source: Path, reward: Path) -> Iterator[dict[str, Any]]:
+        chunks, parts = split(source, LINES_PER_CHUNK), self.folder / "scores"
+        fingerprint = "" if self._given else self._renderer().fingerprint
+        score_chunks(self._config, reward, source, chunks, parts, self._display, fingerprint)
+        return rows_of(parts, chunks)
+
+    def _lines_per_chunk(self) -> int:
+        """Enough requests to keep an engine full, few enough that a kill costs little."""
+        config = self._config
+        per_line = 1 if self._given else config.eval.samples_per_prompt
+        return max(1, 4 * config.rollout.max_sequences // per_line)
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    with open(file, encoding="utf-8") as lines:
+        yield from (json.loads(line) for line in lines)

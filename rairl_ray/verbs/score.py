@@ -1,0 +1,132 @@
+"""`launch.py score`: a saved reward over anybody's completions, one output line per input line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rairl_ray.actors.chunks import Chunk, Line, map_file, rows_of, split
+from rairl_ray.config.load import load_config
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.data.rows import BadRow
+from rairl_ray.data.tasks import task_rules
+from rairl_ray.display import Display
+from rairl_ray.engines.artifacts import REWARD_FILE
+from rairl_ray.engines.sources import content_id
+from rairl_ray.errors import ConfigError, DataError
+from rairl_ray.files import stream_json_lines
+from rairl_ray.rewards.lines import ScoreLines, check_line
+from rairl_ray.rewards.source import reward_folder
+from rairl_ray.trainer.parts import cluster
+from rairl_ray.verbs.job import Job, file_id, remove
+from rairl_ray.verbs.machines import reward_pool, torch_device
+
+LINES_PER_CHUNK = 256
+
+
+def score(
+    source: str, file: Path, output: Path, overrides: Sequence[str] = (), display: Display | None = None
+) -> int:
+    """Score the completions of a JSONL file with the reward of a run, a reward-model folder or a hub id.
+
+    The output has the input's lines in their order, with `reward_model_score`, `unit_scores` and `unit_spans`
+    added. A killed job goes on where it was when it is started again.
+
+    Raises:
+        UserError: no reward there, a bad line (all are looked at before anything starts), an output in use.
+    """
+    config, folder = reward_of(source, overrides)
+    check_output(file, output)
+    chunks = split(file, LINES_PER_CHUNK, _check(file))
+    display = display or Display("score", len(chunks))
+    job = Job(
+        output.with_name(f"{output.name}.parts"),
+        {
+            "reward": [content_id(str(folder)), file_id(folder / REWARD_FILE)],
+            "input": file_id(file),
+            "lines_per_chunk": LINES_PER_CHUNK,
+            **{f"eval.{key}": getattr(config.eval, key) for key in ("selector", "discount", "tail_share")},
+        },
+    )
+    changed = job.differences()
+    if changed:
+        raise ConfigError(
+            f"--output {output}: {job.folder} holds parts of another job: {', '.join(changed)}; remove that "
+            "folder or name another --output"
+        )
+    display.note(f"output: {output}")
+    job.open()
+    with display, cluster(config):
+        score_chunks(config, folder, file, chunks, job.folder / "scores", display)
+    unscored = 0
+
+    def counted() -> Iterator[dict[str, Any]]:
+        nonlocal unscored
+        for row in rows_of(job.folder / "scores", chunks):
+            unscored += row["reward_model_score"] is None
+            yield row
+
+    rows = stream_json_lines(output, counted())
+    remove(job.folder)
+    display.finish(
+        [
+            f"{rows} lines with their rewards: {output}",
+            *([f"{unscored} of them could not be scored; `error` says why"] if unscored else []),
+        ]
+    )
+    return 0
+
+
+def reward_of(source: str, overrides: Sequence[str]) -> tuple[RunConfig, Path]:
+    """The configuration that a reward was trained under (of a bare folder: the schema's), and its folder."""
+    named = load_config(None, [text for text in overrides if text.startswith("output_dir=")])
+    folder = reward_folder(source, named.output_dir)
+    saved = folder.parent.parent / "config.yaml"
+    return load_config(saved if saved.is_file() else None, overrides), folder
+
+
+def score_chunks(
+    config: RunConfig,
+    folder: Path,
+    file: Path,
+    chunks: Sequence[Chunk],
+    parts: Path,
+    display: Display,
+    policy_fingerprint: str = "",
+) -> None:
+    """Score a file's chunks on the connected cluster."""
+    display.phase("scoring", len(chunks))
+    arguments = {
+        "folder": folder,
+        "selector": config.eval,
+        "device": torch_device(config),
+        "system_prompt": task_rules(config.data).system_prompt,
+        "policy_fingerprint": policy_fingerprint,
+        "tokens_per_micro_batch": config.learner.tokens_per_micro_batch,
+    }
+    pool = reward_pool(config)
+    map_file(file, chunks, parts, ScoreLines, arguments, pool, lambda done: display.step(done, {}))
+
+
+def check_output(file: Path, output: Path) -> None:
+    """Refuse an input that is not there and an output that is.
+
+    Raises:
+        UserError: one line.
+    """
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; give a JSONL file of prompts and completions")
+    if output.exists():
+        raise ConfigError(f"--output {output}: exists already; remove it or name another file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _check(file: Path) -> Any:
+    def check(line: Line) -> None:
+        try:
+            check_line(line.values)
+        except BadRow as error:
+            raise DataError(f"{file}:{line.number}: {error}") from None
+
+    return check
