@@ -59,3 +59,18 @@ def add_evaluation(run: RunFolder, name: str, rows: list[EvalRow]) -> None:
 def read_csv(path: Path) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def localised_rows() -> list[dict[str, object]]:
+    """Four traces of three steps: the named step is right in the first three; the last has no error."""
+    text = "<think>\n1+1=2\n2+2=5\n5+1=6\n</think>\n<answer>\n6\n</answer>"
+    ends = [14, 20, 26]
+    rows = []
+    for index, (error, named) in enumerate([(1, 1), (1, 1), (2, 2), (1, 0), (-1, 0)]):
+        row = {
+            "prompt_id": f"trace/{index}", "question": "1+1+2+1=?", "text": text, "step_char_ends": ends,
+            "unit_char_ends": [*ends, len(text), len(text)], "unit_scores": [0.5, -1.25, 0.25, None, 0.125],
+            "first_error_step": error, "predicted_step": named, "edit_char": 18 if error == 1 else None,
+        }  # fmt: skip
+        rows.append(row)
+    return rows

@@ -49,7 +49,7 @@ def make_report(sources: Sequence[str], output: str | None = None) -> tuple[list
     with matplotlib.rc_context(cast(Any, STYLE)), warnings.catch_warnings():
         # Scripts that the font lacks are drawn as boxes; the page itself shows them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        sections = _sections(material)
+        sections = all_sections(material)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             paths = write_page(folder, _title(material), sections, material.notes)
@@ -57,7 +57,13 @@ def make_report(sources: Sequence[str], output: str | None = None) -> tuple[list
             raise ConfigError(
                 f"{folder}: cannot write the report ({error.strerror}); name another folder with --output"
             ) from error
-    return paths, [part for section in sections for part in section.parts if isinstance(part, Missing)]
+    missing = [
+        dataclasses.replace(part, title=f"{section.title}: {part.title}")
+        for section in sections
+        for part in section.parts
+        if isinstance(part, Missing)
+    ]
+    return paths, missing
 
 
 def _default_folder(sources: Sequence[str]) -> Path:
@@ -72,7 +78,7 @@ def _title(material: Material) -> str:
     return f"R-AIRL report: {names[0]}" if len(names) == 1 else f"R-AIRL report: {len(names)} runs"
 
 
-def _sections(material: Material) -> list[Section]:
+def all_sections(material: Material) -> list[Section]:
     """Comparison first, then each run in full (of many runs the best), then the transfer matrices."""
     runs = material.runs
     sections: list[Section] = []

@@ -71,6 +71,10 @@ def new_figure(height: float = 2.3, width: float = WIDTH) -> tuple[Figure, Axes]
 
 def image(figure: Figure, kind: str) -> bytes:
     """The figure as png, pdf or svg; the same bytes for the same figure."""
+    if figure.get_layout_engine() is not None:
+        # Laid out once and not anew for each format: that is most of the time.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, metadata=_NO_DATE[kind])
     return buffer.getvalue()
