@@ -13,8 +13,9 @@ from rairl_ray.evaluation.rows import write_rows
 from rairl_ray.report.parts import Number, Table
 from rairl_ray.report.report import make_report
 from rairl_ray.report.tables import cell_text, comma_separated, latex, markdown
-from rairl_ray.runfolder import read_summary
+from rairl_ray.runfolder import read_summary, write_summary
 from tests.report_material import make_rows, make_run, read_csv
+from tests.runs import launch
 
 VOID = {"meta", "img", "br", "input", "hr", "link"}
 
@@ -93,6 +94,20 @@ def test_a_path_without_anything_to_report_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(DataError, match="has no rows; evaluate the run first"):
         make_report([str(tmp_path / "rows.jsonl")])
+
+
+def test_the_verb_prints_its_paths_and_refuses_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_summary(path, {"eval/pass_at_1": {"value": 0.5, "low": 0.25, "high": 0.75, "n": 8}})
+    done = launch("report", str(path), "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert f"page: {tmp_path / 'out' / 'index.html'}" in done.stdout
+    assert "missing: Samples: Best and worst samples: " in done.stdout
+    [row] = read_csv(tmp_path / "out" / "tables" / "pass_at_k.csv")
+    assert (row["pass@1"], row["pass@1 low"], row["pass@1 high"]) == ("0.5", "0.25", "0.75")
+    refused = launch("report", str(tmp_path / "nothing"))
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith(f"rairl: error: {tmp_path / 'nothing'}: no such file or folder")
 
 
 def test_a_file_of_rows_is_enough(tmp_path: Path) -> None:
