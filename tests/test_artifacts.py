@@ -18,9 +18,9 @@ from rairl_ray.data.batching import DiscriminatorTensors, discriminator_tensors
 from rairl_ray.engines.artifacts import RewardModel, save_policy, save_reward_model
 from rairl_ray.engines.heads import ImplicitModel, LogprobModel, ScalarModel
 from rairl_ray.engines.models import load_causal_lm, load_token_classifier, materialise
-from rairl_ray.engines.weights import exported_name
 from rairl_ray.errors import ModelError
 from tests.deepspeed_rank import make_samples
+from tests.finished import trained_a_little
 
 BUILD = Build(hidden_size=64, layers=2, heads=2, intermediate_size=96, max_length=64)
 
@@ -28,17 +28,6 @@ BUILD = Build(hidden_size=64, layers=2, heads=2, intermediate_size=96, max_lengt
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return materialise(Model(build=BUILD), role="policy", cache_dir=tmp_path_factory.mktemp("models"), seed=1)
-
-
-def train_a_little(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Move every trained weight away from its start; the state as `trainable_state` gives it."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-            state[exported_name(name)] = parameter.detach().clone()
-    return state
 
 
 def arguments(batch: DiscriminatorTensors) -> tuple[torch.Tensor, ...]:
@@ -57,7 +46,7 @@ def test_policy_loads_elsewhere(
 ) -> None:
     model = Model(lora=Lora(rank=rank, dropout=0.1))
     module = LogprobModel(load_causal_lm(path, model))
-    state = train_a_little(module)
+    state = trained_a_little(module)
     folder = tmp_path / "final" / "policy"
     save_policy(
         folder, module, state, path, model.model_copy(update={"export": "merged" if merged else "adapter"})
@@ -93,7 +82,7 @@ def test_what_was_trained_on_a_4_bit_base_is_merged_into_the_published_one(
     plain = Model(lora=Lora(rank=4), dtype="bfloat16", export="merged")
     asked = plain.model_copy(update={"quantization": "nf4", "attention": "flash_attention_2"})
     module = LogprobModel(load_causal_lm(path, plain))
-    state = train_a_little(module)
+    state = trained_a_little(module)
     for name, model in {"plain": plain, "asked": asked}.items():
         save_policy(tmp_path / name, module, state, path, model)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "asked")]
@@ -104,7 +93,7 @@ def test_what_was_trained_on_a_4_bit_base_is_merged_into_the_published_one(
     save_reward_model(
         tmp_path / "reward",
         implicit,
-        train_a_little(implicit),
+        trained_a_little(implicit),
         path,
         config.model_copy(update={"model": models}),
         1,
@@ -123,7 +112,7 @@ def test_tied_and_untied_weights_load(
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "base")
     module = LogprobModel(load_causal_lm(str(tmp_path / "base"), Model()))
-    state = train_a_little(module)
+    state = trained_a_little(module)
     assert ("lm_head.weight" in state) is not tied
     save_policy(tmp_path / "policy", module, state, str(tmp_path / "base"), Model())
     loaded = LogprobModel(load_causal_lm(str(tmp_path / "policy"), Model()))
@@ -163,7 +152,7 @@ def test_reward_model_reproduces_training_scores(
 ) -> None:
     config = reward_config(head, rank, loss)
     module = make_reward_module(config, path)
-    state = train_a_little(module)
+    state = trained_a_little(module)
     folder = tmp_path / "reward_model"
     save_reward_model(folder, module, state, path, config, 7)
     moved = tmp_path / "elsewhere"
@@ -197,7 +186,7 @@ def test_saving_twice_gives_the_same_scores(path: str, batch: DiscriminatorTenso
     """A reward model that becomes the start of another run keeps its head."""
     config = reward_config("scalar", None)
     module = make_reward_module(config, path)
-    save_reward_model(tmp_path / "first", module, train_a_little(module), path, config, 1)
+    save_reward_model(tmp_path / "first", module, trained_a_little(module), path, config, 1)
     again = make_reward_module(config, str(tmp_path / "first"))
     torch.testing.assert_close(training_scores(again, batch), training_scores(module, batch))
 
@@ -207,7 +196,7 @@ def test_bfloat16_reward_model_names_its_dtype(path: str, batch: DiscriminatorTe
     model = config.model.discriminator.model_copy(update={"dtype": "bfloat16"})
     config = config.model_copy(update={"model": config.model.model_copy(update={"discriminator": model})})
     module = make_reward_module(config, path)
-    save_reward_model(tmp_path / "reward", module, train_a_little(module), path, config, 1)
+    save_reward_model(tmp_path / "reward", module, trained_a_little(module), path, config, 1)
     reward = RewardModel.load(tmp_path / "reward")
     assert reward.settings.dtype == "bfloat16"
     found, expected = reward.score(batch)[batch.unit_mask], training_scores(module, batch)[batch.unit_mask]
@@ -217,7 +206,7 @@ def test_bfloat16_reward_model_names_its_dtype(path: str, batch: DiscriminatorTe
 def test_a_changed_reference_is_refused(path: str, tmp_path: Path) -> None:
     config = reward_config("implicit", 4)
     module = make_reward_module(config, path)
-    save_reward_model(tmp_path / "reward", module, train_a_little(module), path, config, 1)
+    save_reward_model(tmp_path / "reward", module, trained_a_little(module), path, config, 1)
     file = tmp_path / "reward" / "reference" / "model.safetensors"
     weights = {name: tensor + 1e-3 for name, tensor in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
@@ -232,7 +221,7 @@ def test_a_plain_model_folder_is_no_reward_model(path: str) -> None:
 
 def test_a_state_of_another_model_is_an_error(path: str, tmp_path: Path) -> None:
     module = LogprobModel(load_causal_lm(path, Model()))
-    state = train_a_little(module)
+    state = trained_a_little(module)
     state.pop("model.norm.weight")
     with pytest.raises(RuntimeError, match="do not fit"):
         save_policy(tmp_path / "policy", module, state, path, Model())
@@ -247,7 +236,7 @@ def test_adapter_serves_in_vllm(path: str, batch: DiscriminatorTensors, tmp_path
 
     model = Model(lora=Lora(rank=8))
     module = LogprobModel(load_causal_lm(path, model))
-    save_policy(tmp_path / "policy", module, train_a_little(module), path, model)
+    save_policy(tmp_path / "policy", module, trained_a_little(module), path, model)
     code = """
 import json, sys
 from vllm import LLM, SamplingParams

@@ -26,6 +26,12 @@ _MARKED_LETTER = re.compile(
 
 _LETTERED_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
 
+_DENIED = re.compile(
+    r"(?i:\bnot|n['’]t|\bneither|\bexcept)\s+(?i:(?:the|an?|option|answer|choice)\s+)*"
+    r"(?:\||\(?[A-Z](?![A-Za-z'’]))"
+)
+"""An option is named to be refused; `_options_inside` leaves a bar where an option's text stood."""
+
 
 def read_options(value: object) -> dict[str, str] | None:
     """Options as letter -> text: from a mapping, a list, either as JSON, or lines `A. text`; else None."""
@@ -97,6 +103,8 @@ def chosen_letter(text: str, options: Options) -> str | None:
     if first and first[1].upper() in options and not first[2].strip(". )"):
         return first[1].upper()
     named, rest = _options_inside(text, options)
+    if _DENIED.search(rest):
+        return None
     named |= {group for match in _MARKED_LETTER.finditer(rest) for group in match.groups() if group in options}
     if first and first[1] in options:
         named.add(first[1])

@@ -18,7 +18,7 @@ from typing import Any
 
 from rairl_ray.actors.chunks import map_file, rows_of, split
 from rairl_ray.actors.sampling import LogprobLines, SampleLines
-from rairl_ray.config.load import dump_yaml
+from rairl_ray.config.load import dump_yaml, load_config
 from rairl_ray.data.rendering import Renderer, load_tokenizer
 from rairl_ray.data.tasks import make_task, task_rules
 from rairl_ray.data.tasks.base import Task
@@ -55,7 +55,7 @@ def evaluate(text: str, overrides: Sequence[str] = (), display: Display | None =
         UserError: one line, before an actor is started.
     """
     target = find_target(text, overrides)
-    target = _with_mode(target)
+    target = _with_mode(target, overrides)
     display = display or Display("evaluate", 1)
     evaluation = Evaluation(target, display)
     display.note(f"evaluation folder: {evaluation.folder}")
@@ -77,7 +77,7 @@ def evaluate(text: str, overrides: Sequence[str] = (), display: Display | None =
     return 0
 
 
-def _with_mode(target: Target) -> Target:
+def _with_mode(target: Target, overrides: Sequence[str]) -> Target:
     """The target with what `eval.mode` implies.
 
     Raises:
@@ -92,8 +92,10 @@ def _with_mode(target: Target) -> Target:
             "eval.mode=pregenerated_policy"
         )
     if config.eval.mode == "aime" and config.data.task != "aime":
-        # The run's own data keys (path, fields) are those of its training task.
-        data = type(config.data)(task="aime", max_prompt_tokens=config.data.max_prompt_tokens)
+        # The run's own data keys (path, fields) are those of its training task; the command line's are meant.
+        meant = [text for text in overrides if text.startswith("data.")]
+        kept = f"data.max_prompt_tokens={config.data.max_prompt_tokens}"
+        data = load_config(None, [kept, *meant, "data.task=aime"]).data
         config = config.model_copy(update={"data": data})
     return Target(config, target.folder, target.reward, target.policy_version)
 

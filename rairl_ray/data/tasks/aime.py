@@ -13,12 +13,12 @@ from rairl_ray.types import Demonstration, Prompt
 
 HUB_ID_2024, HUB_ID_2025 = "HuggingFaceH4/aime_2024", "yentinglin/aime_2025"
 LARGEST = 999
-YEAR = "year"
+YEAR, YEAR_2024, YEAR_2025 = "year", "2024", "2025"
 
 
 def _parse(row: Row, prompt_id: str, columns: Columns) -> Demonstration:
     gold = _gold(text_column(row.values, columns.answer), columns.answer)
-    year = optional_text_column(row.values, YEAR)
+    year = optional_text_column(row.values, YEAR) or _year_of(prompt_id)
     prompt = Prompt(
         id=prompt_id,
         question=text_column(row.values, columns.prompt).strip(),
@@ -27,6 +27,12 @@ def _parse(row: Row, prompt_id: str, columns: Columns) -> Demonstration:
     )
     text = expert_text(row, columns)
     return Demonstration(prompt=prompt, completion=text and expert_completion(text, gold))
+
+
+def _year_of(prompt_id: str) -> str | None:
+    """The hub sources are named after their year, and ids after their source."""
+    name = prompt_id.split("/")[1]
+    return name if name in (YEAR_2024, YEAR_2025) else None
 
 
 def _gold(text: str, name: str) -> str:
@@ -39,7 +45,7 @@ def _gold(text: str, name: str) -> str:
 
 AIME = TableTask(
     name="aime",
-    hub=Hub(eval=(Source(HUB_ID_2024, "train", name="2024"), Source(HUB_ID_2025, "train", name="2025"))),
+    hub=Hub(eval=(Source(HUB_ID_2024, "train", name=YEAR_2024), Source(HUB_ID_2025, "train", name=YEAR_2025))),
     columns=Columns(prompt="problem", answer="answer", demonstration=None),
     parse=_parse,
     rules=partial(rules_of, grader="number"),
