@@ -122,6 +122,26 @@ def score(
 
 
 @app.command()
+def report(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="RUN|SWEEP|FILE...", help="Run folders, sweeps or evaluation files.")
+    ],
+    output: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where to write the report.")] = None,
+) -> int:
+    """Make every figure and table of runs, a sweep or evaluation files, and one self-contained page.
+
+    \b
+    Example:
+      rairl report runs/demo/airl
+      rairl report runs/demo/sft runs/demo/airl --output runs/comparison
+    """
+    from rairl_ray.report.report import make_report, show_report
+
+    show_report(*make_report(sources, output), _console())
+    return 0
+
+
+@app.command()
 def doctor(
     address: Annotated[str | None, typer.Option(help="Ray cluster to ask for its resources.")] = None,
 ) -> int:
