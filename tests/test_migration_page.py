@@ -13,7 +13,7 @@ from rairl_ray.config.load import known_keys, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "from-expert-reasoning.md").read_text(encoding="utf-8")
-COMING = {"report", "transfer"}
+COMING: set[str] = set()
 """Verbs that other branches bring; to be emptied when they are merged."""
 
 COMMANDS = sorted(set(re.findall(r"launch\.py +([^`#;\n]+)", PAGE)))
