@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from rairl_ray.data.batching import DiscriminatorTensors, discriminator_tensors
 from rairl_ray.keys import key_seed
 from rairl_ray.types import DiscriminatorBatch, DiscriminatorSample, UpdateResult
 
+if TYPE_CHECKING:
+    from rairl_ray.engines.heads import ImplicitModel, ScalarModel
+
 MicroBatches = list[list[DiscriminatorSample]]
 
 IDLE = DiscriminatorSample(
@@ -53,23 +56,9 @@ class DiscriminatorActor(LearnerActor):
 
     def build(self, total_updates: int) -> Any:
         from rairl_ray.engines.deepspeed_engine import DeepSpeedEngine
-        from rairl_ray.engines.heads import ImplicitModel, ScalarModel
-        from rairl_ray.engines.models import load_causal_lm, load_token_classifier
 
-        settings, model = self.config.discriminator, self.config.model.discriminator
-        self._model: ImplicitModel | ScalarModel
-        if settings.head == "implicit":
-            self._model = ImplicitModel(
-                load_causal_lm(self.model_path, model, device=self.device, seed=self.config.seed),
-                beta=settings.beta,
-            )
-        else:
-            outputs = 2 if settings.loss.type == "airl" else 1
-            self._model = ScalarModel(
-                load_token_classifier(
-                    self.model_path, model, outputs=outputs, device=self.device, seed=self.config.seed
-                )
-            )
+        settings = self.config.discriminator
+        self._model = self.module()
         return DeepSpeedEngine(
             self._model,
             settings,
@@ -79,6 +68,24 @@ class DiscriminatorActor(LearnerActor):
             timeout_seconds=self.config.timeouts.collective_seconds,
             seed=key_seed(self.config.seed, "discriminator"),
             weight_clip=settings.loss.weight_clip,
+        )
+
+    def module(self) -> ImplicitModel | ScalarModel:
+        """The head as training starts; over a saved implicit reward with the reference saved beside it."""
+        from rairl_ray.engines.artifacts import saved_reference
+        from rairl_ray.engines.heads import ImplicitModel, ScalarModel
+        from rairl_ray.engines.models import load_causal_lm, load_token_classifier
+
+        settings, model, seed = self.config.discriminator, self.config.model.discriminator, self.config.seed
+        if settings.head == "implicit":
+            return ImplicitModel(
+                load_causal_lm(self.model_path, model, device=self.device, seed=seed),
+                beta=settings.beta,
+                reference=saved_reference(self.model_path, model.dtype),
+            )
+        outputs = 2 if settings.loss.type == "airl" else 1
+        return ScalarModel(
+            load_token_classifier(self.model_path, model, outputs=outputs, device=self.device, seed=seed)
         )
 
     def update(self, updates: list[MicroBatches], totals: Totals) -> tuple[dict, dict]:

@@ -9,6 +9,11 @@ from rairl_ray.config.schema import Discriminator
 Reason = Literal["waiting", "steps", "gate", "gave up"]
 
 
+def frozen(config: Discriminator) -> bool:
+    """Whether the discriminator never learns: it scores as the model that it starts from."""
+    return config.updates_per_policy_step == 0 and WarmupGate(config).max_steps == 0
+
+
 class WarmupGate:
     """Decides when the policy may start to move.
 

@@ -51,7 +51,8 @@ class Build(Section):
 
 class Model(Section):
     path: str | None = None
-    """Hub id or local folder; None: the model of `build` (policy), or the policy's (discriminator)."""
+    """Hub id or local folder; None: the model of `build` (policy), or the policy's (discriminator). For the
+    discriminator also a saved reward (docs/transfer.md): a run, its final/reward_model or a copy of that."""
     build: Build | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rairl_ray.algorithms.discriminator_losses import segment_sums
+from rairl_ray.algorithms.warmup import frozen
 from rairl_ray.config.load import config_hash
 from rairl_ray.config.schema import Model, RunConfig
 from rairl_ray.data.batching import DiscriminatorTensors
@@ -31,8 +32,11 @@ from rairl_ray.errors import ModelError
 
 REWARD_FILE = "reward.json"
 REFERENCE_FOLDER = "reference"
+REFERENCE_FIELDS = ("reference", "reference_checksum", "reference_revision")
+"""Fields of RewardSettings that say what an implicit head is compared with."""
 
 Dtype = Literal["float32", "bfloat16"]
+SystemRole = Literal["auto", "system", "user"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class RewardSettings:
     config_hash: str
     system_prompt: str | None = None
     """What stood before every question in training; "" for nothing, None where it was not recorded."""
-    system_role: Literal["auto", "system", "user"] = "auto"
+    system_role: SystemRole = "auto"
 
 
 def save_policy(
@@ -92,42 +96,41 @@ def save_reward_model(
 
     A scalar head becomes a token classifier with one label (of an `airl` head the reward g alone is kept); an
     implicit head becomes a causal language model beside its reference, which is named by hub id, or copied
-    into `reference/` where it is a local folder, so that the artifact does not depend on a cache.
+    into `reference/` where it is a local folder, so that the artifact does not depend on a cache. Where `base`
+    is itself a saved reward, its reference stays the reference.
     """
     model = config.model.discriminator
     implicit = isinstance(module, ImplicitModel)
+    start = read_settings(Path(base))
     with atomic_folder(folder) as temporary:
-        reference = reference_checksum = None
+        reference: dict[str, str | None] = dict.fromkeys(REFERENCE_FIELDS)
         if implicit:
             merged = _restored(load_causal_lm(base, _quiet(model)), state)
-            frozen = load_causal_lm(base, _quiet(model), trainable=False)
-            reference_checksum = checksum(frozen.state_dict())
-            reference = base
-            if Path(base).is_dir():
-                reference = REFERENCE_FOLDER
-                frozen.save_pretrained(temporary / REFERENCE_FOLDER)
+            reference = _save_reference(temporary, base, _quiet(model))
         else:
             outputs = next(tensor.shape[0] for name, tensor in state.items() if name.endswith("score.weight"))
             merged = _restored(load_token_classifier(base, _quiet(model), outputs=outputs), state)
             _keep_reward(merged)
         merged.save_pretrained(temporary)
         load_tokenizer(base, model).save_pretrained(temporary)
+        loss = config.discriminator.loss
+        # A frozen reward keeps the loss that made it, and a saved one goes on to read questions as it did.
+        made = start if start is not None and frozen(config.discriminator) else None
+        prompt, role = system_prompt_of(start, task_rules(config.data).system_prompt, config.data.system_role)
         settings = RewardSettings(
             head="implicit" if implicit else "scalar",
             beta=config.discriminator.beta,
-            loss=config.discriminator.loss.type,
-            level=config.discriminator.loss.level,
+            loss=loss.type if made is None else made.loss,
+            level=loss.level if made is None else made.level,
             density=config.reward.density.model_dump(),
             temperature=config.reward.temperature,
             clip=config.reward.clip,
-            reference=reference,
-            reference_checksum=reference_checksum,
-            reference_revision=model.revision if reference == base else None,
+            **reference,
             dtype=model.dtype,
             discriminator_version=version,
             config_hash=config_hash(config),
-            system_prompt=task_rules(config.data).system_prompt,
-            system_role=config.data.system_role,
+            system_prompt=prompt,
+            system_role=role,
         )
         (temporary / REWARD_FILE).write_text(json.dumps(asdict(settings), indent=2, sort_keys=True))
 
@@ -147,18 +150,15 @@ class RewardModel:
         Raises:
             ModelError: not a reward model folder, or the reference is not the one that it was trained against.
         """
-        file = Path(folder) / REWARD_FILE
-        if not file.is_file():
+        settings = read_settings(Path(folder))
+        if settings is None:
             raise ModelError(f"{folder}: {REWARD_FILE} is missing; give a final/reward_model folder")
-        fields = json.loads(file.read_text())
-        settings = RewardSettings(**{**fields, "clip": fields["clip"] and tuple(fields["clip"])})
         module: ScalarModel | ImplicitModel
         if settings.head == "scalar":
             module = ScalarModel(load_token_classifier(str(folder), Model(dtype=dtype), outputs=1))
         else:
-            reference = _load_reference(file, settings).to(DTYPES[dtype])
             causal_lm = load_causal_lm(str(folder), Model(dtype=dtype))
-            module = ImplicitModel(causal_lm, settings.beta, reference=reference)
+            module = ImplicitModel(causal_lm, settings.beta, reference=saved_reference(str(folder), dtype))
         return cls(settings, module, device)
 
     @torch.no_grad()
@@ -173,15 +173,68 @@ class RewardModel:
         return segment_sums(ratios_BT, batch.unit_start_index, batch.unit_end_index, batch.unit_mask).cpu()
 
 
-def _load_reference(file: Path, settings: RewardSettings) -> Any:
-    """The frozen reference of an implicit head, checked against the checksum in `reward.json`."""
+def read_settings(folder: Path) -> RewardSettings | None:
+    """What `reward.json` in `folder` says; None where there is none: no saved reward.
+
+    Raises:
+        ModelError: the file cannot be understood.
+    """
+    file = folder / REWARD_FILE
+    if not file.is_file():
+        return None
+    try:
+        fields = json.loads(file.read_text())
+        return RewardSettings(**{**fields, "clip": fields["clip"] and tuple(fields["clip"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{file}: not the file of a saved reward ({error}); restore it") from None
+
+
+def system_prompt_of(settings: RewardSettings | None, prompt: str, role: SystemRole) -> tuple[str, SystemRole]:
+    """(system prompt, its role) that a reward reads questions with: the saved one's own, else those given."""
+    if settings is None:
+        return prompt, role
+    return (prompt if settings.system_prompt is None else settings.system_prompt), settings.system_role
+
+
+def reference_path(folder: Path, settings: RewardSettings) -> str:
+    """Where the reference of the implicit reward in `folder` is: the copy beside it, or a hub id."""
     name = settings.reference or ""
-    path = str(file.parent / name) if name == REFERENCE_FOLDER else name
+    return str(folder / name) if name == REFERENCE_FOLDER else name
+
+
+def saved_reference(path: str, dtype: Dtype) -> Any | None:
+    """The frozen reference of the implicit reward saved at `path`; None where no such reward is.
+
+    Raises:
+        ModelError: it has other weights than `reward.json` says.
+    """
+    settings = read_settings(Path(path))
+    if settings is None or settings.head != "implicit":
+        return None
     model = Model.model_validate({"dtype": settings.dtype, "revision": settings.reference_revision})
-    reference = load_causal_lm(path, model, trainable=False)
+    reference = load_causal_lm(reference_path(Path(path), settings), model, trainable=False)
     if checksum(reference.state_dict()) != settings.reference_checksum:
-        raise ModelError(f"{file}: reference={name} has other weights than in training; restore that model")
-    return reference
+        raise ModelError(
+            f"{Path(path) / REWARD_FILE}: reference={settings.reference} has other weights than in training; "
+            "restore that model"
+        )
+    return reference.to(DTYPES[dtype])
+
+
+def _save_reference(target: Path, base: str, model: Model) -> dict[str, str | None]:
+    """REFERENCE_FIELDS of an implicit head that began as `base`; what is no hub model is copied to `target`."""
+    saved = read_settings(Path(base))
+    reference = saved_reference(base, model.dtype)
+    if saved is None or reference is None:
+        name, revision, local = base, model.revision, Path(base).is_dir()
+        reference = load_causal_lm(base, model, trainable=False)
+    else:
+        name, revision = saved.reference or "", saved.reference_revision
+        local = name == REFERENCE_FOLDER or saved.dtype != model.dtype
+    if local:
+        name, revision = REFERENCE_FOLDER, None
+        reference.save_pretrained(target / REFERENCE_FOLDER)
+    return dict(zip(REFERENCE_FIELDS, (name, checksum(reference.state_dict()), revision), strict=True))
 
 
 def _quiet(model: Model) -> Model:

@@ -144,8 +144,8 @@ class LogprobModel(nn.Module):
 class ImplicitModel(LogprobModel):
     """The implicit discriminator head: f_t = beta (log pi_phi(y_t) - log pi_ref(y_t)) (METHOD 3).
 
-    The reference is the model as it was loaded. Sums over a unit's tokens are the unit's logit
-    (`algorithms.discriminator_losses.segment_sums`).
+    The reference is the model as it was loaded, or `reference`, which saved weights were trained against. Sums
+    over a unit's tokens are the unit's logit (`algorithms.discriminator_losses.segment_sums`).
     """
 
     def __init__(self, causal_lm: Any, beta: float, *, reference: Any | None = None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from rairl_ray.config.schema import Density, Model, Reward
 from rairl_ray.data.batching import discriminator_tensors, micro_batches
 from rairl_ray.data.rendering import Renderer, load_tokenizer
-from rairl_ray.engines.artifacts import Dtype, RewardModel
+from rairl_ray.engines.artifacts import Dtype, RewardModel, system_prompt_of
 from rairl_ray.rewards.reading import ReadTrace, TraceReader, sample_of
 from rairl_ray.types import Trace, TraceScores
 
@@ -41,8 +41,7 @@ class SavedReward:
         settings = self._model.settings
         renderer = Renderer(
             load_tokenizer(str(folder), Model(), role="discriminator"),
-            system_prompt if settings.system_prompt is None else settings.system_prompt,
-            settings.system_role,
+            *system_prompt_of(settings, system_prompt, "auto"),
         )
         density = Density.model_validate(settings.density)
         self._reader = TraceReader(renderer, density, policy_fingerprint)

@@ -15,7 +15,7 @@ BELOW = (".", "reward_model", "final/reward_model")
 """Where a reward model may lie in the folder that a user names."""
 
 
-def reward_folder(source: str, output_dir: str = "runs") -> Path:
+def reward_folder(source: str, output_dir: str = "runs", revision: str | None = None) -> Path:
     """The folder with `reward.json` that `source` names: a path, a run's name below `output_dir`, or a hub id.
 
     Raises:
@@ -33,7 +33,7 @@ def reward_folder(source: str, output_dir: str = "runs") -> Path:
             "name a finished algorithm.type=airl run, its final/reward_model, or a hub id"
         )
     try:
-        folder = Path(snapshot_download(source))
+        folder = Path(snapshot_download(source, revision=revision))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source}: no such folder, and no reward model on the hub: {reason}") from None

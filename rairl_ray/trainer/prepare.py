@@ -15,10 +15,12 @@ from rairl_ray.data.tasks import make_task
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.data.tasks.generated import GeneratedSplit
 from rairl_ray.data.window import fit_window
+from rairl_ray.engines.artifacts import system_prompt_of
 from rairl_ray.engines.models import materialise, missing_packages
 from rairl_ray.errors import ConfigError, DataError
 from rairl_ray.rewards.reading import TraceReader
 from rairl_ray.trainer.expert_errors import with_expert_errors
+from rairl_ray.trainer.saved_start import SavedStart, saved_start
 from rairl_ray.types import Demonstration, Trace
 
 PROBED_EXPERTS = 500
@@ -37,6 +39,8 @@ class Prepared:
     discriminator_path: str
     policy_renderer: Renderer
     reader: TraceReader
+    start: SavedStart | None = None
+    """The saved reward that the discriminator starts from; None: an ordinary model."""
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -50,7 +54,8 @@ def prepare(config: RunConfig) -> Prepared:
     task = make_task(config.data, config.seed)
     cache = Path(config.output_dir) / ".cache" / "models"
     policy_path = materialise(config.model.policy, role="policy", cache_dir=cache, seed=config.seed)
-    discriminator = discriminator_model(config)
+    start = saved_start(config)
+    discriminator = discriminator_model(config, start)
     discriminator_path = (
         policy_path
         if discriminator.path is None and discriminator.build is None
@@ -58,7 +63,7 @@ def prepare(config: RunConfig) -> Prepared:
     )
     policy_renderer = policy_renderer_of(policy_path, task, config)
     reader = TraceReader(
-        _renderer(discriminator_path, task, config, discriminator, "discriminator"),
+        discriminator_renderer(discriminator_path, task, config, start),
         config.reward.density,
         policy_renderer.fingerprint,
     )
@@ -72,6 +77,7 @@ def prepare(config: RunConfig) -> Prepared:
         discriminator_path=discriminator_path,
         policy_renderer=policy_renderer,
         reader=reader,
+        start=start,
     )
 
 
@@ -88,9 +94,12 @@ def check_machine(config: RunConfig, device: str) -> None:
             raise ConfigError(f"model.{role}.{key}={value}: needs the package {package}; pip install {package}")
 
 
-def discriminator_model(config: RunConfig) -> Model:
-    """The discriminator's model section, with the policy's revision and template where it shares its path."""
+def discriminator_model(config: RunConfig, start: SavedStart | None) -> Model:
+    """The discriminator's model section: with the folder of a saved reward in the place of what names it, or
+    with the policy's revision and template where it shares its path."""
     model = config.model.discriminator
+    if start is not None:
+        return model.model_copy(update={"path": str(start.folder)})
     if model.path is None and model.build is None:
         policy = config.model.policy
         return model.model_copy(
@@ -139,12 +148,21 @@ def usable_rows(task: Task, renderer: Renderer, config: RunConfig) -> Task:
 
 def policy_renderer_of(path: str, task: Task, config: RunConfig) -> Renderer:
     """How the policy reads prompts: its tokenizer, the configured or the task's own system prompt."""
-    return _renderer(path, task, config, config.model.policy, "policy")
+    tokenizer = load_tokenizer(path, config.model.policy, role="policy")
+    return Renderer(tokenizer, _system_prompt(task, config), config.data.system_role)
 
 
-def _renderer(path: str, task: Task, config: RunConfig, model: Model, role: str) -> Renderer:
-    system_prompt = task.system_prompt if config.data.system_prompt is None else config.data.system_prompt
-    return Renderer(load_tokenizer(path, model, role=role), system_prompt, config.data.system_role)
+def discriminator_renderer(path: str, task: Task, config: RunConfig, start: SavedStart | None) -> Renderer:
+    """How the discriminator reads prompts: as the policy does, or as the saved reward of its start did."""
+    tokenizer = load_tokenizer(path, discriminator_model(config, start), role="discriminator")
+    settings = None if start is None else start.settings
+    return Renderer(
+        tokenizer, *system_prompt_of(settings, _system_prompt(task, config), config.data.system_role)
+    )
+
+
+def _system_prompt(task: Task, config: RunConfig) -> str:
+    return task.system_prompt if config.data.system_prompt is None else config.data.system_prompt
 
 
 def with_experts(task: Task) -> Sequence[Demonstration]:

@@ -58,6 +58,8 @@ def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, dis
         tags={"rairl.config_hash": config_hash(config), "rairl.data_hash": prepared.task.data_hash},
     )
     session = Session(prepared, plan, folder, store, tracker, display, resumed, frozen, newest)
+    if prepared.start is not None:
+        session.event(prepared.start.describe())
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         with display, session.stop.listening(display):

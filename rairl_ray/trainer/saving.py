@@ -19,7 +19,8 @@ from typing import Any
 from rairl_ray import metrics as names
 from rairl_ray.actors.learner import LearnerWorkers
 from rairl_ray.checkpoint import Draft
-from rairl_ray.config.schema import Model, RunConfig
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.engines.artifacts import reference_path
 from rairl_ray.engines.sources import content_id
 from rairl_ray.errors import ResumeError, RunFailure
 from rairl_ray.trainer.prepare import Prepared
@@ -132,22 +133,28 @@ class Saving:
 
 
 def references(prepared: Prepared) -> dict[str, dict[str, str]]:
-    """Role -> path and content of the weights that it compares with, or that its adapter stands on."""
-    config, found = prepared.config, {}
-    for role, model, path in _frozen(config, prepared):
-        found[role] = {"path": path, "content": content_id(path, model.revision)}
+    """Role -> path and content of the weights that it starts from as a saved reward, compares with, or that its
+    adapter stands on."""
+    found = {}
+    for role, revision, path in _frozen(prepared.config, prepared):
+        found[role] = {"path": path, "content": content_id(path, revision)}
     return found
 
 
-def _frozen(config: RunConfig, prepared: Prepared) -> list[tuple[str, Model, str]]:
+def _frozen(config: RunConfig, prepared: Prepared) -> list[tuple[str, str | None, str]]:
     policy, discriminator = config.model.policy, config.model.discriminator
     compared = config.policy.kl_coefficient > 0 and config.algorithm.type != "sft"
     roles = []
     if policy.lora.rank is not None or compared:
-        roles.append(("policy", policy, prepared.policy_path))
-    implicit = config.discriminator.head == "implicit"
-    if config.algorithm.type == "airl" and (discriminator.lora.rank is not None or implicit):
-        roles.append(("discriminator", discriminator, prepared.discriminator_path))
+        roles.append(("policy", policy.revision, prepared.policy_path))
+    implicit, start = config.discriminator.head == "implicit", prepared.start
+    if start is not None:
+        roles.append(("discriminator", None, str(start.folder)))
+        if implicit:
+            path = reference_path(start.folder, start.settings)
+            roles.append(("discriminator's reference", start.settings.reference_revision, path))
+    elif config.algorithm.type == "airl" and (discriminator.lora.rank is not None or implicit):
+        roles.append(("discriminator", discriminator.revision, prepared.discriminator_path))
     return roles
 
 
