@@ -250,7 +250,7 @@ def test_a_run_without_anything_but_its_configuration_says_so_everywhere(tmp_pat
     assert reasons["Learning curves: Learning curves"] == "there is no metrics.jsonl"
     assert all(part.fault == "input" for part in missing)
     text = Page(run.report / "index.html").text
-    assert all(f"{title.split(': ')[1]}: missing. {reason}" in text for title, reason in reasons.items())
+    assert all(f"{title.split(': ')[1]}: missing: {reason}" in text for title, reason in reasons.items())
     assert "reward density" in text  # the settings are there
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.figure import Figure as Drawing
 
 from rairl_ray.evaluation.calibration import ece, reliability, score_histograms, sigmoid, welch_t_test
 from rairl_ray.evaluation.rows import EvalRow
@@ -45,8 +46,8 @@ def reliability_diagram(evaluation: Evaluation) -> list[Part]:
     rows = scored(evaluation.rows)
     correct, probabilities = _correct(rows), sigmoid(_scores(rows))
     bins = reliability(correct, probabilities, BINS)
-    drawing, axes = new_figure(height=3.0)
-    below = axes.inset_axes((0, -0.52, 1, 0.28), sharex=axes)
+    drawing = Drawing(figsize=(WIDTH, 3.0), layout="constrained")
+    axes, below = drawing.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     axes.plot([0, 100], [0, 100], color=NEUTRAL, ls="--", lw=1, label="perfect calibration")
     filled = [b for b in bins if b.count]
     axes.plot(
@@ -54,7 +55,6 @@ def reliability_diagram(evaluation: Evaluation) -> list[Part]:
         color=RIGHT, marker="o", label="the reward",
     )  # fmt: skip
     axes.set(xlim=(0, 100), ylim=(-3, 103), ylabel="right (%)", xticks=range(0, 101, 20))
-    axes.tick_params(labelbottom=False)
     below.bar([50 * (b.low + b.high) for b in bins], [b.count for b in bins], width=80 / BINS, color=RIGHT)
     below.set(xlabel="probability by the reward (%)", ylabel="samples")
     legend_below(axes)

@@ -71,7 +71,7 @@ class Evaluation:
     @cached_property
     def localised(self) -> list[LocalisedTrace]:
         if self.localisation_path is None:
-            raise Absent(f"evaluation {self.name} has no {LOCALISATION}; `localise` makes one")
+            raise Absent(f"evaluation {self.name} has no {LOCALISATION}; launch.py localise makes one")
         traces = []
         for number, row in enumerate(read_json_lines(self.localisation_path), start=1):
             try:

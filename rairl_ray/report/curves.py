@@ -13,7 +13,7 @@ from rairl_ray.report.arrays import samples
 from rairl_ray.report.collect import Evaluation
 from rairl_ray.report.labels import number_of, pattern_of
 from rairl_ray.report.parts import Absent, Cell, Figure, Number, Part, Table
-from rairl_ray.report.style import MARKERS, legend_below, line_looks, new_figure, whole_ticks
+from rairl_ray.report.style import MARKERS, legend_below, line_looks, new_figure, percent_axis, whole_ticks
 
 RESAMPLES = 300
 
@@ -66,7 +66,7 @@ def _pass_figure(curves: Mapping[str, np.ndarray]) -> Figure:
         axes.fill_between(ks, 100 * points[:, 1], 100 * points[:, 2], color=look["color"], alpha=0.15, lw=0)
     axes.set(xlabel="k (samples)", ylabel="pass@k (%)")
     whole_ticks(axes)
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if axes.get_ylim()[0] < 5 else None)
+    percent_axis(axes)
     legend_below(axes)
     return Figure(
         name="pass_at_k_curve",

@@ -26,7 +26,7 @@ SAMPLES = 3
 GAMMA = 0.95
 """Discount of the second reading where no configuration gives one."""
 
-READ = "Blue: reward above 0; orange: below. ∎ is the end of the text. `numbers` shows each reward."
+READ = "Blue: reward above 0; orange: below. ∎ is the end of the text. “Numbers” shows each reward."
 
 _COLUMNS, _LINES, _LINE_POINTS = 54, 48, 9.5
 

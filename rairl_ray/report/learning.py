@@ -12,7 +12,7 @@ from rairl_ray import metrics as names
 from rairl_ray.report.collect import Run
 from rairl_ray.report.labels import label_of
 from rairl_ray.report.parts import Absent, Figure, Part
-from rairl_ray.report.style import NEUTRAL, legend_below, line_looks, new_figure, whole_ticks
+from rairl_ray.report.style import NEUTRAL, legend_below, line_looks, new_figure, percent_axis, whole_ticks
 
 LEARNING = (
     names.EVAL_PASS_AT_1,
@@ -75,6 +75,10 @@ def _learning_figure(metric: str, families: Sequence[Family]) -> Figure | None:
         ylabel=f"{name} (%)" if kind == "percent" else name,
     )
     whole_ticks(axes)
+    if kind == "percent":
+        percent_axis(axes)
+    if first == last:
+        axes.set_xlim(first - 1, first + 1)
     legend_below(axes)
     return Figure(name="curve_" + re.sub(r"\W+", "_", metric), title=name, drawing=drawing, note=note.strip())
 

@@ -23,7 +23,7 @@ def localisation_table(evaluation: Evaluation) -> list[Part]:
     """The summary's localisation metrics."""
     found = {m: entry for m, entry in evaluation.summary.items() if m.startswith("localisation/")}
     if not found:
-        raise Absent("the summary has no localisation metrics; `localise` writes them")
+        raise Absent("the summary has no localisation metrics; launch.py localise writes them")
     rows: list[Sequence[Cell]] = []
     mixed = any(label_of(metric)[1] != "percent" for metric in found)
     for metric, entry in found.items():

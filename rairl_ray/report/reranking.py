@@ -14,7 +14,7 @@ from rairl_ray.report.arrays import Samples, samples, scored
 from rairl_ray.report.collect import Evaluation
 from rairl_ray.report.labels import label_of, number_of, pattern_of
 from rairl_ray.report.parts import Absent, Cell, Figure, Number, Part, Table
-from rairl_ray.report.style import legend_below, line_looks, new_figure, whole_ticks
+from rairl_ray.report.style import legend_below, line_looks, new_figure, percent_axis, whole_ticks
 
 RULES = (
     names.EVAL_RANDOM_AT_1,
@@ -143,5 +143,6 @@ def _lines(curves: Mapping[str, np.ndarray], band: np.ndarray | None, across: st
             axes.fill_between(ns, 100 * band[:, 1], 100 * band[:, 2], color=look["color"], alpha=0.15, lw=0)
     axes.set(xlabel=across, ylabel=up)
     whole_ticks(axes)
+    percent_axis(axes)
     legend_below(axes)
     return drawing

@@ -80,6 +80,14 @@ def image(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def percent_axis(axes: Axes) -> None:
+    """Keep a vertical axis of percentages from magnifying what is all one value."""
+    low, high = axes.get_ylim()
+    if high - low < 2:
+        middle = (low + high) / 2
+        axes.set_ylim(max(-1.0, middle - 5), middle + 5)
+
+
 def level_of(value: float, limit: float) -> int:
     """Step of the diverging scale, -LEVELS..LEVELS; values beyond the limit take its end."""
     if not limit > 0:
