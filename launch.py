@@ -81,6 +81,33 @@ def train(
 
 
 @app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="Base experiment, space, seeds, search.")],
+    resume: Annotated[bool, typer.Option(help="Continue the sweep of this file.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show the trials; start nothing.")] = False,
+) -> int:
+    """Run an experiment at every point of a space, with every seed, by Ray Tune.
+
+    \b
+    Example:
+      rairl sweep experiments/sweeps/demo.yaml
+      rairl sweep experiments/sweeps/demo.yaml --resume
+    """
+    from rairl_ray.sweep.file import load_sweep
+
+    loaded = load_sweep(config)
+    if dry_run:
+        from rairl_ray.sweep.points import trials
+
+        for trial in trials(loaded):
+            print(trial.id)
+        return 0
+    from rairl_ray.sweep.run import sweep as run_sweep
+
+    return run_sweep(loaded, resume)
+
+
+@app.command()
 def evaluate(
     target: Annotated[
         str, typer.Argument(metavar="CONFIG|RUN|MODEL", help="YAML file, run, model folder or hub id.")

@@ -241,7 +241,7 @@ def test_the_numbers_alone_give_the_same_summary(tmp_path: Path) -> None:
             prompt_id=f"p{n // 4}", question="q" * 50, generation="g" * n, generation_idx=n % 4, answer="1",
             correct=n % 3 == 0, extracted=str(n % 3), format_ok=n % 2 == 0, finish_reason="stop", tokens=n + 1,
             policy_version=None, unit_scores=[0.1 * n, -0.2 * n], unit_char_ends=[1, 2], score=0.1 * n,
-            policy_logprobs=[-0.1, -0.01 * n], metadata={"category": "even" if n % 8 < 4 else "odd", "options": {}},
+            policy_logprobs=[-0.1, -0.01 * n], metadata={"category": "ab"[n // 4 % 2]},
         )
         for n in range(40)
     ]  # fmt: skip

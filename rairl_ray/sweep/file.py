@@ -1,0 +1,180 @@
+"""The sweep file: a base experiment, axes, seeds, how to search, when to stop; checked before a start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+
+from rairl_ray.config.load import known_keys, nearest_key
+from rairl_ray.config.section import NonNegativeInt, Section
+from rairl_ray.config.yamlfile import Document, read_document
+from rairl_ray.errors import ConfigError
+
+LISTS = ("grid", "choice")
+RANGES = ("uniform", "loguniform", "randint")
+KINDS = ", ".join(LISTS + RANGES)
+
+
+class Search(Section):
+    type: Literal["grid", "random"] = "grid"
+    seed: NonNegativeInt = 0
+    """Keys what `random` draws."""
+
+
+class Scheduler(Section):
+    type: Literal["none", "asha"] = "none"
+    grace: PositiveInt = 1
+    """`asha`: reports of a trial before it may be stopped."""
+    reduction: PositiveInt = 3
+    """`asha`: one of so many goes on at each rung."""
+    longest: PositiveInt = 100
+    """`asha`: reports after which a trial is never stopped."""
+
+
+class Failures(Section):
+    max_per_trial: NonNegativeInt = 1
+
+
+class Budget(Section):
+    hours: PositiveFloat | None = None
+    """No trial starts, and those that run are stopped, after so many hours of wall time."""
+
+
+class SweepFile(Section):
+    """One sweep. Axes (`space`) are checked by `axes`."""
+
+    name: str
+    """Folder below `output_dir`."""
+    base: str
+    """Experiment file of every trial, relative to the sweep file."""
+    output_dir: str = "runs"
+    space: dict[str, Any] = Field(default_factory=dict)
+    """Dotted key -> a list of values, {grid|choice: [...]} or {uniform|loguniform|randint: [low, high]}; with
+    `when: {key: value}` the axis counts only in trials with that value."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted key -> value for every trial."""
+    seeds: tuple[NonNegativeInt, ...] = (0,)
+    search: Search = Search()
+    scheduler: Scheduler = Scheduler()
+    metric: str = "eval/pass_at_1"
+    """Of the final evaluation's summary (and of metrics.jsonl, for `asha`)."""
+    mode: Literal["max", "min"] = "max"
+    trials: PositiveInt | None = None
+    """`random`: points to draw."""
+    max_concurrent: PositiveInt | None = None
+    """None: as many as the cluster holds."""
+    failures: Failures = Failures()
+    budget: Budget = Budget()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of the space."""
+
+    key: str
+    kind: Literal["grid", "choice", "uniform", "loguniform", "randint"]
+    values: tuple[Any, ...]
+    """The values of a list, or (low, high)."""
+    when: tuple[tuple[str, Any], ...] = ()
+    """(key, value) pairs that a trial must have for the axis to count."""
+
+
+def load_sweep(path: str) -> SweepFile:
+    """Read and check one sweep file; its `base` comes out as an absolute path.
+
+    Raises:
+        ConfigError: one line an error, with file, line, key and remedy.
+    """
+    document = read_document(Path(path), path)
+    try:
+        sweep = SweepFile.model_validate_json(json.dumps(document.data, default=str), strict=True)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_said(document, dict(item)) for item in error.errors())) from None
+    base = (Path(path).parent / sweep.base).resolve()
+    if not base.is_file():
+        raise ConfigError(f"{document.origin('base')}: base={sweep.base}: no such experiment file {base}")
+    sweep = sweep.model_copy(update={"base": str(base)})
+    problems = [*_key_problems(document, sweep), *_axis_problems(document, sweep)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return sweep
+
+
+def axes(sweep: SweepFile) -> list[Axis]:
+    """The axes in the file's order. Raises ConfigError for one that is not understood."""
+    return [_axis(key, value) for key, value in sweep.space.items()]
+
+
+def _axis(key: str, value: Any) -> Axis:
+    if isinstance(value, list):
+        value = {"grid": value}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"space.{key}={value}: must be a list of values, or one of {KINDS}")
+    kinds = [kind for kind in value if kind != "when"]
+    if len(kinds) != 1 or kinds[0] not in LISTS + RANGES:
+        raise ConfigError(f"space.{key}: has {', '.join(map(str, kinds)) or 'nothing'}; write one of {KINDS}")
+    kind, values = kinds[0], value[kinds[0]]
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"space.{key}: {kind} needs a list with at least one value")
+    if kind in RANGES:
+        numbers = len(values) == 2 and all(
+            isinstance(v, int | float) and not isinstance(v, bool) for v in values
+        )
+        if not numbers or not values[0] < values[1] or (kind == "loguniform" and values[0] <= 0):
+            raise ConfigError(f"space.{key}: {kind}={values}: must be [low, high] with low < high")
+    when = value.get("when", {})
+    if not isinstance(when, Mapping):
+        raise ConfigError(f"space.{key}: when={when}: must be a mapping of another key to its value")
+    return Axis(key, kind, tuple(values), tuple(when.items()))
+
+
+def _key_problems(document: Document, sweep: SweepFile) -> list[str]:
+    known = set(known_keys())
+    named = [("space", key) for key in sweep.space] + [("overrides", key) for key in sweep.overrides]
+    problems = [
+        f"{document.origin(f'{section}.{key}')}: {section}.{key}: unknown; nearest: {nearest_key(key)}"
+        for section, key in named
+        if key not in known
+    ]
+    owned = {"seed": "seeds", "name": "name", "output_dir": "output_dir", "cluster.address": "--address"}
+    return problems + [
+        f"{document.origin(f'{section}.{key}')}: {section}.{key}: is the sweep's own; use {owned[key]}"
+        for section, key in named
+        if key in owned
+    ]
+
+
+def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
+    problems, keys = [], set(sweep.space) | set(sweep.overrides)
+    if len(set(sweep.seeds)) < len(sweep.seeds) or not sweep.seeds:
+        problems.append(f"{document.origin('seeds')}: seeds={list(sweep.seeds)}: must be different numbers")
+    if sweep.search.type != "grid" and sweep.trials is None:
+        problems.append(f"{document.origin('search')}: search.type={sweep.search.type}: needs trials: N")
+    for key, value in sweep.space.items():
+        place = document.origin(f"space.{key}")
+        try:
+            axis = _axis(key, value)
+        except ConfigError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        if sweep.search.type == "grid" and axis.kind in RANGES:
+            problems.append(
+                f"{place}: space.{key}: {axis.kind} has no grid; list values or use search.type=random"
+            )
+        for condition, _ in axis.when:
+            if condition == key or condition not in keys:
+                problems.append(f"{place}: space.{key}: when {condition}: is no other axis or override")
+    return problems
+
+
+def _said(document: Document, item: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    reason = str(item["msg"]).replace("Input should be", "must be")
+    if item["type"] == "extra_forbidden":
+        reason = f"unknown key; a sweep file has {', '.join(SweepFile.model_fields)}"
+    return f"{document.origin(key)}: {key}: {reason}"

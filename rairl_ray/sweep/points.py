@@ -1,0 +1,120 @@
+"""The trials of a sweep: every point of its space with every seed, all checked before one starts."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rairl_ray.config.load import load_config
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.errors import ConfigError
+from rairl_ray.keys import keyed_random
+from rairl_ray.sweep.file import Axis, SweepFile, axes
+
+SHOWN_ERRORS = 20
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep; equal values and seed have the same id, whatever else the sweep holds."""
+
+    id: str
+    values: dict[str, Any]
+    """Dotted key -> value, of the axes that count for it."""
+    seed: int
+    overrides: tuple[str, ...]
+    """As `launch.py train` takes them."""
+    config: RunConfig
+
+
+def trials(sweep: SweepFile) -> list[Trial]:
+    """All trials of a grid or random sweep. Raises ConfigError with one line for each bad point."""
+    made: list[Trial] = []
+    problems: list[str] = []
+    for values in _points(sweep):
+        for seed in sweep.seeds:
+            try:
+                made.append(trial(sweep, values, seed))
+            except ConfigError as error:
+                problems += [f"{_told(values)}: {line}" for line in str(error).splitlines()]
+                break
+    if problems:
+        more = [f"and {len(problems) - SHOWN_ERRORS} more"] if len(problems) > SHOWN_ERRORS else []
+        raise ConfigError("\n".join([*problems[:SHOWN_ERRORS], *more]))
+    return made
+
+
+def trial(sweep: SweepFile, values: dict[str, Any], seed: int) -> Trial:
+    """One trial. Raises ConfigError where its configuration contradicts itself."""
+    name = trial_id(values, seed)
+    settings = {**sweep.overrides, **values}
+    overrides = tuple(
+        [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        + [f"seed={seed}", f"output_dir={sweep.output_dir}", f"name={sweep.name}/trials/{name}"]
+    )
+    return Trial(name, values, seed, overrides, load_config(sweep.base, overrides))
+
+
+def trial_id(values: dict[str, Any], seed: int) -> str:
+    """Readable and unique: the last word of each key with its value, the seed, six digits of a hash."""
+    content = json.dumps([values, seed], sort_keys=True, default=str)
+    words = [f"{key.rpartition('.')[2]}={value}" for key, value in values.items()]
+    readable = re.sub(r"[^\w.=-]+", "-", ",".join([*words, f"seed={seed}"]))[:80].strip("-")
+    return f"{readable}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
+
+
+def _points(sweep: SweepFile) -> Iterator[dict[str, Any]]:
+    """Different points, in the order of the file (grid) or of the draw (random)."""
+    every = axes(sweep)
+    seen: set[str] = set()
+    for values in _grid(every) if sweep.search.type == "grid" else _draws(every, sweep):
+        point = _that_count(every, values, sweep.overrides)
+        content = json.dumps(point, sort_keys=True, default=str)
+        if content not in seen:
+            seen.add(content)
+            yield point
+
+
+def _grid(every: Sequence[Axis]) -> Iterator[dict[str, Any]]:
+    keys = [axis.key for axis in every]
+    for values in itertools.product(*(axis.values for axis in every)):
+        yield dict(zip(keys, values, strict=True))
+
+
+def _draws(every: Sequence[Axis], sweep: SweepFile) -> Iterator[dict[str, Any]]:
+    for number in range(sweep.trials or 0):
+        random = keyed_random("sweep", sweep.search.seed, number)
+        yield {axis.key: _drawn(axis, random) for axis in every}
+
+
+def _drawn(axis: Axis, random: Any) -> Any:
+    if axis.kind in ("grid", "choice"):
+        return random.choice(axis.values)
+    low, high = axis.values
+    if axis.kind == "randint":
+        return random.randrange(low, high)
+    if axis.kind == "loguniform":
+        return float(low * (high / low) ** random.random())
+    return float(random.uniform(low, high))
+
+
+def _that_count(every: Sequence[Axis], values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The values whose conditions the others meet."""
+    known = {**overrides, **values}
+    return {
+        axis.key: values[axis.key] for axis in every if all(known.get(key) == value for key, value in axis.when)
+    }
+
+
+def _told(values: dict[str, Any]) -> str:
+    return "point " + (", ".join(f"{key}={value}" for key, value in values.items()) or "(base)")
+
+
+def trial_folder(sweep: SweepFile, name: str) -> Path:
+    return Path(sweep.output_dir).absolute() / sweep.name / "trials" / name
