@@ -38,8 +38,8 @@ def _parse(data: Data, row: Row, prompt_id: str) -> Demonstration:
     target = _optional(row, data.fields.demonstration, _DEFAULTS.demonstration)
     return Demonstration(
         prompt=prompt,
-        completion=target and expert_completion(target, prompt.answer),
-        corrupted=_corrupted(row, prompt.answer),
+        completion=target and expert_completion(target),
+        corrupted=_corrupted(row),
     )
 
 
@@ -52,13 +52,13 @@ def _optional(row: Row, name: str | None, default: str | None) -> str | None:
     return optional_text_column(row.values, name)
 
 
-def _corrupted(row: Row, answer: str | None) -> tuple[str, ...]:
+def _corrupted(row: Row) -> tuple[str, ...]:
     value = row.values.get(CORRUPTED_COLUMN)
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise BadRow(f"column {CORRUPTED_COLUMN!r} is not a list of texts")
-    return tuple(expert_completion(text, answer) for text in value)
+    return tuple(expert_completion(text) for text in value)
 
 
 class JsonlTask:
