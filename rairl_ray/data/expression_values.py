@@ -215,3 +215,89 @@ def digits(node: Node) -> str | None:
     with _LOCK:
         value = _at(node, {})
         return None if value is None else str(_CONTEXT.nstr(value, 15))
+
+
+# --- canonical forms ------------------------------------------------------------------------------
+
+Polynomial = dict[tuple[tuple[str, int], ...], Fraction]
+"""Sorted powers of variables -> coefficient, never 0."""
+MAX_TERMS = 60
+
+
+def canonical(node: Node) -> str | None:
+    """Equal constants and equal polynomials are equal strings; anything else by its value at a fixed point."""
+    exact = rational(node)
+    if exact is not None:
+        return str(exact)
+    names = variables(node)
+    if not names:
+        return digits(node)
+    polynomial = expanded(node)
+    if polynomial is not None:
+        return written(polynomial)
+    with _LOCK:
+        value = _at(node, _points(names)[0])
+        return None if value is None else f"{', '.join(sorted(names))} -> {_CONTEXT.nstr(value, 12)}"
+
+
+def expanded(node: Node) -> Polynomial | None:
+    """All products multiplied out; None for what is no polynomial with rational coefficients, or too large."""
+    try:
+        return _expanded(node)
+    except (Refused, ZeroDivisionError):
+        return None
+
+
+def _expanded(node: Node) -> Polynomial:
+    if not variables(node):
+        value = _exact(node)
+        return {(): value} if value else {}
+    match node:
+        case ("var", name):
+            return {((name, 1),): Fraction(1)}
+        case ("neg", a):
+            return {powers: -value for powers, value in _expanded(a).items()}
+        case ("add", a, b):
+            return _collected([*_expanded(a).items(), *_expanded(b).items()])
+        case ("mul", a, b):
+            return _product(_expanded(a), _expanded(b))
+        case ("div", a, b) if not variables(b):
+            return {powers: value / _exact(b) for powers, value in _expanded(a).items()}
+        case ("pow", a, ("num", exponent)) if exponent.denominator == 1 and 0 <= exponent <= 20:
+            power: Polynomial = {(): Fraction(1)}
+            for _ in range(int(exponent)):
+                power = _product(power, _expanded(a))
+            return power
+    raise Refused(str(node[0]))
+
+
+def _product(a: Polynomial, b: Polynomial) -> Polynomial:
+    terms = []
+    for first, x in a.items():
+        for second, y in b.items():
+            powers = dict(first)
+            for name, power in second:
+                powers[name] = powers.get(name, 0) + power
+            terms.append((tuple(sorted(powers.items())), _bounded(x * y)))
+    return _collected(terms)
+
+
+def _collected(terms: list[tuple[tuple[tuple[str, int], ...], Fraction]]) -> Polynomial:
+    total: Polynomial = {}
+    for powers, value in terms:
+        total[powers] = total.get(powers, Fraction(0)) + value
+    if len(total) > MAX_TERMS:
+        raise Refused("terms")
+    return {powers: value for powers, value in total.items() if value}
+
+
+def written(polynomial: Polynomial) -> str:
+    """`x^2 - 2*x + 1`: highest powers first."""
+    text = ""
+    for powers, value in sorted(polynomial.items(), key=lambda item: (-sum(p for _, p in item[0]), item[0])):
+        factors = [name if power == 1 else f"{name}^{power}" for name, power in powers]
+        if abs(value) != 1 or not factors:
+            factors.insert(0, str(abs(value)))
+        sign = "-" if value < 0 else "+"
+        text += f" {sign} {'*'.join(factors)}" if text else f"{'-' if value < 0 else ''}{'*'.join(factors)}"
+    return text or "0"

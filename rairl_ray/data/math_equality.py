@@ -9,10 +9,10 @@ Only what is understood as a whole is compared (`quantities`, `expressions`); wo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
-from rairl_ray.data import expression_values, expressions
+from rairl_ray.data import expression_values, expressions, structure
 from rairl_ray.data.notation import is_name, plain, without_label
 from rairl_ray.data.quantities import canonical, equal_quantities, parse_quantity
 from rairl_ray.data.unit_words import UNITS
@@ -24,14 +24,8 @@ _RELATION = re.compile(
     r"\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])|\\approx(?![A-Za-z])|\\in(?![A-Za-z])|[=<>]"
 )
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
-_BASE = re.compile(r"([0-9A-F]+)_\{?(\d+)\}?")
-_CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?:\s*([ap])\.?\s?m\.?)?", re.IGNORECASE)
-_RATIO = re.compile(r"(\d+(?:\.\d+)?)\s*:\s*(\d+(?:\.\d+)?)")
-_MATRIX = re.compile(r"\\begin\{([bp]?matrix|array|smallmatrix)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
-_SEPARATORS = re.compile(r"\s+(?:and|or)\s+|\s*;\s*")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\d+(?:\.\d+)?|\.\d+|[A-Za-z]+|\S")
 _TRAILING_UNIT = re.compile(r"\s([A-Za-z]{2,})(?:/[A-Za-z]+)?(?:\^\{?\d\}?)?$")
-_OPEN, _CLOSE = "([{", ")]}"
 
 
 def equal_mathematics(gold: str, answer: str) -> bool:
@@ -61,20 +55,20 @@ def _equal_texts(gold: str, answer: str) -> bool:
 
 
 def _equal(gold: str, answer: str) -> bool:
-    if any(_RELATION.search(text) and len(_list(text)) > 1 for text in (gold, answer)):
-        return _same_items(_list(gold), _list(answer))
+    if any(_RELATION.search(text) and len(structure.listed(text)) > 1 for text in (gold, answer)):
+        return _same_items(structure.listed(gold), structure.listed(answer))
     if _RELATION.search(gold) or _RELATION.search(answer):
         return _equal_relations(gold, answer)
-    for kind in (_base, _clock, _ratio):
+    for kind in (structure.based_numeral, structure.clock, structure.ratio):
         parts = kind(gold), kind(answer)
         if parts != (None, None):
             return parts[0] == parts[1]
     quantities = parse_quantity(gold, units=False), parse_quantity(answer, units=False)
     if quantities[0] is not None and quantities[1] is not None:
         return equal_quantities(quantities[0], quantities[1])
-    structure = _equal_structures(gold, answer)
-    if structure is not None:
-        return structure
+    same = _equal_structures(gold, answer)
+    if same is not None:
+        return same
     a, b = _expression(gold), _expression(answer)
     if a is not None and b is not None:
         return expression_values.equal(a, b)
@@ -187,7 +181,7 @@ def _equal_inequalities(g: Sequence[str], a: Sequence[str]) -> bool:
 def _interval(sides: list[str]) -> str | None:
     """x > 3 or 1 < x \\le 2 as an interval; an interval is itself."""
     if len(sides) == 1:
-        return sides[0] if _brackets(sides[0]) else None
+        return sides[0] if structure.bracketed(sides[0]) else None
     if len(sides) == 3 and sides[1] == "\\in" and is_name(sides[0]):
         return sides[2]
     if len(sides) == 3 and _constant(sides[0]) is not None and _is_variable(sides[2]) and sides[1] in _FLIPPED:
@@ -205,46 +199,18 @@ def _interval(sides: list[str]) -> str | None:
     return None
 
 
-# --- numerals, times, ratios ----------------------------------------------------------------------
-
-
-def _base(text: str) -> tuple[str, str] | None:
-    match = _BASE.fullmatch(text.replace(" ", ""))
-    return (match[1].lstrip("0") or "0", match[2]) if match else None
-
-
-def _clock(text: str) -> tuple[int, bool] | None:
-    """(minutes of the day, whether the half of the day is known)."""
-    match = _CLOCK.fullmatch(text)
-    if match is None or int(match[1]) > 24:
-        return None
-    hours, half = int(match[1]), (match[3] or "").lower()
-    if half:
-        hours = hours % 12 + (12 if half == "p" else 0)
-    return 60 * hours + int(match[2]), bool(half) or hours > 12 or hours == 0
-
-
-def _ratio(text: str) -> str | None:
-    match = _RATIO.fullmatch(text)
-    node = expressions.parse(f"({match[1]})/({match[2]})") if match else None
-    value = None if node is None else expression_values.rational(node)
-    return None if value is None else str(value)
-
-
 # --- containers -----------------------------------------------------------------------------------
 
 
 def _equal_structures(gold: str, answer: str) -> bool | None:
     """Matrices, unions, bracketed lists, sets and bare lists; None where neither is one."""
-    matrices = _matrix(gold), _matrix(answer)
+    matrices = structure.matrix(gold), structure.matrix(answer)
     if matrices != (None, None):
         return None not in matrices and _all_equal(matrices[0] or [], matrices[1] or [])
-    unions = [
-        _split(text, lambda rest: 4 if re.match(r"\\cup(?![A-Za-z])", rest) else 0) for text in (gold, answer)
-    ]
+    unions = structure.union(gold), structure.union(answer)
     if max(map(len, unions)) > 1:
         return _same_items(*unions)
-    if (inside := (_brackets(gold), _brackets(answer))) != (None, None):
+    if (inside := (structure.bracketed(gold), structure.bracketed(answer))) != (None, None):
         first, second = inside
         return (
             first is not None
@@ -252,8 +218,9 @@ def _equal_structures(gold: str, answer: str) -> bool | None:
             and first[0] == second[0]
             and _all_equal(first[1], second[1])
         )
-    lists = _list(gold), _list(answer)
-    return _same_items(*lists) if max(map(len, lists)) > 1 or _is_set(gold) or _is_set(answer) else None
+    lists = structure.listed(gold), structure.listed(answer)
+    sets = structure.is_set(gold) or structure.is_set(answer)
+    return _same_items(*lists) if sets or max(map(len, lists)) > 1 else None
 
 
 def _all_equal(first: Sequence[str], second: Sequence[str]) -> bool:
@@ -273,76 +240,6 @@ def _same_items(first: Sequence[str], second: Sequence[str]) -> bool:
             return False
         left.remove(match)
     return True
-
-
-def _matrix(text: str) -> list[str] | None:
-    """[rows and columns, entries ...]."""
-    match = _MATRIX.fullmatch(text.strip("() []") if "matrix" in text else text)
-    if match is None:
-        return None
-    rows = [row.split("&") for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2]) if row.strip()]
-    return [f"{len(rows)} x {len(rows[0]) if rows else 0}", *(entry.strip() for row in rows for entry in row)]
-
-
-def _is_set(text: str) -> bool:
-    return text.startswith("\\{") and text.endswith("\\}")
-
-
-def _list(text: str) -> list[str]:
-    """Items of a set or a bare list; `1 \\pm 2` is two."""
-    items = _items(text[2:-2].strip()) if _is_set(text) else _commas(_SEPARATORS.sub(", ", text))
-    return [each for item in items for each in _signs(item)]
-
-
-def _signs(text: str) -> list[str]:
-    if not re.search(r"\\[pm][pm](?![A-Za-z])", text):
-        return [text]
-    return [
-        re.sub(r"\\pm(?![A-Za-z])", plus, re.sub(r"\\mp(?![A-Za-z])", minus, text)).lstrip("+ ")
-        for plus, minus in (("+", "-"), ("-", "+"))
-    ]
-
-
-def _brackets(text: str) -> tuple[str, list[str]] | None:
-    """(its two brackets, items) of a tuple or an interval; None for anything else, or one item."""
-    if len(text) < 3 or text[0] not in "([" or text[-1] not in ")]" or not _encloses(text):
-        return None
-    items = _items(text[1:-1])
-    return (text[0] + text[-1], items) if len(items) > 1 else None
-
-
-def _encloses(text: str) -> bool:
-    depth = 0
-    for place, char in enumerate(text):
-        depth += (char in _OPEN) - (char in _CLOSE)
-        if depth == 0 and place < len(text) - 1:
-            return False
-    return depth == 0
-
-
-def _commas(text: str) -> list[str]:
-    """A bare list; 1,234 is a number."""
-    return [text] if parse_quantity(text, units=False) is not None else _items(text)
-
-
-def _items(text: str) -> list[str]:
-    """Split at commas outside of brackets; where some have a space behind them, those alone separate."""
-    spaced = re.search(r",\s", text) is not None
-    return _split(text, lambda rest: int(rest[0] == "," and (not spaced or rest[1:2] in (" ", "\\", ""))))
-
-
-def _split(text: str, separator: Callable[[str], int]) -> list[str]:
-    parts, depth, start, place = [], 0, 0, 0
-    while place < len(text):
-        char = text[place]
-        depth += (char in _OPEN) - (char in _CLOSE)
-        length = separator(text[place:]) if depth == 0 else 0
-        if length:
-            parts.append(text[start:place].strip())
-            start = place + length
-        place += max(1, length)
-    parts.append(text[start:].strip())
-    return parts
 
 
 # --- the rest -------------------------------------------------------------------------------------
@@ -367,22 +264,34 @@ def _tokens(text: str) -> tuple[str, ...]:
 
 
 def _canonical(text: str) -> str:
+    items = structure.listed(text)
+    if len(items) > 1 or structure.is_set(text):
+        return ", ".join(sorted(map(_canonical, items)))
     sides = _sides(text)
-    value = None if sides is None else _value_side(sides)
-    text = text if value is None else value
+    if sides is not None and len(sides) > 1:
+        value = _value_side(sides) or _interval(sides)
+        return _canonical_equation(sides, text) if value is None else _canonical(value)
+    for kind, shown in ((structure.clock, "time {}"), (structure.ratio, "ratio {}")):
+        part = kind(text)
+        if part is not None:
+            return shown.format(part)
     quantity = parse_quantity(text, units=False)
     if quantity is not None:
         return canonical(quantity)
-    node = _expression(text)
-    if node is not None:
-        exact = expression_values.rational(node)
-        if exact is not None:
-            return str(exact)
-        return expression_values.digits(node) or " ".join(_tokens(text))
-    brackets = _brackets(text)
+    matrix, brackets, node = structure.matrix(text), structure.bracketed(text), _expression(text)
+    if matrix is not None:
+        return f"matrix {matrix[0]} ({', '.join(map(_canonical, matrix[1:]))})"
     if brackets is not None:
         return f"{brackets[0][0]}{', '.join(map(_canonical, brackets[1]))}{brackets[0][1]}"
-    items = _list(text)
-    if len(items) > 1 and not _RELATION.search(text):
-        return ", ".join(sorted(map(_canonical, items)))
-    return _words(text) or " ".join(_tokens(text))
+    value = None if node is None else expression_values.canonical(node)
+    return value or _words(text) or " ".join(_tokens(text))
+
+
+def _canonical_equation(sides: Sequence[str], text: str) -> str:
+    """`polynomial = 0` with 1 as its first coefficient."""
+    difference = _difference(sides) if len(sides) == 3 and sides[1] == "=" else None
+    polynomial = None if difference is None else expression_values.expanded(difference)
+    if not polynomial:
+        return " ".join(_tokens(text))
+    first = polynomial[min(polynomial, key=lambda powers: (-sum(power for _, power in powers), powers))]
+    return f"{expression_values.written({powers: value / first for powers, value in polynomial.items()})} = 0"

@@ -186,11 +186,8 @@ _LABEL_WORDS = words(
     """
 )
 _ENDS_IN = ("is", "are", "was", "equals", "to", "be", "get", "have", "thus", "hence", "so", "therefore")
-_SENTENCE = re.compile(
-    rf"(?:(?:{'|'.join(sorted(_LABEL_WORDS, key=len, reverse=True))})\b[\s,]*)+"
-    "(?:" + "|".join(rf"(?<=\b{word} )" for word in _ENDS_IN) + ")",
-    re.IGNORECASE,
-)
+_ANY_WORD = "|".join(sorted(_LABEL_WORDS, key=len, reverse=True))
+_SENTENCE = re.compile(rf"(?:(?:{_ANY_WORD})\b[\s,]+)*?(?:{'|'.join(_ENDS_IN)})\b[\s,:]+|=\s*", re.IGNORECASE)
 _COLON = re.compile(r"([A-Za-z][A-Za-z']*(?: [A-Za-z][A-Za-z']*){0,4})\s*\*{0,2}\s*:\s*(?=\S)")
 NAME = re.compile(
     r"[A-Za-z](?:_(?:\{\w+\}|\w))?'?(?:\([A-Za-z]\))?|\\[a-zA-Z]+(?:_(?:\{\w+\}|\w))?|"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from rairl_ray.data import expression_values, expressions
 from rairl_ray.data.notation import MONEY, is_name, plain, without_label
-from rairl_ray.data.unit_words import allowed_after, allowed_before
+from rairl_ray.data.unit_words import allowed_after, allowed_before, begins_with_unit
 
 MAX_LENGTH = 100
 """Longer strings are prose, not a number; it also bounds the size of every integer made here."""
@@ -77,6 +77,7 @@ def _parse(text: str, units: bool) -> Quantity | None:
     text = _marked(text, "()[]{}" if units or "," not in text else "")
     if not units:
         return _quantity(without_label(text), units=False)
+    text = text.removeprefix("=")
     sides = text.split("=")
     if len(sides) == 1:
         return _quantity(text, units=True)
@@ -138,7 +139,7 @@ def _quantity(text: str, units: bool) -> Quantity | None:
     percent = _PERCENT.match(after)
     after = after[percent.end() :] if percent else _ORDINAL.sub("", after, count=1)
     after = re.sub(r"^\s*¤", "", after)
-    if after and after[0].isalpha() and not units and not after.startswith("°"):
+    if after[:1].isalpha() and not (units and begins_with_unit(after)):
         return None  # 2x is not 2
     if (after and not allowed_after(after, float(value))) or re.match(r"\s*!", after):
         return None

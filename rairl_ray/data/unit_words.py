@@ -10,24 +10,23 @@ from rairl_ray.data.notation import BLOCKERS, words
 LEAD = words(
     """
     so thus hence therefore then and the a an my our his her their its your final correct right answer
-    answers result solution value values total totals sum number amount cost costs price is are was were
-    be equals equal to of for in on at by with it that this there here she he they we you i has have had
-    need needs needed get gets got make makes made pay pays paid earn earns earned spend spends spent save
-    saves saved run runs ran walk walks walked drive drives drove eat eats ate buy buys bought sell sells
-    sold take takes took give gives gave use uses used cost weigh weighs contain contains hold holds read
-    reads write writes work works worked travel travels traveled collect collects collected receive
-    receives received leave leaves left remaining remain remains will can must exactly only just precisely
-    about around approximately approx roughly each every per day week month year all altogether together
-    people children students minutes hours days weeks months years dollars cents money age old area
-    perimeter volume length width height distance speed time average mean median probability remainder
-    difference product profit change which means gives as be
-    """
+    answers result solution value values total totals sum number amount cost costs price is are was were be
+    equals equal to of for in on at by with it that this there here she he they we you i has have had need needs
+    needed get gets got make makes made pay pays paid earn earns earned spend spends spent save saves saved
+    run runs ran walk walks walked drive drives drove eat eats ate buy buys bought sell sells sold take takes
+    took give gives gave use uses used cost weigh weighs contain contains hold holds read reads write writes
+    work works worked travel travels traveled collect collects collected receive receives received leave
+    leaves left remaining remain remains will can must exactly only just precisely about around approximately
+    approx roughly each every per day week month year all altogether together people children students minutes
+    hours days weeks months years dollars cents money age person student child group box bag class worker
+    family team family old area perimeter volume length width height distance speed time average mean median
+    probability remainder difference product profit change which means gives as be """
 )
 """Before the number. Proper names are let in by `allowed_before`."""
 
 UNITS = words(
     """
-    mm cm dm m km in ft yd mi nm um mg g kg t lb lbs oz ml mL cl dl l L gal qt pt s sec secs min mins h hr
+        mm cm dm m km in ft yd mi nm um mg g kg t lb lbs oz ml mL cl dl l L gal qt pt s sec secs min mins h hr
     hrs d wk wks mo mos yr yrs y ms ns Hz kHz MHz GHz N kN J kJ MJ cal kcal W kW MW Wh kWh V mV kV A mA K
     C F Pa kPa MPa bar atm psi mol B KB kB MB GB TB bit byte mph kph kmh fps rpm deg rad sr sq cu pts pp
     am pm a.m p.m a.m. p.m. usd eur gbp inr jpy cny chf cad aud rs ohm ohms Ω µm μm ° °C °F ℃ ℉ ¢ c meter
@@ -38,7 +37,7 @@ UNITS = words(
 )
 _MORE = words(
     """
-    more fewer less left remaining total altogether old long high tall wide deep away ago later apart in
+        more fewer less left remaining total altogether old long high tall wide deep away ago later apart in
     all together extra additional only per of the a an each every for at on with from to by his her their
     its my our this that one and now today again people men women children feet mice teeth geese fish
     sheep deer pence money percentage
@@ -46,12 +45,12 @@ _MORE = words(
 )
 _OPENERS = words(
     """
-    of the a an per each every in for at on with from to by his her their its my our this that
+        of the a an per each every in for at on with from to by his her their its my our this that
     """
 )
 _NO_NOUNS = words(
     """
-    less yes is was has does its this thus plus minus as us others sometimes always perhaps versus besides
+        less yes is was has does its this thus plus minus as us others sometimes always perhaps versus besides
     is unless fails misses lies dozens hundreds thousands millions billions halves thirds quarters fifths
     """
 )
@@ -95,6 +94,18 @@ def allowed_before(text: str) -> bool:
     return all(word in LEAD for word in pairs)
 
 
+def begins_with_unit(text: str) -> bool:
+    """Whether a text that follows a number without a space begins with a unit (540m)."""
+    match = _WORD.match(text)
+    return match is not None and is_unit(match["word"])
+
+
+def is_unit(word: str) -> bool:
+    low = word.lower()
+    singular = {low, low.removesuffix("s"), low.removesuffix("es")}
+    return word in UNITS or (len(low) > 2 and bool(singular & UNITS))
+
+
 def allowed_after(text: str, value: float) -> bool:
     """Whether the words behind a number are units, things that are counted, or where and when they are."""
     text = _IS_IT.sub("", text.strip().rstrip("!").strip())
@@ -119,7 +130,7 @@ def allowed_after(text: str, value: float) -> bool:
 def _fits(found: list[tuple[str, bool]], index: int, value: float) -> bool:
     word, powered = found[index]
     low = word.lower()
-    if word in UNITS or (len(low) > 2 and {low, low.removesuffix("s"), low.removesuffix("es")} & UNITS):
+    if is_unit(word):
         return True
     number = word_number(low)
     if number is not None and low != "one":
