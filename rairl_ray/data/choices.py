@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from rairl_ray.data.math_equality import equal_mathematics
-from rairl_ray.data.notation import BLOCKERS, plain
+from rairl_ray.data.notation import BLOCKERS, plain, words
 from rairl_ray.data.quantities import parse_quantity
 from rairl_ray.data.rows import BadRow
 from rairl_ray.types import Prompt
@@ -18,11 +18,15 @@ MAX_LENGTH = 2000
 
 Options = Mapping[str, str]
 
+_LEAD_WORDS = words(
+    """
+    so thus hence therefore then the my our correct right best final most likely answer option choice letter
+    diagnosis is are it's it that this must should would be i we think believe choose chose pick selected
+    select with go to
+    """
+)
 _LEAD = re.compile(
-    r"(?:(?:so|thus|hence|therefore|then|the|a|an|my|our|correct|right|best|final|most likely|answer|option|"
-    r"choice|letter|diagnosis|is|are|it|it's|that|this|must|should|would|be|i|we|think|believe|choose|chose|pick|select|"
-    r"selected|with|go|to)\b[\s:,*]*)+",
-    re.IGNORECASE,
+    rf"(?:(?:(?-i:an?)|{'|'.join(sorted(_LEAD_WORDS, key=len, reverse=True))})\b[\s:,*]*)+", re.IGNORECASE
 )
 """All that may stand in front of the option that an answer names."""
 _IS_RIGHT = re.compile(

@@ -166,6 +166,8 @@ def grade(prompt: Prompt, text: str) -> Grade:
     if answer is None:
         return Grade(False, None, format_ok)
     expression, _, claimed = _in_signs(answer).partition("=")
+    if expression.strip() == str(prompt.metadata["target"]) and claimed:
+        expression, claimed = claimed, expression
     found = expression_value(expression)
     if found is None:
         return Grade(False, answer, format_ok)
