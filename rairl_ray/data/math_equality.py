@@ -50,12 +50,15 @@ def canonical_mathematics(answer: str) -> str:
 def _equal_texts(gold: str, answer: str) -> bool:
     if max(len(gold), len(answer)) > MAX_LENGTH:
         return False
-    gold, answer = without_label(gold), without_label(answer)
+    gold, answer = (without_label(text).removeprefix("+").lstrip() for text in (gold, answer))
     return bool(answer) and (_tokens(gold) == _tokens(answer) or _equal(gold, answer))
 
 
 def _equal(gold: str, answer: str) -> bool:
     if any(_RELATION.search(text) and len(structure.listed(text)) > 1 for text in (gold, answer)):
+        unions = [_intervals(text) for text in (gold, answer)]
+        if unions[0] is not None and unions[1] is not None:
+            return _same_items(unions[0], unions[1])
         return _same_items(structure.listed(gold), structure.listed(answer))
     if _RELATION.search(gold) or _RELATION.search(answer):
         return _equal_relations(gold, answer)
@@ -176,6 +179,16 @@ def _equal_inequalities(g: Sequence[str], a: Sequence[str]) -> bool:
         return False
     relation = a[1] if ratio.real > 0 else _FLIPPED.get(a[1])
     return bool(relation == g[1])
+
+
+def _intervals(text: str) -> list[str] | None:
+    """The intervals of a union, or of `x < 1 or x > 3`."""
+    parts = structure.union(text)
+    if len(parts) > 1:
+        return parts
+    found = [None if (sides := _sides(part)) is None else _interval(sides) for part in structure.listed(text)]
+    intervals = [interval for interval in found if interval is not None]
+    return intervals if len(intervals) == len(found) else None
 
 
 def _interval(sides: list[str]) -> str | None:

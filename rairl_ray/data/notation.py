@@ -173,6 +173,7 @@ BLOCKERS = words(
     maybe perhaps possibly probably if unless or than over under above below twice thrice double triple
     half third quarter squared cubed square cube root factorial minus plus log nearly almost hardly step
     unknown anything everything something lie guess opposite reciprocal inverse negative
+    doubtful unlikely unsure uncertain impossible invalid rejected refuse refused excluded discarded
     """
 )
 """Words that no label, subject or unit may hold: they deny, hedge, compare or rescale."""
@@ -191,7 +192,7 @@ _SENTENCE = re.compile(rf"(?:(?:{_ANY_WORD})\b[\s,]+)*?(?:{'|'.join(_ENDS_IN)})\
 _COLON = re.compile(r"([A-Za-z][A-Za-z']*(?: [A-Za-z][A-Za-z']*){0,4})\s*\*{0,2}\s*:\s*(?=\S)")
 NAME = re.compile(
     r"[A-Za-z](?:_(?:\{\w+\}|\w))?'?(?:\([A-Za-z]\))?|\\[a-zA-Z]+(?:_(?:\{\w+\}|\w))?|"
-    r"[A-Za-z]{2,20}(?: [A-Za-z]{2,20}){0,3}"
+    r"\([A-Za-z](?:, ?[A-Za-z])+\)|[A-Za-z]{2,20}(?: [A-Za-z]{2,20}){0,3}"
 )
 
 

@@ -58,7 +58,8 @@ _SCALES = {
     "lakh": 10**5, "crore": 10**7, "mil": 10**6, "mln": 10**6, "mn": 10**6, "bn": 10**9, "tn": 10**12,
     "k": 10**3, "m": 10**6, "mm": 10**6, "b": 10**9, "t": 10**12,
 }  # fmt: skip
-_ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
+_TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=\d)")
+_ORDINAL = re.compile(r"\A(?:st|nd|rd|th)\b")
 
 
 def parse_quantity(text: str, *, units: bool = True) -> Quantity | None:
@@ -106,7 +107,7 @@ def _equation(sides: list[str]) -> Quantity | None:
 
 def _computed(side: str) -> Fraction | None:
     """The value of arithmetic such as `the total is ¤5 + ¤13`."""
-    node = expressions.parse(re.sub(r"[¤%]", "", without_label(side.strip())))
+    node = expressions.parse(_TIMES.sub("*", re.sub(r"[¤%]", "", without_label(side.strip()))))
     return None if node is None else expression_values.rational(node)
 
 
@@ -181,7 +182,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
                 return None
             value /= under
     minus = (match["sign"] == "-") + (match["inner"] is not None) + (match["word"] is not None)
-    return -value if minus % 2 else value
+    return None if minus > 1 else -value if minus else value
 
 
 def _decimal(text: str) -> Fraction:

@@ -17,9 +17,9 @@ LEAD = words(
     took give gives gave use uses used cost weigh weighs contain contains hold holds read reads write writes
     work works worked travel travels traveled collect collects collected receive receives received leave
     leaves left remaining remain remains will can must exactly only just precisely about around approximately
-    approx roughly each every per day week month year all altogether together people children students minutes
-    hours days weeks months years dollars cents money age person student child group box bag class worker
-    family team family old area perimeter volume length width height distance speed time average mean median
+    approx roughly each every per day week month year after all altogether together people children students
+    minutes hours days weeks months years dollars cents money age person student child group box bag class
+    worker family team old area perimeter volume length width height distance speed time average mean median
     probability remainder difference product profit change which means gives as be """
 )
 """Before the number. Proper names are let in by `allowed_before`."""
@@ -48,6 +48,8 @@ _OPENERS = words(
         of the a an per each every in for at on with from to by his her their its my our this that
     """
 )
+_CONNECTIVES = words("so thus hence therefore then and finally")
+_IS = words("is are was were equals be")
 _NO_NOUNS = words(
     """
         less yes is was has does its this thus plus minus as us others sometimes always perhaps versus besides
@@ -88,10 +90,20 @@ def allowed_before(text: str) -> bool:
     if not re.fullmatch(r"[A-Za-z' ,*-]*", rest):
         return False
     said = [word for word in re.split(r"[\s,*]+", rest) if word]
-    if len(said) > 1 and said[0][:1].isupper() and said[0].lower() not in BLOCKERS and said[0].isalpha():
-        said = said[1:]
-    pairs = " ".join(said).lower().replace("at least", "").replace("at most", "").split()
-    return all(word in LEAD for word in pairs)
+    said = " ".join(said).replace("at least", "").replace("at most", "").split()
+    return all(_leads(said, index) for index in range(len(said)))
+
+
+def _leads(said: list[str], index: int) -> bool:
+    """Whether a word only leads to the number: a listed one, a name as subject, or a thing that is so many."""
+    word = said[index].lower()
+    if word in LEAD:
+        return True
+    if word in BLOCKERS or not word.isalpha() or index + 1 == len(said):
+        return False
+    is_subject = said[index][0].isupper() and all(before.lower() in _CONNECTIVES for before in said[:index])
+    is_counted = index > 0 and said[index - 1].lower() in _OPENERS and said[-1].lower() in _IS
+    return is_subject or is_counted
 
 
 def begins_with_unit(text: str) -> bool:
@@ -150,4 +162,10 @@ def _fits(found: list[tuple[str, bool]], index: int, value: float) -> bool:
 
 
 def is_plural(word: str) -> bool:
-    return len(word) > 2 and word.endswith("s") and word.replace("-", "").isalpha() and word not in _NO_NOUNS
+    return (
+        len(word) > 2
+        and word.endswith("s")
+        and not word.endswith("ss")
+        and word.replace("-", "").isalpha()
+        and word not in _NO_NOUNS
+    )
