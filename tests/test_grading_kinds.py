@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rairl_ray.config.schema import Data
 from rairl_ray.data import expression_values, expressions
-from rairl_ray.data.choices import chosen_letter, gold_letter, read_options
+from rairl_ray.data.choices import chosen_letter, gold_letter, options_in, read_options
 from rairl_ray.data.grading import canonical_answer, extract_answer, grade_answer
 from rairl_ray.data.math_equality import equal_expressions, equal_mathematics
 from rairl_ray.data.notation import plain
@@ -243,6 +243,21 @@ def test_options_are_named_by_their_value() -> None:
 )
 def test_options_of_every_shape(value: object, options: dict[str, str]) -> None:
     assert read_options(value) == options
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"options": ["x", "y"]},
+        {"choices": {"text": ["x", "y"], "label": ["A", "B"]}},
+        {"A": "x", "B": "y"},
+        {"opa": "x", "opb": "y", "opc": None},
+        {"option_a": "x", "option_b": "y"},
+    ],
+)
+def test_options_lie_in_one_column_or_in_one_each(row: dict[str, object]) -> None:
+    assert options_in({"question": "?", **row}) == {"A": "x", "B": "y"}
+    assert options_in({"question": "?", "a": "x"}) is None
 
 
 def test_a_place_counts_null_options_and_is_never_taken_for_a_text() -> None:

@@ -69,6 +69,23 @@ def read_options(value: object) -> dict[str, str] | None:
     return None
 
 
+def options_in(values: Mapping[str, object]) -> dict[str, str] | None:
+    """The options of a row: in one column (`options`, `choices`, `endings`), or in one column each."""
+    for name in ("options", "choices", "endings"):
+        if values.get(name) is not None:
+            return read_options(values[name])
+    for pattern in ("{}", "op{}", "option_{}", "Option {}", "choice_{}", "option{}"):
+        names = [(letter, name) for letter in LETTERS[:10] for name in _spelled(pattern, letter)]
+        found = {letter: values[name] for letter, name in names if name in values}
+        if len(found) > 1:
+            return _present(found)
+    return None
+
+
+def _spelled(pattern: str, letter: str) -> set[str]:
+    return {pattern.format(letter), pattern.format(letter.lower())}
+
+
 def _first(value: Mapping[object, object], names: Sequence[str]) -> object:
     return next((value[name] for name in names if name in value), None)
 

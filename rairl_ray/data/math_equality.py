@@ -25,7 +25,7 @@ _RELATION = re.compile(
 )
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 _TOKEN = re.compile(r"\\[A-Za-z]+|\d+(?:\.\d+)?|\.\d+|[A-Za-z]+|\S")
-_TRAILING_UNIT = re.compile(r"\s([A-Za-z]{2,})(?:/[A-Za-z]+)?(?:\^\{?\d\}?)?$")
+_TRAILING_UNIT = re.compile(r"\s([A-Za-z]{2,}|[mgshLJNWV])(?:/[A-Za-z]+)?(?:\^\{?\d\}?)?$")
 
 
 def equal_mathematics(gold: str, answer: str) -> bool:

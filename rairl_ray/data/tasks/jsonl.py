@@ -1,7 +1,7 @@
 """Any table of prompts, with answers and expert texts where it has them: jsonl, json, csv, parquet or a hub id.
 
-Besides the columns of `data.fields`, `options` (a list, or letters to texts; needed by `grader: choice`,
-shown below the question) and `corrupted_reasonings` (a list of wrong chains that the data ships) are read.
+Besides the columns of `data.fields`, `options` (see `choices.options_in`; needed by `grader: choice`, shown
+below the question) and `corrupted_reasonings` (a list of wrong chains that the data ships) are read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from rairl_ray.config.schema import Data, Fields
-from rairl_ray.data.choices import choice_prompt, read_options
+from rairl_ray.data.choices import choice_prompt, options_in
 from rairl_ray.data.rows import BadRow, Row, column, optional_text_column, text_column
 from rairl_ray.data.tasks.base import Task, TaskRules, content_hash, rules_of
 from rairl_ray.data.tasks.experts import expert_completion
@@ -26,7 +26,7 @@ def _parse(data: Data, row: Row, prompt_id: str) -> Demonstration:
     question = text_column(row.values, data.fields.prompt).strip()
     answer = _optional(row, data.fields.answer, _DEFAULTS.answer)
     if data.grader == "choice":
-        options = read_options(row.values.get(OPTIONS_COLUMN))
+        options = options_in(row.values)
         if not options:
             raise BadRow(
                 f"data.grader=choice needs a column {OPTIONS_COLUMN!r} with a list or letters to texts"
