@@ -122,6 +122,93 @@ def score(
 
 
 @app.command()
+def report(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="RUN|SWEEP|FILE...", help="Run folders, sweeps or evaluation files.")
+    ],
+    output: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where to write the report.")] = None,
+) -> int:
+    """Make every figure and table of runs, a sweep or evaluation files, and one self-contained page.
+
+    \b
+    Example:
+      rairl report runs/demo/airl
+      rairl report runs/demo/sft runs/demo/airl --output runs/comparison
+    """
+    from rairl_ray.report.report import make_report, show_report
+
+    show_report(*make_report(sources, output), _console())
+    return 0
+
+
+@app.command()
+def localise(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="Run, reward-model folder or hub id; with --scores a file.")
+    ],
+    rest: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE] [KEY=VALUE]...", help="Traces in steps with the first wrong one."),
+    ] = None,
+    output: Annotated[str | None, typer.Option(metavar="OUT.jsonl", help="A copy of the rows.")] = None,
+    scores: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Judge this column of step scores, no model.")
+    ] = None,
+    baselines: Annotated[bool, typer.Option(help="Read the traces with the run's policy, too.")] = True,
+) -> int:
+    """Name the first wrong step of each trace by its reward; without FILE one error is injected in each expert.
+
+    \b
+    Examples:
+      rairl localise demo/airl
+      rairl localise demo/airl first_errors.jsonl --output named.jsonl eval.localisation_readout=argmin
+      rairl localise first_errors.jsonl --scores step_scores
+    """
+    from rairl_ray.verbs.localise import localise as localise_errors
+
+    files = [text for text in rest or [] if "=" not in text]
+    if len(files) > 1:
+        raise UserError(f"localise: {files[1]}: one file at a time, after {files[0]}")
+    return localise_errors(
+        run,
+        Path(files[0]) if files else None,
+        output=None if output is None else Path(output),
+        scores=scores,
+        baselines=baselines,
+        overrides=[text for text in rest or [] if "=" in text],
+    )
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def transfer(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="POLICY_RUN... --reward RUN... [KEY=VALUE]...", help="Finished runs."),
+    ],
+) -> int:
+    """Judge every policy's samples, and every domain's injected errors, with every reward.
+
+    \b
+    Example:
+      rairl transfer demo/airl_three demo/airl_countdown --reward demo/airl_three demo/airl_countdown
+    """
+    from rairl_ray.verbs.transfer import transfer as transfer_runs
+
+    sides: dict[str, list[str]] = {"policy": [], "reward": []}
+    side, overrides = "policy", []
+    for text in runs:
+        if text == "--reward":
+            side = "reward"
+        elif text.startswith("-"):
+            raise UserError(f"transfer: {text}: no such option; write POLICY_RUN... --reward RUN...")
+        elif "=" in text:
+            overrides.append(text)
+        else:
+            sides[side].append(text)
+    return transfer_runs(sides["policy"], sides["reward"], overrides)
+
+
+@app.command()
 def doctor(
     address: Annotated[str | None, typer.Option(help="Ray cluster to ask for its resources.")] = None,
 ) -> int:

@@ -133,9 +133,4 @@ def test_a_chunk_is_found_by_its_bytes(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"x": "é" * n}, ensure_ascii=False) + "\n" for n in range(10)), "utf-8")
     chunk = split(file, 4)[1]
     assert (chunk.first_line, chunk.lines) == (5, 4)
-    assert isinstance(chunk, Chunk) and [len(line.values["x"]) for line in read_chunk(file, chunk)] == [
-        4,
-        5,
-        6,
-        7,
-    ]
+    assert [len(line.values["x"]) for line in read_chunk(file, chunk)] == [4, 5, 6, 7]

@@ -180,7 +180,7 @@ def test_the_help_of_every_verb_shows_an_example_that_works(verb: str) -> None:
 def test_without_a_verb_there_is_help() -> None:
     result = rairl()
     assert result.returncode == 0
-    assert all(verb in result.stdout for verb in ("plan", "train", "doctor"))
+    assert all(verb in result.stdout for verb in ("plan", "train", "report", "doctor"))
 
 
 def test_ctrl_c_ends_with_130(file: Path) -> None:

@@ -19,7 +19,9 @@ from rairl_ray.config.rules import check, check_files, check_output
 from rairl_ray.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.yaml") if "sweeps" not in path.parts)
+EXPERIMENTS = sorted(
+    path for path in (ROOT / "experiments").rglob("*.yaml") if path.parent.name not in ("base", "sweeps")
+)
 VALID = """\
 model: {policy: {build: {max_length: 128}}}
 data: {max_prompt_tokens: 32}
@@ -78,6 +80,26 @@ def test_base_files_merge_deeply_and_relative_to_themselves(tmp_path: Path) -> N
     assert (config.trainer.prompts_per_step, config.trainer.checkpoint_every) == (3, 9)
     assert config.model.policy.build is not None
     assert load_config(top, ["model.policy.build=null", "model.policy.path=x/y"]).model.policy.build is None
+
+
+def test_of_several_bases_later_ones_win_and_a_shared_one_counts_once(tmp_path: Path) -> None:
+    write(tmp_path / "root.yaml", VALID + "seed: 1\ntrainer: {steps: 5, prompts_per_step: 3}\n")
+    write(tmp_path / "left.yaml", "base: root.yaml\nseed: 2\ntrainer: {steps: 6}\n")
+    write(tmp_path / "right.yaml", "base: root.yaml\ntrainer: {steps: 7}\n")
+    bases = "base:\n  - left.yaml\n  - right.yaml\n"
+    config = load_config(write(tmp_path / "top.yaml", bases))
+    # The root below `right` does not undo the seed of `left`.
+    assert (config.seed, config.trainer.steps, config.trainer.prompts_per_step) == (2, 7, 3)
+    assert load_config(write(tmp_path / "other.yaml", "base: [right.yaml, left.yaml]")).trainer.steps == 6
+    assert load_config(write(tmp_path / "top.yaml", bases + "trainer: {steps: 8}\n")).trainer.steps == 8
+
+
+def test_a_missing_one_of_several_bases_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", VALID)
+    text = message(write(tmp_path / "top.yaml", "name: x\nbase: [a.yaml, nope.yaml]\n"))
+    assert text.startswith(f"{tmp_path}/top.yaml:2: base=nope.yaml: no such file")
+    text = message(write(tmp_path / "top.yaml", "base: [a.yaml, top.yaml]\n"))
+    assert "base leads back" in text
 
 
 def test_a_base_circle_is_refused(tmp_path: Path) -> None:
@@ -282,7 +304,8 @@ def test_several_errors_are_one_whole_line_each(file: Path) -> None:
         ("just text\n", "holds str, not a mapping"),
         ("a: &x {b: *x}\n", "contains itself"),
         ("name: !!python/object/apply:os.getcwd []\n", ":1: malformed YAML"),
-        ("base: [a]\n", ':1: base=["a"]: must be the path'),
+        ("base: [1]\n", ":1: base=[1]: must be the path of a YAML file, or a list"),
+        ("seed: 1\nbase: {a: b}\n", ':2: base={"a": "b"}: must be the path of a YAML file, or a list'),
         ("name: x\nname : y\n", ":2: name is given twice"),
     ],
 )

@@ -95,6 +95,11 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "model.discriminator.attention",
         "eager",
     ),
+    (
+        {"model.discriminator": {"gradient_checkpointing": True}, "discriminator.loss.gradient_penalty": 1},
+        "model.discriminator.attention",
+        "write eager",
+    ),
     ({**NF4, "placement.device": "cpu"}, "model.policy.quantization", "needs a GPU"),
     ({**NF4, "model.policy.lora.rank": None}, "model.policy.quantization", "set model.policy.lora.rank"),
     ({**NF4, "model.policy.dtype": "float32"}, "model.policy.quantization", "dtype=bfloat16"),

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from rairl_ray.errors import DataError
 from rairl_ray.evaluation.bootstrap import bootstrap, bootstrap_statistic
-from rairl_ray.evaluation.rows import EvalRow, read_rows, write_rows
+from rairl_ray.evaluation.rows import EvalRow, read_numbers, read_rows, write_rows
 from rairl_ray.evaluation.summary import legal_category, summarise
 
 
@@ -233,3 +233,22 @@ def test_a_file_of_real_chains_equals_a_count_by_hand(shared_data: Path, tmp_pat
     ):
         assert summary[name]["value"] == pytest.approx(expected), name
         assert summary[name]["n"] == n > 0, name
+
+
+def test_the_numbers_alone_give_the_same_summary(tmp_path: Path) -> None:
+    rows = [
+        EvalRow(
+            prompt_id=f"p{n // 4}", question="q" * 50, generation="g" * n, generation_idx=n % 4, answer="1",
+            correct=n % 3 == 0, extracted=str(n % 3), format_ok=n % 2 == 0, finish_reason="stop", tokens=n + 1,
+            policy_version=None, unit_scores=[0.1 * n, -0.2 * n], unit_char_ends=[1, 2], score=0.1 * n,
+            policy_logprobs=[-0.1, -0.01 * n], metadata={"category": "even" if n % 8 < 4 else "odd", "options": {}},
+        )
+        for n in range(40)
+    ]  # fmt: skip
+    write_rows(tmp_path / "rows.jsonl", rows)
+    slim = read_numbers(tmp_path / "rows.jsonl")
+    assert all(row.generation == row.question == "" for row in slim)
+    whole, found = summarise(rows, k=(1, 2), resamples=20), summarise(slim, k=(1, 2), resamples=20)
+    assert set(found) == set(whole) and len(whole) > 20
+    for name, entry in whole.items():
+        assert found[name] == pytest.approx(entry, nan_ok=True), name

@@ -107,7 +107,7 @@ def test_the_final_evaluation_has_reranking_auroc_and_localisation(airl_run: Pat
     assert summary[names.LOCALISATION_CHANCE]["value"] == pytest.approx(1 / 3)
     rows = [json.loads(line) for line in (airl_run / "evaluations" / "final" / "rows.jsonl").open()]
     assert len(rows) == 8 * 4
-    assert all(math.isfinite(row["score"]) for row in rows)
+    assert all(math.isfinite(row["reward_model_score"]) for row in rows)
 
 
 def test_an_earlier_run_of_the_name_is_moved_aside_and_resume_refuses_another_config(airl_run: Path) -> None:

@@ -1,6 +1,6 @@
 """YAML files, `base:` and command-line overrides -> one validated `RunConfig`; its dump, hash and differences.
 
-A configuration is a stack of layers, the later one winning key by key: the `base:` chain, the file, the
+A configuration is a stack of layers, the later one winning key by key: the `base:` files, the file, the
 overrides. Every error names the layer that said it: `file:line` or `command line`.
 """
 
@@ -51,8 +51,9 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
     """Read, merge, validate and check one experiment file.
 
     Args:
-        path: YAML file; its `base:` and `warm_start:` are relative to the file that names them. None: the
-            schema's own values and the overrides, which need not describe a whole run.
+        path: YAML file; its `base:` (a file, or a list of which later ones win) and `warm_start:` are relative
+            to the file that names them. None: the schema's own values and the overrides, which need not
+            describe a whole run.
         overrides: `section.key=value` texts, the value read as YAML; later ones win.
 
     Raises:
@@ -220,7 +221,7 @@ def nearest_key(key: str) -> str:
 
 
 def _file_layers(path: Path, name: str, above: tuple[Path, ...]) -> list[Document]:
-    """The `base:` chain of a file, oldest first, and the file."""
+    """The `base:` files of a file, oldest first, and the file. A base that two of them share counts once."""
     identity = path.resolve()
     if identity in above:
         raise ConfigError(f"{name}: base leads back to {name}; remove the circle")
@@ -230,16 +231,20 @@ def _file_layers(path: Path, name: str, above: tuple[Path, ...]) -> list[Documen
     if isinstance(data.get("warm_start"), str):
         data["warm_start"] = os.path.abspath(path.parent / data["warm_start"])
     layer = Document(name, _normalised(data), document.lines)
-    if base is None:
-        return [layer]
-    if not isinstance(base, str):
+    bases = [base] if isinstance(base, str) else [] if base is None else base
+    if not isinstance(bases, list) or not all(isinstance(item, str) for item in bases):
         raise ConfigError(
-            f"{document.origin('base')}: base={rules.show(base)}: must be the path of a YAML file"
+            f"{document.origin('base')}: base={rules.show(base)}: must be the path of a YAML file, or a list "
+            "of paths"
         )
-    base_path = path.parent / base
-    if not base_path.is_file():
-        raise ConfigError(f"{document.origin('base')}: base={base}: no such file {base_path}")
-    return [*_file_layers(base_path, os.path.normpath(base_path), (*above, identity)), layer]
+    below: dict[str, Document] = {}
+    for item in bases:
+        base_path = path.parent / item
+        if not base_path.is_file():
+            raise ConfigError(f"{document.origin('base')}: base={item}: no such file {base_path}")
+        for lower in _file_layers(base_path, os.path.normpath(base_path), (*above, identity)):
+            below.setdefault(lower.name, lower)
+    return [*below.values(), layer]
 
 
 def _override(text: str) -> Document:

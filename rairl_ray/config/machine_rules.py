@@ -130,6 +130,14 @@ def window(config: RunConfig) -> Problems:
 
 
 def attention(config: RunConfig) -> Problems:
+    ours = config.model.discriminator
+    penalised = config.discriminator.loss.gradient_penalty > 0
+    if penalised and ours.gradient_checkpointing and ours.attention == "sdpa":
+        yield (
+            "model.discriminator.attention",
+            "is recomputed by a kernel without a second derivative, which discriminator.loss.gradient_penalty "
+            "needs, under model.discriminator.gradient_checkpointing; write eager",
+        )
     for role in ("policy", "discriminator"):
         model: Model = getattr(config.model, role)
         if model.attention != "flash_attention_2":
@@ -139,7 +147,7 @@ def attention(config: RunConfig) -> Problems:
             yield key, "needs a GPU; write sdpa"
         if model.dtype == "float32":
             yield key, f"needs model.{role}.dtype=bfloat16; set it or write sdpa"
-        if role == "discriminator" and config.discriminator.loss.gradient_penalty > 0:
+        if role == "discriminator" and penalised:
             yield key, "has no second derivative for discriminator.loss.gradient_penalty; write eager"
 
 

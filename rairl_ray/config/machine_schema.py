@@ -88,13 +88,21 @@ class Eval(Section):
     """`tail`: mean over this last share of the units (at least one)."""
     localisation_traces: NonNegativeInt = 256
     """Held-out expert traces with one injected error, for localisation."""
+    localisation_readout: Literal["largest_drop", "argmin", "threshold"] = "largest_drop"
+    """`localise`: how the values of a trace's steps name its first wrong step."""
+    localisation_threshold: float | None = None
+    """A trace is called right unless its largest drop exceeds this (`argmin`, `threshold`: unless a value is
+    below it); None: a step of every trace is named."""
+    localisation_hit_tokens: tuple[NonNegativeInt, ...] = (15,)
+    """Hit@1: how many tokens from an injected error still count."""
     mode: Literal["generate", "aime", "pregenerated_policy", "pregenerated_policy_and_reward"] = "generate"
     """`evaluate`: sample the policy; the same on AIME's problems; read the completions of `input` and add the
     policy's log-probabilities; read completions with their rewards."""
     input: str | None = None
     """Pregenerated modes: JSONL file with `prompt` or `question`, `generation`, `generation_idx`, `answer`."""
     reward: str | None = None
-    """`evaluate`: run folder, reward-model folder or hub id whose reward scores; None: the run's own."""
+    """`evaluate`: run folder, reward-model folder or hub id whose reward scores; None: the run's own; "none":
+    nothing scores."""
     name: str | None = None
     """`evaluate`: folder below evaluations/; None: the mode, and the task where it is not the run's own."""
     bootstrap: PositiveInt = 1000

@@ -208,6 +208,11 @@ def pass_at_k(config: RunConfig) -> Problems:
         )
 
 
+def localisation(config: RunConfig) -> Problems:
+    if config.eval.localisation_readout == "threshold" and config.eval.localisation_threshold is None:
+        yield "eval.localisation_readout", "needs a number to compare with; set eval.localisation_threshold"
+
+
 METHOD_RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     data_source,
     difficulty,
@@ -222,4 +227,5 @@ METHOD_RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     policy,
     sampling,
     pass_at_k,
+    localisation,
 )

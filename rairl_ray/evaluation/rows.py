@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rairl_ray.errors import DataError
 from rairl_ray.files import read_json_lines, stream_json_lines
@@ -71,13 +75,37 @@ def write_rows(path: Path, rows: Iterable[EvalRow]) -> int:
 
 def read_rows(path: Path) -> list[EvalRow]:
     """Read rows.jsonl; columns that are not ours are ignored. Raises DataError naming file and row."""
-    ours = {column: name for name, column in FILE_NAMES.items()}
-    rows = []
-    for number, values in enumerate(read_json_lines(path), start=1):
-        named = {ours.get(column, column): value for column, value in values.items()}
-        try:
-            rows.append(EvalRow(**{name: value for name, value in named.items() if name in _NAMES}))
-        except TypeError as error:
-            missing = str(error).split(": ")[-1]
-            raise DataError(f"{path}: row {number} lacks {missing}; evaluate the run again") from error
+    return [_row(path, number, values) for number, values in enumerate(read_json_lines(path), start=1)]
+
+
+def read_numbers(path: Path) -> list[EvalRow]:
+    """The rows without their texts, and with the mean of `policy_logprobs` alone: what `summarise` reads.
+
+    Raises as `read_rows`.
+    """
+    rows: list[EvalRow] = []
+    ids: dict[str, str] = {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            row = _row(path, number, {**json.loads(line), "generation": "", "prompt": ""})
+            logprobs, units = row.policy_logprobs, row.unit_scores
+            slim = dataclasses.replace(
+                row,
+                prompt_id=ids.setdefault(row.prompt_id, row.prompt_id),
+                policy_logprobs=[float(np.mean(logprobs))] if logprobs else None,
+                unit_scores=None if units is None else array("d", units),
+                unit_char_ends=None,
+                metadata={name: row.metadata[name] for name in ("category",) if name in row.metadata},
+            )
+            rows.append(slim)
     return rows
+
+
+def _row(path: Path, number: int, values: Mapping[str, Any]) -> EvalRow:
+    ours = {column: name for name, column in FILE_NAMES.items()}
+    named = {ours.get(column, column): value for column, value in values.items()}
+    try:
+        return EvalRow(**{name: value for name, value in named.items() if name in _NAMES})
+    except TypeError as error:
+        missing = str(error).split(": ")[-1]
+        raise DataError(f"{path}: row {number} lacks {missing}; evaluate the run again") from error

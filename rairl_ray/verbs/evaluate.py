@@ -27,7 +27,7 @@ from rairl_ray.display import Display
 from rairl_ray.engines.artifacts import REWARD_FILE
 from rairl_ray.engines.sources import content_id, materialise
 from rairl_ray.errors import ConfigError
-from rairl_ray.evaluation.rows import EvalRow, read_rows, write_rows
+from rairl_ray.evaluation.rows import EvalRow, read_numbers, write_rows
 from rairl_ray.evaluation.summary import summarise
 from rairl_ray.files import stream_json_lines, write_json_lines
 from rairl_ray.runfolder import write_summary
@@ -164,7 +164,7 @@ class Evaluation:
         return file
 
     def rows(self) -> list[EvalRow]:
-        """Make what is missing of rows.jsonl and read it."""
+        """Make what is missing of rows.jsonl and read its numbers."""
         target = self.folder / "rows.jsonl"
         if self._job.differences():
             self._move_aside()
@@ -172,7 +172,7 @@ class Evaluation:
             self._display.note(
                 "all rows are there from an earlier evaluation of these settings; summarised anew"
             )
-            return read_rows(target)
+            return read_numbers(target)
         source = self._source()
         self._job.open()
         self._target.folder.evaluations.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ class Evaluation:
             remove(self.folder / leftover)
         for leftover in (SOURCE, SAMPLES):
             (self.folder / leftover).unlink(missing_ok=True)
-        return read_rows(target)
+        return read_numbers(target)
 
     def _move_aside(self) -> None:
         """An evaluation of other settings is kept beside the new one."""

@@ -16,6 +16,9 @@ from rairl_ray.errors import ModelError
 from rairl_ray.rewards.source import reward_folder
 from rairl_ray.runfolder import RunFolder
 
+NO_REWARD = "none"
+"""Value of `eval.reward` that leaves samples without a score."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -76,10 +79,10 @@ def _of_run(root: Path, overrides: Sequence[str]) -> Target:
             f"{root}: the run has no final/policy (it is not finished); finish it with `train --resume {root}`"
         )
     config = load_config(folder.config, overrides)
-    policy = _plain(config.model.policy, str(folder.final_policy))
+    policy = plain_policy(config.model.policy, str(folder.final_policy))
     config = config.model_copy(update={"model": config.model.model_copy(update={"policy": policy})})
     reward = _reward(config)
-    if reward is None and (folder.final_reward_model / REWARD_FILE).is_file():
+    if config.eval.reward is None and (folder.final_reward_model / REWARD_FILE).is_file():
         reward = folder.final_reward_model
     updates = config.trainer.steps
     if config.algorithm.type != "sft":
@@ -98,10 +101,12 @@ def _of_model(text: str, overrides: Sequence[str]) -> Target:
 
 
 def _reward(config: RunConfig) -> Path | None:
-    return None if config.eval.reward is None else reward_folder(config.eval.reward, config.output_dir)
+    if config.eval.reward in (None, NO_REWARD):
+        return None
+    return reward_folder(config.eval.reward, config.output_dir)
 
 
-def _plain(model: Model, path: str) -> Model:
+def plain_policy(model: Model, path: str) -> Model:
     """The section of a final policy: weights from `path`, whose adapter is merged into its base."""
     return model.model_copy(
         update={"path": path, "build": None, "revision": None, "lora": Lora(), "quantization": "none"}

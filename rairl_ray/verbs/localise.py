@@ -1,0 +1,176 @@
+"""`launch.py localise`: the first wrong step of each trace, read from the reward, against labels.
+
+labelled file, or held-out experts ──ScoreLines──> unit rewards ──> step values ──> the step that is named
+with one injected error              └──PolicyReadLines──> log-probabilities, entropies ──> baselines
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rairl_ray.actors.chunks import map_file, rows_of, split
+from rairl_ray.actors.reading import PolicyReadLines
+from rairl_ray.config.load import load_config
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.data.tasks import task_rules
+from rairl_ray.display import Display
+from rairl_ray.engines.sources import materialise
+from rairl_ray.errors import ConfigError
+from rairl_ray.files import write_json_lines
+from rairl_ray.runfolder import RunFolder, Summary, write_summary
+from rairl_ray.trainer.parts import cluster
+from rairl_ray.trainer.session import SUMMARY_COLUMNS, summary_rows
+from rairl_ray.verbs.job import remove
+from rairl_ray.verbs.localisation_cases import (
+    Case,
+    injected_cases,
+    injected_summary,
+    labelled_cases,
+    policy_summary,
+    readout_of,
+    row_of,
+    summarise,
+    values_of_case,
+)
+from rairl_ray.verbs.machines import reward_pool, torch_device
+from rairl_ray.verbs.score import LINES_PER_CHUNK, reward_of, score_chunks
+from rairl_ray.verbs.target import plain_policy
+
+SOURCE = "source.jsonl"
+FILES = (".jsonl", ".json", ".parquet")
+
+
+def localise(
+    source: str,
+    file: Path | None = None,
+    *,
+    output: Path | None = None,
+    scores: str | None = None,
+    baselines: bool = True,
+    overrides: Sequence[str] = (),
+    display: Display | None = None,
+) -> int:
+    """Name the first wrong step of each trace and say how often that is right.
+
+    Args:
+        source: run, reward-model folder or hub id; with `scores` also the labelled file itself.
+        file: traces in steps with the first wrong one (evaluation.localisation_files); None: held-out experts
+            of the run's task with one injected error each.
+        output: a copy of the rows.
+        scores: column of the file with one number a step, judged in the reward's place; no model is loaded.
+        baselines: read the traces with the run's policy, too.
+
+    Raises:
+        UserError: one line, before an actor is started.
+    """
+    if file is None and Path(source).suffix in FILES:
+        file = Path(source)
+        if scores is None:
+            raise ConfigError(
+                f"{source}: a file alone has no reward; write `localise RUN {source}`, or --scores COLUMN"
+            )
+    if output is not None and output.exists():
+        raise ConfigError(f"--output {output}: exists already; remove it or name another file")
+    display = display or Display("localise", 1)
+    if scores is not None:
+        if file is None:
+            raise ConfigError(f"--scores {scores}: needs a file with that column; write `localise RUN FILE`")
+        config = load_config(None, overrides)
+        cases = labelled_cases(file, config, scores)
+        rows = [row_of(case, None, case.step_scores, readout_of(config)) for case in cases]
+        summary = summarise(cases, [case.step_scores for case in cases], config)
+        _show(file.name, summary, display)
+    else:
+        rows = _by_reward(source, file, baselines, overrides, display)
+    if output is not None:
+        write_json_lines(output, rows)
+        display.finish([f"rows: {output}"])
+    return 0
+
+
+def _by_reward(
+    source: str, file: Path | None, baselines: bool, overrides: Sequence[str], display: Display
+) -> list[dict[str, Any]]:
+    config, reward = reward_of(source, overrides)
+    cases = injected_cases(config) if file is None else labelled_cases(file, config, None)
+    root = reward.parent.parent
+    in_run = (root / "config.yaml").is_file()
+    folder = RunFolder(root if in_run else Path(config.output_dir) / "models" / reward.name)
+    name = config.eval.name or ("localisation" if file is None else f"localisation-{file.stem}")
+    target = folder.evaluation(name)
+    display.note(f"evaluation folder: {target}")
+    with display, cluster(config):
+        rewards = scored_units(config, reward, cases, target, display)
+        policy = folder.final_policy if in_run and baselines and folder.final_policy.is_dir() else None
+        read = [] if policy is None else _read_by_policy(config, policy, target, display)
+    (target / SOURCE).unlink()
+    values = [values_of_case(case, units) for case, units in zip(cases, rewards, strict=True)]
+    summary = summarise(cases, values, config)
+    if file is None:
+        summary |= injected_summary(cases, rewards, read, config)
+    summary |= policy_summary(cases, read, config)
+    rows = [
+        row_of(case, units, value, readout_of(config))
+        for case, units, value in zip(cases, rewards, values, strict=True)
+    ]
+    write_json_lines(target / "localisation.jsonl", rows)
+    write_summary(target / "summary.json", summary)
+    _show(f"{source} on {'injected errors' if file is None else file.name}", summary, display)
+    display.finish([f"rows: {target / 'localisation.jsonl'}", f"summary: {target / 'summary.json'}"])
+    return rows
+
+
+# --- actors ----------------------------------------------------------------------------------------
+
+
+def scored_units(
+    config: RunConfig, reward: Path, cases: Sequence[Case], target: Path, display: Display
+) -> list[dict[str, Any]]:
+    """Each case's row with the rewards of its units."""
+    source = target / SOURCE
+    rows = [
+        {
+            "prompt": case.question,
+            "generation": case.text,
+            "finish_reason": "stop" if case.finished else "length",
+        }
+        for case in cases
+    ]
+    write_json_lines(source, rows)
+    chunks, parts = split(source, LINES_PER_CHUNK), target / "scores"
+    remove(parts)
+    score_chunks(config, reward, source, chunks, parts, display)
+    made = list(rows_of(parts, chunks))
+    remove(parts)
+    return made
+
+
+def _read_by_policy(config: RunConfig, policy: Path, target: Path, display: Display) -> list[dict[str, Any]]:
+    """Each case's row with what the run's final policy says of its tokens."""
+    model = plain_policy(config.model.policy, str(policy))
+    path = materialise(
+        model, role="policy", cache_dir=Path(config.output_dir) / ".cache" / "models", seed=config.seed
+    )
+    source, parts = target / SOURCE, target / "policy"
+    chunks = split(source, LINES_PER_CHUNK)
+    remove(parts)
+    display.phase("reading with the policy", len(chunks))
+    arguments = {
+        "policy_path": path,
+        "model": model,
+        "device": torch_device(config),
+        "system_prompt": task_rules(config.data).system_prompt,
+        "system_role": config.data.system_role,
+        "tokens": config.learner.tokens_per_micro_batch,
+    }
+    pool = reward_pool(config)
+    map_file(source, chunks, parts, PolicyReadLines, arguments, pool, lambda done: display.step(done, {}))
+    made = list(rows_of(parts, chunks))
+    remove(parts)
+    return made
+
+
+def _show(title: str, summary: Summary, display: Display) -> None:
+    display.table(title, summary_rows(summary), SUMMARY_COLUMNS)

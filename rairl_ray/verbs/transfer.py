@@ -1,0 +1,106 @@
+"""`launch.py transfer`: every policy's samples, and every domain's injected errors, under every reward.
+
+Each policy is sampled once, in its own run folder; what is there already is used again. A cell has the metrics
+of an evaluation (reranking, calibration) and of localisation on the policy's domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rairl_ray.config.load import load_config
+from rairl_ray.display import Display
+from rairl_ray.errors import ConfigError, DataError
+from rairl_ray.files import json_text, write_atomic
+from rairl_ray.rewards.source import reward_folder
+from rairl_ray.runfolder import Summary, read_summary
+from rairl_ray.trainer.parts import cluster
+from rairl_ray.verbs.evaluate import evaluate
+from rairl_ray.verbs.job import remove
+from rairl_ray.verbs.localisation_cases import injected_cases, summarise, values_of_case
+from rairl_ray.verbs.localise import scored_units
+from rairl_ray.verbs.target import NO_REWARD, Target, find_target
+
+SHOWN = ("eval/pass_at_1", "eval/rerank_at_1", "calibration/auroc", "localisation/step_accuracy")
+SAMPLES = "transfer-samples"
+
+
+def transfer(
+    policies: Sequence[str],
+    rewards: Sequence[str],
+    overrides: Sequence[str] = (),
+    display: Display | None = None,
+) -> int:
+    """Evaluate a matrix of finished runs; leaves transfer.json in OUTPUT/NAME (`name=`, else `transfer`).
+
+    Raises:
+        UserError: no policy or no reward named, one that is not there, two of one name.
+    """
+    if not policies or not rewards:
+        raise ConfigError(
+            "transfer: needs runs on both sides; write `transfer POLICY_RUN ... --reward RUN ...`"
+        )
+    named = load_config(None, [text for text in overrides if text.startswith(("output_dir=", "name="))])
+    passed = [text for text in overrides if not text.startswith("name=")]
+    targets = {_name(text): find_target(text, [*passed, f"eval.reward={NO_REWARD}"]) for text in policies}
+    folders = {_name(text): reward_folder(text, named.output_dir) for text in rewards}
+    if len(targets) < len(policies) or len(folders) < len(rewards):
+        raise ConfigError("transfer: two runs of one name; rename one, or name each once")
+    display = display or Display("transfer", 1)
+    target = Path(named.output_dir) / ("transfer" if named.name == "run" else named.name)
+    target.mkdir(parents=True, exist_ok=True)
+    display.note(f"transfer folder: {target}")
+    cells: list[dict[str, Any]] = []
+    with cluster(next(iter(targets.values())).config):
+        for text, (policy, of) in zip(policies, targets.items(), strict=True):
+            evaluate(text, [*passed, f"eval.reward={NO_REWARD}", f"eval.name={SAMPLES}"])
+            samples = of.folder.evaluations / SAMPLES / "rows.jsonl"
+            for reward, folder in folders.items():
+                metrics = _reranked(text, of, samples, reward, folder, passed)
+                metrics |= _localised(of, folder, target, display)
+                cells.append({"policy": policy, "reward": reward, "metrics": metrics})
+    matrix = {"policies": list(targets), "rewards": list(folders), "cells": cells}
+    write_atomic(target / "transfer.json", json_text(matrix, indent=1) + "\n")
+    display.table("policy x reward", _table(cells), ("policy", "reward", *SHOWN))
+    display.finish([f"matrix: {target / 'transfer.json'}", f"figure and table: launch.py report {target}"])
+    return 0
+
+
+def _name(text: str) -> str:
+    """A run's name as the matrix shows it."""
+    return text.strip("/").removesuffix("/final/reward_model").removesuffix("/final/policy").split("/")[-1]
+
+
+def _reranked(
+    text: str, of: Target, samples: Path, reward: str, folder: Path, overrides: Sequence[str]
+) -> Summary:
+    name = f"transfer-{reward}"
+    mode = "eval.mode=pregenerated_policy_and_reward"
+    evaluate(text, [*overrides, mode, f"eval.input={samples}", f"eval.reward={folder}", f"eval.name={name}"])
+    return read_summary(of.folder.evaluations / name / "summary.json")
+
+
+def _localised(of: Target, folder: Path, target: Path, display: Display) -> Summary:
+    """Injected errors of the policy's domain; nothing where it has none."""
+    try:
+        cases = injected_cases(of.config)
+    except DataError:
+        return {}
+    units = scored_units(of.config, folder, cases, target, display)
+    (target / "source.jsonl").unlink()
+    values = [values_of_case(case, row) for case, row in zip(cases, units, strict=True)]
+    remove(target / "scores")
+    return summarise(cases, values, of.config)
+
+
+def _table(cells: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
+    return [
+        {
+            "policy": cell["policy"],
+            "reward": cell["reward"],
+            **{name: cell["metrics"][name]["value"] for name in SHOWN if name in cell["metrics"]},
+        }
+        for cell in cells
+    ]
