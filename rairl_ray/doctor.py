@@ -20,7 +20,7 @@ from rich.table import Table
 Status = Literal["ok", "note", "missing"]
 
 ESSENTIAL = ("torch", "transformers", "peft", "deepspeed", "ray", "datasets", "mlflow", "pydantic", "pyyaml")
-OPTIONAL = ("scikit-learn", "math-verify", "safetensors", "gguf", "ninja", "optuna", "bitsandbytes")
+OPTIONAL = ("scikit-learn", "mpmath", "safetensors", "gguf", "ninja", "optuna", "bitsandbytes")
 CONNECT_SECONDS = 5.0
 CLUSTER_SECONDS = 60.0
 """Deadline for a cluster's answer."""

@@ -42,6 +42,9 @@ LOCALISATION_RIGHT_ACCURACY = "localisation/right_accuracy"
 LOCALISATION_F1 = "localisation/processbench_f1"
 LOCALISATION_BASELINE = "localisation/step_accuracy_{baseline}"
 
+# data
+DATA_EXPERT_ERROR_RATE = "data/expert_error_rate"
+
 # reward and discriminator
 REWARD_MEAN = "reward/mean"
 REWARD_STD = "reward/std"

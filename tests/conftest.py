@@ -16,3 +16,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the real datasets in ../shared/data, which are not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_faults() -> Path:
+    """Folder of faults that were found, as small inputs; tests that need it are skipped where it is absent."""
+    folder = ROOT.parent / "shared" / "faults"
+    if not folder.is_dir():
+        pytest.skip("needs the collected faults in ../shared/faults, which are not here")
+    return folder

@@ -288,7 +288,7 @@ def test_other_chains_of_thought_replace_the_experts(tmp_path) -> None:
     task = make_task(data)
     assert [row.completion for row in task.train] == [
         None,
-        format_completion("so it is one", "1"),
+        "so it is one",
         format_completion("two \\boxed{2}", "2"),
     ]
     assert task.eval[0].completion == format_completion("own", "0")
@@ -319,7 +319,9 @@ def test_jsonl_expert_texts_take_the_one_format(tmp_path) -> None:
         ({"target": own}, own),
         ({"target": "three and four\n#### 7"}, format_completion("three and four", "7")),
         ({"target": "it is \\boxed{7}"}, format_completion("it is \\boxed{7}", "7")),
-        ({"target": "three and four", "answer": 7}, format_completion("three and four", "7")),
+        # the gold answer is never put into an expert's mouth; what the expert states in words is its own
+        ({"target": "three and four", "answer": 7}, "three and four"),
+        ({"target": "So the answer is 8.", "answer": 7}, format_completion("So the answer is 8.", "8")),
         ({"target": "<think>hm</think><answer>7</answer> bye"}, format_completion("hm bye", "7")),
         ({"target": "a poem"}, "a poem"),
         ({"target": None, "answer": "7"}, None),
@@ -336,7 +338,7 @@ def test_jsonl_nested_columns_ids_and_shipped_corruptions(tmp_path) -> None:
     task = make_task(_jsonl(tmp_path, [row], fields=fields))
     demonstration = task.train[0]
     assert demonstration.prompt == Prompt(id="jsonl/train/x-1", question="2+2?", answer="4")
-    assert demonstration.completion == format_completion("four", "4")
+    assert demonstration.completion == "four"
     assert demonstration.corrupted == (format_completion("five", "5"),)
 
 

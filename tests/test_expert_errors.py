@@ -8,13 +8,14 @@ from itertools import pairwise
 
 import pytest
 
+from rairl_ray.algorithms.negatives import perturb
 from rairl_ray.config.schema import Data, RunConfig
 from rairl_ray.data.characters import character_tokenizer
 from rairl_ray.data.rendering import Renderer
 from rairl_ray.data.tasks import make_task
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.data.tasks.generated import GeneratedSplit
-from rairl_ray.trainer.expert_errors import with_expert_errors
+from rairl_ray.trainer.expert_errors import counted_errors, with_expert_errors
 from rairl_ray.trainer.prepare import usable_rows
 
 
@@ -92,3 +93,33 @@ def test_real_experts_are_made_wrong(shared_data) -> None:
     assert sum(a.completion != b.completion for a, b in zip(task.train, erring.train, strict=True)) == len(
         experts
     )
+
+
+def test_no_chain_gets_the_gold_answer_and_wrong_conclusions_are_counted(tmp_path, caplog) -> None:
+    """Of four experts one marks a wrong answer, one states a wrong one in words, one has none, one is right."""
+    targets = ["2+2=5\n#### 5", "2+2=3. So the answer is 3.", "two and two", "2+2=4\n#### 4"]
+    rows = [
+        {
+            "prompt": f"2+2? ({i})",
+            "answer": "4",
+            "target": text,
+            "corrupted_reasonings": ["2+2=7. The answer is 7."],
+        }
+        for i, text in enumerate(targets)
+    ]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = make_task(Data(task="jsonl", path=str(tmp_path), grader="number"))
+    assert [task.grade(row.prompt, row.completion or "").correct for row in task.train] == [False] * 3 + [True]
+    for row in task.train:
+        copies, dropped = perturb(row, count=1, kinds=["corrupted"], key=(0, row.prompt.id))
+        assert dropped == 0 and task.grade(row.prompt, copies[0].text) == (False, "7", True)
+    with caplog.at_level(logging.WARNING):
+        assert counted_errors(task) == {"data/expert_error_rate": 2 / 3}
+    assert "1 experts mark no answer" in caplog.text
+    assert "2 of 3 experts conclude another answer than the gold one (such as jsonl/train/0" in caplog.text
+    assert counted_errors(make_task(Data(eval_limit=5))) == {"data/expert_error_rate": 0.0}
+    erring = with_expert_errors(make_task(Data(eval_limit=5)), 0.5)
+    assert (
+        0.2 < counted_errors(erring)["data/expert_error_rate"] < 0.55
+    )  # an error in a step may spare the answer

@@ -75,7 +75,6 @@ HOSTILE: dict[str, str] = {
 @pytest.mark.parametrize("grader", list(TABLES))
 @pytest.mark.parametrize("name", list(HOSTILE))
 def test_hostile_text_is_wrong_and_costs_little(grader: str, name: str) -> None:
-    """Of this process; what math-verify does in its own is bounded by a deadline (test_grading)."""
     start = time.process_time()
     gold = {"choice": "C", "countdown": "21"}.get(grader, "18")
     assert not verdict(grader, gold, HOSTILE[name]).correct

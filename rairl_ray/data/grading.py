@@ -1,13 +1,14 @@
 """The one truth about answers: reward, evaluation, reranking and reports all grade through `grade_answer`.
 
 Where the answer is (strict, `extract_answer`): the content of the `<answer>` section; a completion without
-any `<answer>` tag may mark its answer with `\\boxed{...}` or a line `#### ...` instead. A number that merely
-stands last in the text is no answer. A section that is never closed is no answer, and several marked
+any `<answer>` tag may mark its answer with `\\boxed{...}` or a last line `#### ...` instead. A number that
+merely stands last in the text is no answer. A section that is never closed is no answer, and several marked
 answers must agree: a hedge is never graded by its luckier half.
 
-How it is compared (lenient in notation): see `quantities` for numbers, `choices` for options,
-`math_equality` for LaTeX. Model text is never evaluated as code. The cost is linear in the text's length.
-"""
+How it is compared (lenient in notation, `notation`): an answer is right where ALL of it is understood and
+equal. See `quantities` for numbers, `choices` for options, `math_equality` for mathematics. Model text is
+never evaluated as code, every value is bounded before it is computed, and the cost is linear in the text's
+length."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from typing import NamedTuple
 
 from rairl_ray.data.choices import Options, chosen_letter, letter_of
 from rairl_ray.data.completion_format import ANSWER_OPEN, answer_sections, is_well_formed
-from rairl_ray.data.math_equality import equal_expressions
+from rairl_ray.data.math_equality import canonical_mathematics, equal_mathematics
+from rairl_ray.data.notation import plain
 from rairl_ray.data.quantities import canonical, equal_quantities, parse_quantity
 
 MAX_ANSWER_LENGTH = 2000
@@ -41,10 +43,7 @@ class Grade(NamedTuple):
 
 def extract_answer(text: str) -> str | None:
     """The one marked answer of a completion, or None (no mark, unclosed, empty, or several that differ)."""
-    if ANSWER_OPEN in text:
-        found = answer_sections(text)
-    else:
-        found = _boxed(text) or [match.strip() for match in _HASHES.findall(text)]
+    found = answer_sections(text) if ANSWER_OPEN in text else _boxed(text) or _hashed(text)
     if not found:
         return None
     answers = [_unwrapped(answer) for answer in found]
@@ -73,26 +72,19 @@ def grade_answer(text: str, gold: str | None, grader: str, options: Options | No
 
 def canonical_answer(answer: str, grader: str) -> str:
     """Equal answers as equal strings where notation is all that differs: what a majority vote counts."""
-    quantity = None if grader == "text" else parse_quantity(answer, units=grader == "number")
-    return canonical(quantity) if quantity else _normal(answer)
+    if grader == "text":
+        return _normal(answer)
+    quantity = parse_quantity(answer) if grader == "number" else None
+    return canonical_mathematics(answer) if quantity is None else canonical(quantity)
 
 
 def equal_numbers(gold: str, answer: str) -> bool:
-    """One number against one number, units and notation aside; text against text where gold has no number."""
-    gold_quantity, quantity = parse_quantity(gold), parse_quantity(answer)
+    """One number against one number, units and notation aside; as mathematics where gold is no number."""
+    gold_quantity = parse_quantity(gold)
     if gold_quantity is None:
-        return _normal(gold) == _normal(answer)
+        return equal_mathematics(gold, answer)
+    quantity = parse_quantity(answer)
     return quantity is not None and equal_quantities(gold_quantity, quantity)
-
-
-def equal_mathematics(gold: str, answer: str) -> bool:
-    """Equal as text, as numbers, or (short strings, with a deadline) as LaTeX expressions."""
-    if _normal_latex(gold) == _normal_latex(answer):
-        return True
-    gold_quantity, quantity = parse_quantity(gold, units=False), parse_quantity(answer, units=False)
-    if gold_quantity is not None and quantity is not None:
-        return equal_quantities(gold_quantity, quantity)
-    return equal_expressions(_unwrapped(gold), answer)
 
 
 def equal_texts(gold: str, answer: str) -> bool:
@@ -108,10 +100,7 @@ _EQUAL: dict[str, Callable[[str, str], bool]] = {
 
 
 def _agree(first: str, second: str) -> bool:
-    if _normal_latex(first) == _normal_latex(second):
-        return True
-    a, b = parse_quantity(first), parse_quantity(second)
-    return a is not None and a == b
+    return _normal(first) == _normal(second) or equal_mathematics(first, second) or equal_numbers(first, second)
 
 
 def _boxed(text: str) -> list[str]:
@@ -131,31 +120,39 @@ def _boxed(text: str) -> list[str]:
     return found
 
 
+def _hashed(text: str) -> list[str]:
+    """Lines `#### answer`; one that says no number is a heading, unless it ends the text."""
+    lines = [match.strip() for match in _HASHES.findall(text)]
+    if not lines:
+        return []
+    numbers = {line: parse_quantity(line) is not None for line in set(lines)}
+    ends = text.rstrip().endswith(lines[-1])
+    return [line for index, line in enumerate(lines) if numbers[line] or (ends and index == len(lines) - 1)]
+
+
 def _unwrapped(answer: str) -> str:
-    """The answer without a box, mathematics delimiters or the variable it is assigned to."""
-    boxes = _boxed(answer) if len(answer) <= MAX_ANSWER_LENGTH else []
-    if len(boxes) == 1:
-        answer = boxes[0]
+    """The answer without a box or delimiters of mathematics around all of it."""
     answer = answer.strip()
-    for opening, closing in _DELIMITERS:
-        inner = answer[len(opening) : -len(closing)]
-        if answer.startswith(opening) and answer.endswith(closing) and inner and closing not in inner:
-            return inner.strip()
+    if len(answer) > MAX_ANSWER_LENGTH:
+        return answer
+    before = None
+    while before != answer:
+        before = answer
+        box = _BOXED.match(answer)
+        if (
+            box
+            and answer.endswith("}")
+            and len(boxes := _boxed(answer)) == 1
+            and len(boxes[0]) >= len(answer) - box.end() - 3
+        ):
+            answer = boxes[0]
+        for opening, closing in _DELIMITERS:
+            inner = answer[len(opening) : -len(closing)]
+            if answer.startswith(opening) and answer.endswith(closing) and inner and closing not in inner:
+                answer = inner.strip()
     return answer
 
 
 def _normal(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .\"'`*")
-
-
-def _normal_latex(text: str) -> str:
-    for old, new in (
-        ("\\left", ""),
-        ("\\right", ""),
-        ("\\dfrac", "\\frac"),
-        ("\\tfrac", "\\frac"),
-        ("\\!", ""),
-    ):
-        text = text.replace(old, new)
-    text = re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
-    return "".join(text.split()).strip(".$")
+    text = " ".join(text.casefold().split()).strip(" \"'`*")
+    return plain(text.removesuffix(".").rstrip()) if len(text) < MAX_ANSWER_LENGTH else text

@@ -1,15 +1,20 @@
-"""Reading ONE number out of a short answer: commas, signs, decimals, fractions, percent, currency, units.
+"""Reading ONE number out of a short answer, where ALL of the answer is understood.
 
-Anything that could be read as two numbers ("18 or 20", "3-5", "9:30", "1,23") is no number: a hedged
-answer must never be graded by its luckier half.
-"""
+An answer is [words that lead to it] [sign] [currency] NUMBER [scale] [percent] [units and what is counted],
+or a chain of equal sides of which one is such a number. Everything else ("18 or 20", "never 18", "twice 18",
+"18 squared", "9:30", "x >= 18") is no number: what is not understood is never graded by its luckier half."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
+
+from rairl_ray.data import expression_values, expressions
+from rairl_ray.data.notation import MONEY, is_name, plain, without_label
+from rairl_ray.data.unit_words import allowed_after, allowed_before, begins_with_unit
 
 MAX_LENGTH = 100
 """Longer strings are prose, not a number; it also bounds the size of every integer made here."""
@@ -18,110 +23,197 @@ MAX_LENGTH = 100
 class Quantity(NamedTuple):
     value: Fraction
     percent: bool
+    decimal: bool = False
+    """Written with a decimal point: a printed value, which may be rounded in its seventh digit."""
 
 
-_UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(
-    rf"(?<![\d.,])(?P<sign>(?<![A-Za-z)])[-+]\s*)?[$€£¥]?\s?(?P<inner>-)?"
-    rf"(?:(?P<whole>\d+)\s+(?=\d+\s*/\s*\d))?"
-    rf"(?P<number>{_UNSIGNED})(?P<exponent>[eE][-+]?\d{{1,2}}(?!\d))?"
-    rf"(?:\s*/\s*(?P<denominator>{_UNSIGNED}))?"
+_GROUPED = (
+    r"\d{1,3}(?:,\d{3})+(?:\.\d+)?",
+    r"\d{1,3}(?: \d{3})+(?:[.,]\d{1,2}(?!\d)|\.\d+)?",
+    r"\d{1,3}(?:'\d{3})+(?:\.\d+)?",
+    r"\d{1,3}(?:\.\d{3})+,\d+",
+    r"\d{1,3}(?:\.\d{3}){2,}",
+    r"\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?",
 )
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}|(\d)(\d))")
-_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
-_UNIT_WORDS = re.compile(r"[A-Za-z°²³€£¥$.,!;:'’/\s-]*")
-_SYMBOLS = re.compile(r"[$€£¥°.\s]*")
-_HEDGES = re.compile(r"\b(?:not|or|nor|between|than|except|isn['’]t|half|third|quarter)\b", re.IGNORECASE)
-_PERCENT = re.compile(r"%|\bper\s?cent\b|\bpercent(?:age)?\b", re.IGNORECASE)
-_SCALE = re.compile(r"\s*(hundred|thousand|million|billion|dozen)s?\b", re.IGNORECASE)
-_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
-_REPLACEMENTS = {"−": "-", "–": "-", "\u00a0": " ", "\u202f": " ", "\\$": "$", "\\%": "%", "\\ ": " ",
-                 "^\\circ": "°", "^{\\circ}": "°"}  # fmt: skip
-_THOUSANDS = re.compile(r"(?<=\d)(?:\\,|\\!|\{,\}|,\\!)(?=\d{3})")
-_BOLD = re.compile(r"(?<!\S)\*\*([^*]+)\*\*(?!\S)")
+"""Thousands as English, French and SI, Swiss, German and Indian texts write them."""
+_NUMBER = rf"(?:{'|'.join(_GROUPED)}|\d+(?:\.\d+)?|\.\d+)(?![\d]|[.,'_]\d)"
+_CODES = r"(?:US|CA|AU|NZ|HK|C|A)?[¤]|USD|EUR|GBP|INR|JPY|CNY|RMB|CHF|CAD|AUD|Rs\.?"
+_AMOUNT = re.compile(
+    rf"(?:(?P<word>negative|minus)\s+|(?P<sign>[-+])\s*)?(?:(?P<money>{_CODES})\s*)?(?P<inner>-)?"
+    rf"(?:(?P<whole>\d+)(?:\s*-\s*|\s+and\s+|\s+)(?P<top>\d+)\s*/\s*(?P<bottom>\d+)"
+    rf"|(?P<number>{_NUMBER})(?:[eE](?P<e>[-+]?\d{{1,2}})|\s*(?:\*|[xX])\s*10\s*\^\s*\{{?(?P<ten>-?\d{{1,2}})\}}?"
+    rf"|\s*\^\s*\{{?(?P<power>-?\d{{1,3}})\}}?|\s*/\s*(?P<under>{_NUMBER}))?)(?!\d|\s*[\^_]|[.:]\d)",
+    re.IGNORECASE,
+)
+_FRACTION = re.compile(r"\\frac\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))\s*(?:\{\s*([\d.,]+)\s*\}|(\d))(?!\d)")
+_APPROXIMATE = re.compile(r"(?:\\approx|~)\s*")
+_PERCENT = re.compile(r"\s*(?:%|per\s?cent\b|percentage points?\b|pct\b)", re.IGNORECASE)
+_SCALE = re.compile(
+    r"\s*(hundred|thousand|million|billion|trillion|dozen|lakh|crore|mil|mln|mn|bn|tn)s?\b(?![-'])",
+    re.IGNORECASE,
+)
+_LETTER_SCALE = re.compile(r"([kKMBT]|(?<=\d)mm?)(?![\w^])|\s([k])(?![\w^])")
+_SCALES = {
+    "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
+    "lakh": 10**5, "crore": 10**7, "mil": 10**6, "mln": 10**6, "mn": 10**6, "bn": 10**9, "tn": 10**12,
+    "k": 10**3, "m": 10**6, "mm": 10**6, "b": 10**9, "t": 10**12,
+}  # fmt: skip
+_TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=\d)")
+_ORDINAL = re.compile(r"\A(?:st|nd|rd|th)\b")
 
 
 def parse_quantity(text: str, *, units: bool = True) -> Quantity | None:
-    """The single number in `text`, exactly; None if there is none, several, or anything beside it.
+    """The number that all of `text` says, exactly; None if there is none, several, or anything not understood.
 
-    With `units`, words may stand around the number ("18 dollars", "x = 18"); without, only currency,
-    percent and degree signs may, since in mathematics "2x" is not 2.
-    """
-    return None if len(text) > MAX_LENGTH else _parse(text, units)
+    With `units` (the grader `number`), sentences may lead to the number, things may be counted, sides of an
+    equation are compared and letters may scale (2k); without, in mathematics, only units and currency may
+    stand beside it."""
+    return None if len(text) > 4 * MAX_LENGTH else _parse(plain(text), units)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=8192)
 def _parse(text: str, units: bool) -> Quantity | None:
-    text = _plain(text)
-    if text.count("=") == 1:
-        text = text.split("=")[1]
-    matches = list(_NUMBER.finditer(text))
-    if len(matches) != 1:
+    if len(text) > MAX_LENGTH or not re.search(r"\d", text):
         return None
-    match = matches[0]
-    before, after = text[: match.start()], text[match.end() :]
-    scale = _SCALE.match(after)
-    if units and scale:
-        after = after[scale.end() :]
-    percent = bool(_PERCENT.search(after))
-    rest = before + " " + _PERCENT.sub("", after, count=1)
-    allowed = _UNIT_WORDS if units else _SYMBOLS
-    if not allowed.fullmatch(rest) or _HEDGES.search(rest) or before.rstrip().endswith("-"):
-        return None
-    value = _value(match)
-    if value is None:
-        return None
-    return Quantity(value * (_SCALES[scale.group(1).lower()] if units and scale else 1), percent)
+    text = _marked(text, "()[]{}" if units or "," not in text else "")
+    if not units:
+        return _quantity(without_label(text), units=False)
+    text = text.removeprefix("=")
+    sides = text.split("=")
+    if len(sides) == 1:
+        return _quantity(text, units=True)
+    return _equation(sides)
 
 
-def equal_quantities(gold: Quantity, answer: Quantity) -> bool:
-    """Exact for integers, else to a relative 1e-6 (a printed decimal of a fraction).
+def _equation(sides: list[str]) -> Quantity | None:
+    """A chain of sides that all say the same; the first or the last may be what is asked for: `x = 540`."""
+    names = [
+        is_name(without_label(side)) or (allowed_before(side.strip()) and bool(side.strip())) for side in sides
+    ]
+    if names[0] or (len(sides) == 2 and names[1]):
+        sides = [side for side, name in zip(sides, names, strict=True) if not name]
+    found = [_quantity(side, units=True) for side in sides]
+    values = [
+        _computed(side) if quantity is None else quantity.value
+        for side, quantity in zip(sides, found, strict=True)
+    ]
+    said = [quantity for quantity in found if quantity is not None]
+    return (
+        said[-1]
+        if said and all(value is not None and _close(value, said[-1].value, True) for value in values)
+        else None
+    )
 
-    A percent sign on one side only is either a unit ("50%" for gold 50) or a hundredth ("50%" for 0.5).
-    """
-    if gold.percent == answer.percent:
-        return _close(gold.value, answer.value)
-    percent, plain = (gold.value, answer.value) if gold.percent else (answer.value, gold.value)
-    return _close(percent, plain) or _close(percent / 100, plain)
+
+def _computed(side: str) -> Fraction | None:
+    """The value of arithmetic such as `the total is ¤5 + ¤13`."""
+    node = expressions.parse(_TIMES.sub("*", re.sub(r"[¤%]", "", without_label(side.strip()))))
+    return None if node is None else expression_values.rational(node)
 
 
-def canonical(quantity: Quantity) -> str:
-    """Equal numbers are equal strings: '18' for 18.0, '7/2' for 3.5, '50%' for 50 percent."""
-    return f"{quantity.value}{'%' if quantity.percent else ''}"
+def _marked(text: str, brackets: str) -> str:
+    """Every currency sign as one, simple fractions in a line, without `brackets` around all of it."""
+    text = "".join("¤" if char == MONEY or unicodedata.category(char) == "Sc" else char for char in text)
+    text = text.replace("\\Omega", "Ω").replace("\\mu ", "µ")
+    text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
+    text = " ".join(text.split())
+    for opening, closing in zip(brackets[::2], brackets[1::2], strict=True):
+        inner = text[1:-1]
+        if text.startswith(opening) and text.endswith(closing) and not {opening, closing} & set(inner):
+            text = inner.strip()
+    return text
 
 
-def _plain(text: str) -> str:
-    for old, new in _REPLACEMENTS.items():
-        text = text.replace(old, new)
-    text = _THOUSANDS.sub(",", text).replace("\\,", " ").replace("\\!", "")
-    text = _BOLD.sub(r"\1", text).strip("*` ")
-    text = _LATEX_TEXT.sub(r" \1 ", text)
-    text = _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]} ", text)
-    text = re.sub(r"\b(?:minus|negative)\s+(?=[\d$.])", "-", text, flags=re.IGNORECASE)
+def _quantity(text: str, units: bool) -> Quantity | None:
     text = text.strip()
-    if text.startswith("(") and text.endswith(")"):
-        text = text[1:-1]
-    if len(text) > 2 and text.startswith("$") and text.endswith("$"):  # LaTeX mathematics, not a currency
-        text = text[1:-1]
-    return re.sub(r"-\s+(?=-?[\d/])", "-", text)
+    match = _AMOUNT.search(text)
+    if match is None or (not units and match["word"] and match.start()):
+        return None
+    before, after = text[: match.start()], text[match.end() :]
+    if before and before[-1] not in " :(~*":
+        return None
+    before = _APPROXIMATE.sub("", before)
+    value = _value(match)
+    if value is None or (before.strip() and not (units and allowed_before(before.rstrip()))):
+        return None
+    scale, after = _scaled(after, units, match["money"] is not None)
+    percent = _PERCENT.match(after)
+    after = after[percent.end() :] if percent else _ORDINAL.sub("", after, count=1)
+    after = re.sub(r"^\s*¤", "", after)
+    if after[:1].isalpha() and not (units and begins_with_unit(after)):
+        return None  # 2x is not 2
+    if (after and not allowed_after(after, float(value))) or re.match(r"\s*!", after):
+        return None
+    if not units and re.match(r"\s*[A-Za-z](?![A-Za-z])", after) and not re.match(r"\s[mgshLJNWVC]\b", after):
+        return None
+    return Quantity(value * scale, percent is not None, "." in match[0])
+
+
+def _scaled(after: str, units: bool, money: bool) -> tuple[int, str]:
+    scale = 1
+    while (match := _SCALE.match(after)) is not None:
+        scale, after = scale * _SCALES[match[1].lower()], after[match.end() :]
+    letter = _LETTER_SCALE.match(after) if units and scale == 1 else None
+    if letter is None and units and money and scale == 1:
+        letter = re.match(r"(mm?)(?![\w^])", after)
+    if letter is not None and (letter[0] not in ("m", "mm") or money):
+        scale, after = _SCALES[letter[0].strip().lower()], after[letter.end() :]
+    return scale, after
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    value = Fraction(match["number"].replace(",", "") + (match["exponent"] or ""))
-    if match["denominator"]:
-        denominator = Fraction(match["denominator"].replace(",", ""))
-        if denominator == 0:
-            return None
-        value /= denominator
     if match["whole"]:
-        value += int(match["whole"])
-    signs = (match["sign"] or "").strip() + (match["inner"] or "")
-    return -value if signs.count("-") % 2 else value
+        top, bottom = int(match["top"]), int(match["bottom"])
+        if not 0 < top < bottom:
+            return None
+        value = int(match["whole"]) + Fraction(top, bottom)
+    else:
+        value = _decimal(match["number"])
+        if match["e"] or match["ten"]:
+            value *= Fraction(10) ** int(match["e"] or match["ten"])
+        elif match["power"]:
+            exponent = int(match["power"])
+            if (value == 0 and exponent < 0) or abs(exponent) * value.numerator.bit_length() > 1000:
+                return None
+            value **= exponent
+        elif match["under"]:
+            under = _decimal(match["under"])
+            if under == 0:
+                return None
+            value /= under
+    minus = (match["sign"] == "-") + (match["inner"] is not None) + (match["word"] is not None)
+    return None if minus > 1 else -value if minus else value
 
 
-def _close(a: Fraction, b: Fraction) -> bool:
+def _decimal(text: str) -> Fraction:
+    if re.fullmatch(rf"{_GROUPED[3]}|{_GROUPED[4]}", text):
+        text = text.replace(".", "").replace(",", ".")
+    elif re.fullmatch(r"\d{1,3}(?: \d{3})+,\d{1,2}", text):
+        text = text.replace(",", ".")
+    return Fraction(re.sub(r"[, ']", "", text))
+
+
+def equal_quantities(gold: Quantity, answer: Quantity) -> bool:
+    """Exact, but for the seventh digit of what is printed as a decimal: 0.3333333 is 1/3.
+
+    Where gold is a percentage, 50% is 50 or 0.5. Where the answer alone is one, its sign is a unit (50% for
+    50), or gold is a ratio (50% for 0.5): a count is not 100 times itself (500% is not 5)."""
+    decimal = gold.decimal or answer.decimal
+    if gold.percent == answer.percent or _close(gold.value, answer.value, decimal):
+        return _close(gold.value, answer.value, decimal)
+    if gold.percent:
+        return _close(gold.value / 100, answer.value, decimal)
+    return gold.value.denominator != 1 and _close(gold.value, answer.value / 100, decimal)
+
+
+def canonical(quantity: Quantity) -> str:
+    """Equal numbers are equal strings: '18' for 18.0, '7/2' for 3.5, '1/2' for 50% and 0.5."""
+    return str(quantity.value / 100 if quantity.percent else quantity.value)
+
+
+def _close(a: Fraction, b: Fraction, decimal: bool) -> bool:
     if a == b:
         return True
-    if a.denominator == 1 and b.denominator == 1:
+    if a.denominator == 1 or b.denominator == 1 or not decimal:
         return False
     return abs(a - b) <= Fraction(1, 10**6) * max(abs(a), abs(b))

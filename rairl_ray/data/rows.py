@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,10 @@ def column(values: Mapping[str, object], name: str) -> object:
 def text_column(values: Mapping[str, object], name: str) -> str:
     """A column as text, numbers written out. Raises BadRow for anything empty, nested or not encodable."""
     value = column(values, name)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(
+            f"column {name!r} holds {value}, which is no number; write the number, or null where it is missing"
+        )
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -97,14 +102,13 @@ def text_column(values: Mapping[str, object], name: str) -> str:
 
 
 def optional_text_column(values: Mapping[str, object], name: str) -> str | None:
-    """As `text_column`, but None where the column is missing, null or empty."""
+    """As `text_column`, but None where the column is missing, null, NaN (a table's null) or empty."""
     try:
         value = column(values, name)
     except BadRow:
         return None
-    return (
-        None if value is None or (isinstance(value, str) and not value.strip()) else text_column(values, name)
-    )
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return None if missing or (isinstance(value, str) and not value.strip()) else text_column(values, name)
 
 
 def read_rows(

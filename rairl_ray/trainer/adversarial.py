@@ -120,7 +120,7 @@ class Run:
             self.saving.poll()
             if self._checkpoint_due(step):
                 self._save()
-        metrics |= {**self.saving.take_metrics(), **timer.finish()}
+        metrics |= {**self.session.prepared.facts, **self.saving.take_metrics(), **timer.finish()}
         self.session.log(step, metrics)
         self.session.log_rollouts(step, groups)
         self.session.display.step(step, metrics)

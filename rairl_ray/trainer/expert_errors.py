@@ -1,4 +1,4 @@
-"""Wrong demonstrations on purpose (`data.expert_error_rate`): how much of it the method bears."""
+"""Wrong demonstrations: those made wrong on purpose (`data.expert_error_rate`), and those that are counted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import overload
 
+from rairl_ray import metrics as names
 from rairl_ray.algorithms.negatives import KINDS, perturb
+from rairl_ray.data.grading import extract_answer
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.data.tasks.generated import GeneratedSplit
 from rairl_ray.keys import keyed_random
@@ -17,6 +19,7 @@ from rairl_ray.types import Demonstration
 STREAM = "expert error"
 PROBED = 500
 """Generated demonstrations whose share of errors is counted: the others are made while the run goes on."""
+SHOWN = 3
 
 _log = logging.getLogger(__name__)
 
@@ -80,3 +83,33 @@ def with_expert_errors(task: Task, rate: float) -> Task:
     )  # fmt: skip
     content = f"{task.data_hash}\x1f{STREAM}\x1f{rate}"
     return replace(task, train=train, data_hash=hashlib.sha256(content.encode()).hexdigest()[:16])
+
+
+def counted_errors(task: Task) -> dict[str, float]:
+    """`data/expert_error_rate`: the share of experts that conclude another answer than the gold one.
+
+    Warns with their number and the first ids, and of experts that mark no answer (those count as neither).
+    Empty where no expert has a gold answer to be compared with."""
+    number = min(PROBED, len(task.train)) if isinstance(task.train, GeneratedSplit | ErringExperts) else None
+    wrong: list[str] = []
+    unmarked = graded = 0
+    for row in task.train[:number]:
+        if row.completion is None or (row.prompt.answer is None and not row.prompt.metadata):
+            continue
+        grade = task.grade(row.prompt, row.completion)
+        if grade.answer is None and extract_answer(row.completion) is None:
+            unmarked += 1
+            continue
+        graded += 1
+        if not grade.correct:
+            wrong.append(row.prompt.id)
+    if unmarked:
+        _log.warning(
+            "data: %d experts mark no answer; they are left as they are, without an answer section", unmarked
+        )
+    if wrong:
+        _log.warning(
+            "data: %d of %d experts conclude another answer than the gold one (such as %s); they stay experts",
+            len(wrong), graded, ", ".join(wrong[:SHOWN]),
+        )  # fmt: skip
+    return {names.DATA_EXPERT_ERROR_RATE: len(wrong) / graded} if graded else {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rairl_ray.config.rules import check, check_output
@@ -19,7 +19,7 @@ from rairl_ray.engines.artifacts import system_prompt_of
 from rairl_ray.engines.models import materialise, missing_packages
 from rairl_ray.errors import ConfigError, DataError
 from rairl_ray.rewards.reading import TraceReader
-from rairl_ray.trainer.expert_errors import with_expert_errors
+from rairl_ray.trainer.expert_errors import counted_errors, with_expert_errors
 from rairl_ray.trainer.saved_start import SavedStart, saved_start
 from rairl_ray.types import Demonstration, Trace
 
@@ -41,6 +41,8 @@ class Prepared:
     reader: TraceReader
     start: SavedStart | None = None
     """The saved reward that the discriminator starts from; None: an ordinary model."""
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the data, which every step's row repeats."""
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -78,6 +80,7 @@ def prepare(config: RunConfig) -> Prepared:
         policy_renderer=policy_renderer,
         reader=reader,
         start=start,
+        facts={} if config.algorithm.type == "grpo" else counted_errors(task),
     )
 
 

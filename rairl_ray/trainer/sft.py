@@ -170,7 +170,7 @@ class Fit:
         elif message.kind == "finished":
             self._finished = True
         elif message.kind == "update":
-            metrics = {**message.content, **self._saving.take_metrics()}
+            metrics = {**message.content, **session.prepared.facts, **self._saving.take_metrics()}
             session.log(step, metrics)
             session.display.step(step, metrics)
             self._progress(step)

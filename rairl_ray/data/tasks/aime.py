@@ -26,7 +26,7 @@ def _parse(row: Row, prompt_id: str, columns: Columns) -> Demonstration:
         metadata={} if year is None else {"category": year},
     )
     text = expert_text(row, columns)
-    return Demonstration(prompt=prompt, completion=text and expert_completion(text, gold))
+    return Demonstration(prompt=prompt, completion=text and expert_completion(text))
 
 
 def _year_of(prompt_id: str) -> str | None:

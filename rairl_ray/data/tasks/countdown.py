@@ -12,6 +12,7 @@ from typing import NamedTuple
 from rairl_ray.config.schema import Countdown, Data
 from rairl_ray.data.completion_format import REASONING_SYSTEM_PROMPT, format_completion, is_well_formed
 from rairl_ray.data.grading import Grade, extract_answer
+from rairl_ray.data.notation import plain, without_label
 from rairl_ray.data.tasks.base import TaskRules
 from rairl_ray.data.tasks.generated import GeneratedTask, Problem
 from rairl_ray.errors import ConfigError
@@ -25,7 +26,7 @@ LARGEST_TARGET = 1_000
 SEARCH_NODES = 20_000
 MAX_EXPRESSION_LENGTH = 200
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
-_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
+_SIGNS = str.maketrans({"[": "(", "]": ")", "{": "(", "}": ")"})
 
 
 class Term(NamedTuple):
@@ -148,6 +149,13 @@ def _value(node: ast.expr, used: Counter[int]) -> Fraction:
     raise ValueError(f"not allowed in an expression: {type(node).__name__}")
 
 
+def _in_signs(answer: str) -> str:
+    """Plain notation with + - * / and parentheses alone; models write \\times, \\div, 5 x 2 and \\frac too."""
+    answer = re.sub(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])", "*", plain(answer)).replace("\\div", "/")
+    answer = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", answer)
+    return without_label(answer).translate(_SIGNS)
+
+
 def grade(prompt: Prompt, text: str) -> Grade:
     """Right if the expression makes the target with the given numbers, each as often as given at most.
 
@@ -157,7 +165,9 @@ def grade(prompt: Prompt, text: str) -> Grade:
     format_ok = is_well_formed(text)
     if answer is None:
         return Grade(False, None, format_ok)
-    expression, _, claimed = answer.translate(_SIGNS).partition("=")
+    expression, _, claimed = _in_signs(answer).partition("=")
+    if expression.strip() == str(prompt.metadata["target"]) and claimed:
+        expression, claimed = claimed, expression
     found = expression_value(expression)
     if found is None:
         return Grade(False, answer, format_ok)

@@ -10,6 +10,7 @@ from pathlib import Path
 from rairl_ray.config.schema import Data
 from rairl_ray.data.completion_format import (
     ANSWER_CLOSE,
+    ANSWER_OPEN,
     TAGS,
     format_completion,
     is_well_formed,
@@ -20,28 +21,47 @@ from rairl_ray.errors import DataError
 from rairl_ray.types import Demonstration
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")
-_HASHES = re.compile(r"^[ \t]*####.*$", re.MULTILINE)
-_ANSWER_SECTION = re.compile(rf"<answer>[^<]*{ANSWER_CLOSE}")
+_LAST_HASHES = re.compile(r"^[ \t]*####[^\n]*\s*\Z", re.MULTILINE)
+_ANSWER_SECTION = re.compile(rf"{ANSWER_OPEN}.*?{ANSWER_CLOSE}", re.DOTALL)
+_CONCLUSION = re.compile(
+    r"\b(?:answer|result)\s*(?:is|=|:|is:)\s*(?:option\s+)?(\S[^\n]*?)\s*(?:\.\s|\.?\s*$|\n)",
+    re.IGNORECASE | re.MULTILINE,
+)
+CONCLUSION_CHARACTERS = 400
+"""At the end of a text, in which it may state its answer in words."""
 
 _log = logging.getLogger(__name__)
 
 
-def expert_completion(text: str, gold: str | None) -> str:
-    """An expert's text in the format of METHOD 5.
+def expert_completion(text: str, _gold: str | None = None) -> str:
+    """A chain of thought, an expert's or a wrong one, in the format of METHOD 5.
 
-    Already formatted text stays as it is. Otherwise the reasoning goes inside <think> without calculator marks
-    (`<<3+5=8>>`) and `####` lines, and the answer is the one the text itself marks, else `gold`. A text with
-    neither stays verbatim: there is nothing to put in an answer section.
-    """
+    Already formatted text stays as it is. Otherwise the reasoning goes inside <think> without calculator
+    marks (`<<3+5=8>>`) and the `####` line of the answer, and the answer is the one that the text itself
+    marks, or states in words at its end ("the answer is 5"). It is never the gold one, which may be
+    given and is not looked at: a text with neither stays verbatim."""
     if is_well_formed(text):
         return text.strip()
-    answer = extract_answer(text) or gold
+    answer = own_answer(text)
     return text.strip() if answer is None else composed_completion(text, answer)
 
 
+def own_answer(text: str) -> str | None:
+    """What a chain concludes: the answer that it marks, or else states in words at its end."""
+    marked = extract_answer(text)
+    if marked is not None or ANSWER_OPEN in text or "\\boxed" in text:
+        return marked
+    stated = _CONCLUSION.findall(text[-CONCLUSION_CHARACTERS:])
+    return stated[-1].strip(" *:$") or None if stated else None
+
+
 def composed_completion(text: str, answer: str) -> str:
-    """A text as the reasoning (as in `expert_completion`) before an answer that is known from elsewhere."""
-    reasoning = _ANSWER_SECTION.sub("", _HASHES.sub("", _CALCULATION.sub("", text)))
+    """A text as the reasoning (as in `expert_completion`) before the answer that belongs to it.
+
+    For data that keep an expert's chain and its answer in two columns; a chain that marks or states another
+    answer is the caller's to find (`own_answer`).
+    """
+    reasoning = _ANSWER_SECTION.sub("", _LAST_HASHES.sub("", _CALCULATION.sub("", text)))
     return format_completion(_untagged(reasoning), _untagged(answer))
 
 
@@ -60,7 +80,7 @@ def with_demonstrations(rows: list[Demonstration], keys: list[str], data: Data) 
     assert data.demonstrations is not None
     texts = _read_demonstrations(data.demonstrations, data)
     replaced = [
-        replace(row, completion=expert_completion(texts[key], row.prompt.answer) if key in texts else None)
+        replace(row, completion=expert_completion(texts[key]) if key in texts else None)
         for row, key in zip(rows, keys, strict=True)
     ]
     matched = sum(row.completion is not None for row in replaced)

@@ -18,7 +18,7 @@ def _parse(row: Row, prompt_id: str, columns: Columns) -> Demonstration:
     gold = _gold_number(text_column(row.values, columns.answer), columns.answer)
     prompt = Prompt(id=prompt_id, question=text_column(row.values, columns.prompt).strip(), answer=gold)
     text = expert_text(row, columns)
-    return Demonstration(prompt=prompt, completion=text and expert_completion(text, gold))
+    return Demonstration(prompt=prompt, completion=text and expert_completion(text))
 
 
 def _gold_number(text: str, name: str) -> str:

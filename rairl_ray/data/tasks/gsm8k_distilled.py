@@ -20,7 +20,7 @@ def _parse(row: Row, prompt_id: str, columns: Columns) -> Demonstration:
     gold = _gold(text_column(row.values, columns.answer), columns.answer)
     prompt = Prompt(id=prompt_id, question=text_column(row.values, columns.prompt).strip(), answer=gold)
     text = expert_text(row, columns)
-    completion = text and expert_completion(text, gold)
+    completion = text and expert_completion(text)
     if completion and not grade_answer(completion, gold, "number").correct:
         completion = None
     return Demonstration(prompt=prompt, completion=completion)

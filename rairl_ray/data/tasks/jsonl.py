@@ -1,7 +1,7 @@
 """Any table of prompts, with answers and expert texts where it has them: jsonl, json, csv, parquet or a hub id.
 
-Besides the columns of `data.fields`, `options` (a list, or letters to texts; needed by `grader: choice`,
-shown below the question) and `corrupted_reasonings` (a list of wrong chains that the data ships) are read.
+Besides the columns of `data.fields`, `options` (see `choices.options_in`; needed by `grader: choice`, shown
+below the question) and `corrupted_reasonings` (a list of wrong chains that the data ships) are read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from rairl_ray.config.schema import Data, Fields
-from rairl_ray.data.choices import choice_prompt, read_options
+from rairl_ray.data.choices import choice_prompt, options_in
 from rairl_ray.data.rows import BadRow, Row, column, optional_text_column, text_column
 from rairl_ray.data.tasks.base import Task, TaskRules, content_hash, rules_of
 from rairl_ray.data.tasks.experts import expert_completion
@@ -26,7 +26,7 @@ def _parse(data: Data, row: Row, prompt_id: str) -> Demonstration:
     question = text_column(row.values, data.fields.prompt).strip()
     answer = _optional(row, data.fields.answer, _DEFAULTS.answer)
     if data.grader == "choice":
-        options = read_options(row.values.get(OPTIONS_COLUMN))
+        options = options_in(row.values)
         if not options:
             raise BadRow(
                 f"data.grader=choice needs a column {OPTIONS_COLUMN!r} with a list or letters to texts"
@@ -38,8 +38,8 @@ def _parse(data: Data, row: Row, prompt_id: str) -> Demonstration:
     target = _optional(row, data.fields.demonstration, _DEFAULTS.demonstration)
     return Demonstration(
         prompt=prompt,
-        completion=target and expert_completion(target, prompt.answer),
-        corrupted=_corrupted(row, prompt.answer),
+        completion=target and expert_completion(target),
+        corrupted=_corrupted(row),
     )
 
 
@@ -52,13 +52,13 @@ def _optional(row: Row, name: str | None, default: str | None) -> str | None:
     return optional_text_column(row.values, name)
 
 
-def _corrupted(row: Row, answer: str | None) -> tuple[str, ...]:
+def _corrupted(row: Row) -> tuple[str, ...]:
     value = row.values.get(CORRUPTED_COLUMN)
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise BadRow(f"column {CORRUPTED_COLUMN!r} is not a list of texts")
-    return tuple(expert_completion(text, answer) for text in value)
+    return tuple(expert_completion(text) for text in value)
 
 
 class JsonlTask:

@@ -24,7 +24,7 @@ def _parse(row: Row, prompt_id: str, columns: Columns) -> Demonstration:
         metadata={key: value for key, value in found.items() if value is not None},
     )
     text = expert_text(row, columns)
-    return Demonstration(prompt=prompt, completion=text and expert_completion(text, gold))
+    return Demonstration(prompt=prompt, completion=text and expert_completion(text))
 
 
 MATH500 = TableTask(

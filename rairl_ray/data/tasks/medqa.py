@@ -7,7 +7,7 @@ from functools import partial
 from rairl_ray.data.choices import choice_prompt, read_options
 from rairl_ray.data.rows import BadRow, Row, column, optional_text_column, text_column
 from rairl_ray.data.tasks.base import CHOICE_SYSTEM_PROMPT, rules_of
-from rairl_ray.data.tasks.experts import composed_completion
+from rairl_ray.data.tasks.experts import expert_completion
 from rairl_ray.data.tasks.table import Columns, Hub, Source, TableTask, expert_text
 from rairl_ray.types import Demonstration
 
@@ -26,7 +26,7 @@ def _parse(row: Row, prompt_id: str, columns: Columns) -> Demonstration:
     if prompt.answer is None:
         raise BadRow(f"column {columns.answer!r} is null")
     text = expert_text(row, columns)
-    return Demonstration(prompt=prompt, completion=text and composed_completion(text, prompt.answer))
+    return Demonstration(prompt=prompt, completion=text and expert_completion(text))
 
 
 MEDQA = TableTask(

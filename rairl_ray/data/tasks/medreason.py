@@ -9,7 +9,7 @@ from rairl_ray.data.choices import choice_prompt, read_options
 from rairl_ray.data.grading import Grade
 from rairl_ray.data.rows import Row, optional_text_column, text_column
 from rairl_ray.data.tasks.base import CHOICE_SYSTEM_PROMPT, TaskRules, grade, rules_of
-from rairl_ray.data.tasks.experts import composed_completion
+from rairl_ray.data.tasks.experts import composed_completion, own_answer
 from rairl_ray.data.tasks.table import Columns, Hub, Source, TableTask, expert_text
 from rairl_ray.types import Demonstration, Prompt
 
@@ -30,7 +30,10 @@ def _parse(row: Row, prompt_id: str, columns: Columns) -> Demonstration:
     else:
         prompt = Prompt(id=prompt_id, question=question, answer=answer, metadata=metadata)
     text = expert_text(row, columns)
-    return Demonstration(prompt=prompt, completion=text and composed_completion(text, prompt.answer or answer))
+    return Demonstration(
+        prompt=prompt,
+        completion=text and composed_completion(text, own_answer(text) or prompt.answer or answer),
+    )
 
 
 def _grade(prompt: Prompt, text: str) -> Grade:
