@@ -226,7 +226,8 @@ def _one_line(address: str) -> Iterator[None]:
         raise ClusterError(f"{address}: the cluster {what}; {_TOKEN_REMEDY}") from None
     except requests.exceptions.SSLError:
         raise ClusterError(
-            f"{address}: no TLS there, or a certificate that is not trusted; name what it is signed by: --ca-file FILE"
+            f"{address}: no TLS there, or a certificate that is not trusted; name what it is signed by: "
+            "--ca-file FILE"
         ) from None
     except requests.exceptions.Timeout:
         raise ClusterError(f"{address}: no answer in time; is it Ray's dashboard, and is it well?") from None
