@@ -18,7 +18,7 @@ from rairl_ray.jobs.arguments import ArgumentError, Call, Places, prepare_call
 from rairl_ray.jobs.client import Cluster, ClusterError, api_address, certificates, check_versions, reachable
 from rairl_ray.jobs.pack import PackError, looks_secret, make_pack, write_zip
 from rairl_ray.jobs.secrets import SecretError, open_with, refuse_visible, seal, take_secrets
-from rairl_ray.jobs.submit import JobError, Options, environment, placement
+from rairl_ray.jobs.submit import JobError, Options, attached, environment, placement
 from rairl_ray.jobs.verbs import Job, said
 from tests.runs import ROOT, launch
 
@@ -277,6 +277,36 @@ def test_the_exit_code_of_a_job(status: str, code: int | None, exit_code: int) -
     assert job.exit_code == exit_code
     assert f"exit code {exit_code}" in said(job)
     assert ("why it failed" in said(job)) == (status == "FAILED" and code is None)
+
+
+def attempt(identity: str, status: str, made: Call, code: int | None = None) -> Job:
+    metadata = {"rairl.fingerprint": made.fingerprint, "rairl.command": "train EARLIER"}
+    return Job(identity, status, code, "", 0.0, None, "x", metadata)
+
+
+def test_what_asking_again_means() -> None:
+    asked = ["train", SFT, "output_dir=/shared/runs"]
+    made, other = call(*asked), call(*asked, "seed=9")
+    first = attempt("train-demo-sft", "FAILED", made, 1)
+
+    def decide(*earlier: Job, extra: tuple[str, ...] = (), ended: str = "refuse") -> Job | None:
+        return attached(earlier, made, [*asked[1:], *extra], " --address http://c", ended)
+
+    assert decide() is None
+    for status in ("PENDING", "RUNNING"):
+        running = attempt("train-demo-sft~2", status, made)
+        assert decide(first, running) is running
+        assert decide(first, running, ended="again") is running, "never doubled"
+    with pytest.raises(
+        JobError, match=r"runs already, with other arguments: train EARLIER; .* --address http://c"
+    ):
+        decide(attempt("train-demo-sft", "RUNNING", other))
+    with pytest.raises(
+        JobError, match=r"has ended: it failed with exit code 1; write --resume /shared/runs/demo/s"
+    ):
+        decide(first)
+    assert decide(first, ended="again") is None
+    assert decide(first, extra=("--resume", "demo/sft")) is None
 
 
 # --- secrets ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 
 from tests.ray_cluster import LocalCluster, free_ports, local_cluster
 from tests.runs import ROOT, TINY
+from tests.tls_front import tls_front
 
 pytestmark = pytest.mark.slow
 
@@ -192,3 +193,17 @@ def test_what_the_cluster_refuses_is_one_line(cluster: LocalCluster, tmp_path: P
     assert "placement: the run needs" in one_line(large)
     assert "no such job" in one_line(cluster.launch("jobs", "stop", "nobody", "--address", cluster.address))
     assert len(jobs(cluster)) == before
+
+
+def test_certificates_are_checked(cluster: LocalCluster, tmp_path: Path) -> None:
+    port = int(cluster.address.rpartition(":")[2])
+    with tls_front(port, tmp_path) as (address, certificate):
+        untrusted = cluster.launch("jobs", "list", "--address", address)
+        assert "a certificate that is not trusted" in one_line(untrusted)
+        trusted = cluster.launch(
+            "submit", "--address", address, "--ca-file", str(certificate), "--follow", "doctor"
+        )
+        assert trusted.returncode in (0, 1), trusted.stderr
+        assert "rairl doctor" in trusted.stdout, "the log came through a websocket over TLS"
+        by_variable = cluster.launch("jobs", "list", "--address", address, REQUESTS_CA_BUNDLE=str(certificate))
+        assert by_variable.returncode == 0 and "doctor" in by_variable.stdout

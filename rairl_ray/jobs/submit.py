@@ -82,7 +82,7 @@ def submit(
     if then == "describe":
         _describe(request, cluster, connection, earlier, console)
         return 0
-    job = attached(earlier, request.call, arguments, connection, options.ended)
+    job = attached(earlier, request.call, arguments, connection.options(), options.ended)
     if job is not None:
         identity = job.id
         show(console, f"attached to {identity}, which {said(job)}")
@@ -170,9 +170,14 @@ def environment(options: Options, root: Path, cluster: Cluster) -> tuple[dict[st
 
 
 def attached(
-    earlier: Sequence[Job], call: Call, arguments: Sequence[str], connection: Connection, ended: str
+    earlier: Sequence[Job], call: Call, arguments: Sequence[str], reach: str, ended: str
 ) -> Job | None:
     """The running job to attach to; None where a new one is to be sent.
+
+    Args:
+        earlier: the job's attempts in their order.
+        reach: the options that reach the same cluster, for the remedy.
+        ended: `refuse` a job that has ended, or run it `again`; `--resume` among the arguments allows it, too.
 
     Raises:
         JobError: the newest attempt runs with other arguments, or has ended and nobody said to go on.
@@ -180,7 +185,6 @@ def attached(
     if not earlier:
         return None
     job = earlier[-1]
-    reach = connection.options()
     if not job.ended:
         if job.metadata.get("rairl.fingerprint") in (call.fingerprint, None):
             return job
@@ -193,12 +197,9 @@ def attached(
     resumes = any(word == "--resume" or word.startswith("--resume=") for word in arguments)
     if ended == "again" or resumes:
         return None
-    again = f"rairl submit{reach} --again {call.verb} {shlex.join(arguments)}"
-    resume = f"rairl submit{reach} {call.verb} {shlex.join(arguments)} --resume {call.output}"
-    offer = (
-        f"continue it with `{resume}`, or start anew with" if call.verb in NAMED_BY_RUN else "run it anew with"
-    )
-    raise JobError(f"{job.id} has ended: it {said(job)}; {offer} `{again}`")
+    resume = f"write --resume {call.output} behind the verb's arguments to continue it"
+    offer = f"{resume}, or --again" if call.verb in NAMED_BY_RUN else "write --again"
+    raise JobError(f"{job.id} has ended: it {said(job)}; {offer} before the verb to run it anew")
 
 
 def send(connection: Connection, request: Request, arguments: Sequence[str], attempt: str) -> str:
