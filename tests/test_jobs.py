@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import socket
 import subprocess
+import threading
 import zipfile
 from pathlib import Path
 
@@ -13,9 +16,18 @@ from hypothesis import strategies as st
 
 from rairl_ray.config.load import load_config
 from rairl_ray.errors import PlacementError, UserError
+from rairl_ray.jobs import client
 from rairl_ray.jobs import pack as packing
 from rairl_ray.jobs.arguments import ArgumentError, Call, Places, prepare_call
-from rairl_ray.jobs.client import Cluster, ClusterError, api_address, certificates, check_versions, reachable
+from rairl_ray.jobs.client import (
+    Cluster,
+    ClusterError,
+    Connection,
+    api_address,
+    certificates,
+    check_versions,
+    reachable,
+)
 from rairl_ray.jobs.pack import PackError, looks_secret, make_pack, write_zip
 from rairl_ray.jobs.secrets import SecretError, open_with, refuse_visible, seal, take_secrets
 from rairl_ray.jobs.submit import JobError, Options, attached, environment, placement
@@ -237,6 +249,27 @@ def test_a_closed_port_is_one_line() -> None:
             reachable(f"http://127.0.0.1:{free.getsockname()[1]}")
 
 
+def test_a_server_that_is_not_rays_and_a_silent_one_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "api").mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(ClusterError, match="Version check returned 404"):
+            Connection(address)
+        (tmp_path / "api/version").write_text("<html>hello</html>")
+        with pytest.raises(ClusterError, match="no answer of Ray's Jobs API; is it Ray's dashboard"):
+            Connection(address)
+        server.shutdown()
+    monkeypatch.setattr(client, "VERSION_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(ClusterError, match="no answer in time") as caught:
+            Connection(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def test_other_versions_and_too_small_a_cluster_are_one_line() -> None:
     good = cluster()
     check_versions(good, "http://c")
@@ -254,6 +287,7 @@ def test_what_the_nodes_are_asked_for() -> None:
     env, folder = environment(Options(), ROOT, cluster())
     assert (folder, env) == ("", {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}})
     lock = environment(Options(lock="pip"), ROOT, cluster(GPU=1.0))[0]["pip"]
+    assert lock["packages"][0] == "torch==2.13.0", "the lock itself leaves torch to install.sh"
     assert "ray==2.60.0" in lock["packages"] and any(x.startswith("vllm==") for x in lock["packages"])
     assert environment(Options(working_dir="/code", image="i:1"), ROOT, cluster()) == (
         {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}, "image_uri": "i:1"},

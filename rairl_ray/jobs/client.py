@@ -20,6 +20,8 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 CERTIFICATE_VARIABLES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 HEADERS_VARIABLE = "RAY_JOB_HEADERS"
 CONNECT_SECONDS = 5.0
+VERSION_SECONDS = 10.0
+"""Deadline of the first answer."""
 ANSWER_SECONDS = 30.0
 UPLOAD_SECONDS = 600.0
 _TOKEN_REMEDY = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to the cluster's token"
@@ -189,7 +191,9 @@ def _client(address: str, verify: str | bool, headers: dict[str, str]) -> Any:
 
     class Client(JobSubmissionClient):
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            answer = UPLOAD_SECONDS if options.get("data") is not None else ANSWER_SECONDS
+            answer = VERSION_SECONDS if endpoint == "/api/version" else ANSWER_SECONDS
+            if options.get("data") is not None:
+                answer = UPLOAD_SECONDS
             options.setdefault("timeout", (CONNECT_SECONDS, answer))
             return super()._do_request(method, endpoint, **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import tempfile
@@ -26,6 +27,8 @@ from rairl_ray.plan import print_placement
 
 STOP_SECONDS = 600
 """How long a stopped job may take to finish its step and save before Ray kills it (Ray's own answer is 3)."""
+LOCK_SECONDS = 3600
+"""How long a node may take to install the lock (Ray's own answer is 600)."""
 
 
 class JobError(UserError):
@@ -159,14 +162,27 @@ def environment(options: Options, root: Path, cluster: Cluster) -> tuple[dict[st
             )
         env["image_uri"] = options.image
     if options.lock is not None:
-        name = "cuda" if cluster.gpus else "cpu"
-        lines = (root / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-        wanted = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        env["pip"] = {"packages": wanted, "pip_check": False, "pip_install_options": ["--no-deps"]}
+        env["pip"] = {
+            "packages": lock_packages(root, "cuda" if cluster.gpus else "cpu"),
+            "pip_check": False,
+            "pip_install_options": ["--no-deps"],
+        }
+        env["config"] = {"setup_timeout_seconds": LOCK_SECONDS}
     if options.secrets:
         env["env_vars"][SEALED] = seal(options.secrets, cluster_token())
         env["worker_process_setup_hook"] = HOOK
     return env, folder
+
+
+def lock_packages(root: Path, kind: str) -> list[str]:
+    """torch, as requirements/install.sh pins it, and the lines of the lock of this kind (`cpu`, `cuda`)."""
+    script = (root / "requirements" / "install.sh").read_text(encoding="utf-8")
+    pinned = re.search(r"^torch_version=(\S+)$", script, re.MULTILINE)
+    if pinned is None:
+        raise JobError("requirements/install.sh: names no torch_version; --pip-lock needs it")
+    lines = (root / "requirements" / f"{kind}.txt").read_text(encoding="utf-8").splitlines()
+    packages = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [f"torch=={pinned[1]}", *packages]
 
 
 def attached(
