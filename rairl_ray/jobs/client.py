@@ -217,6 +217,7 @@ def _headers() -> dict[str, str]:
 @contextmanager
 def _one_line(address: str) -> Iterator[None]:
     """Whatever Ray's client raises as a ClusterError. No message repeats a token: Ray's do not."""
+    import aiohttp
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -239,6 +240,8 @@ def _one_line(address: str) -> Iterator[None]:
         certificate = "SSL" in str(error.__context__) or "SSL" in str(error)
         remedy = "its certificate is not trusted (--ca-file FILE)" if certificate else "is it Ray's dashboard?"
         raise ClusterError(f"{address}: no answer of Ray's Jobs API; {remedy}") from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise ClusterError(f"{address}: the connection was lost ({type(error).__name__})") from None
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         text = " ".join(str(error).split()).split("Traceback")[0][:300]
         raise ClusterError(f"{address}: the Jobs API says: {text}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -148,10 +149,14 @@ def follow(connection: Connection, identity: str, console: Console) -> int:
     try:
         while True:
             try:
-                asyncio.run(_stream(connection, identity, print_new))
+                # A stream that breaks off matters only where the job's state cannot be asked either.
+                with suppress(ClusterError):
+                    asyncio.run(_stream(connection, identity, print_new))
                 job = one_job(connection, identity)
                 seen = time.monotonic()
                 if job.ended:
+                    with suppress(ClusterError), connection.errors():
+                        print_new(connection.jobs.get_job_logs(identity), 0)
                     break
             except ClusterError as error:
                 if time.monotonic() - seen > LOST_SECONDS:
