@@ -15,6 +15,8 @@ from rairl_ray.config.load import load_config, warm_start_chain
 from rairl_ray.config.rules import check_files
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import RunFailure, UserError
+from rairl_ray.jobs.commands import Address, CaFile, jobs_app
+from rairl_ray.jobs.secrets import open_sealed
 
 # Set before any library is imported: their progress bars and hardware guesses are no output of ours.
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -251,6 +253,60 @@ def doctor(
     return diagnose(_console(), address)
 
 
+# --- jobs -------------------------------------------------------------------------------------------
+
+app.add_typer(jobs_app, name="jobs")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def submit(
+    call: Annotated[list[str], typer.Argument(metavar="VERB ARGS...", help="As on this command line.")],
+    address: Address = None,
+    ca_file: CaFile = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Stream the logs; exit as the job does.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent and placed.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Run a job anew that has ended.")] = False,
+    secret: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Environment variable to send sealed; repeatable.")
+    ] = None,
+    working_dir: Annotated[
+        str | None, typer.Option(metavar="PLACE", help="Code on the nodes or a package's URI; sends nothing.")
+    ] = None,
+    image: Annotated[str | None, typer.Option(metavar="URI", help="Container image of the job.")] = None,
+    python: Annotated[str | None, typer.Option(metavar="PATH", help="The nodes' interpreter.")] = None,
+    pip_lock: Annotated[bool, typer.Option("--pip-lock", help="Nodes install the lock (slow).")] = False,
+) -> int:
+    """Run any verb as a job of a Ray cluster; asking again attaches to it.
+
+    \b
+    Examples:
+      rairl submit --follow train experiments/demo/sft.yaml output_dir=/shared/runs
+      rairl submit --address https://ray.example.org --secret HF_TOKEN train experiments/demo/airl.yaml
+    """
+    verb, arguments = call[0], call[1:]
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    if verb not in commands or verb in ("submit", "jobs"):
+        known = ", ".join(name for name in commands if name not in ("submit", "jobs"))
+        raise UserError(f"submit: {verb} is no verb; options of submit stand before it; verbs: {known}")
+    commands[verb].make_context(verb, list(arguments))  # raises for what the verb would refuse
+    from rairl_ray.jobs.arguments import overrides_of
+    from rairl_ray.jobs.client import Connection
+    from rairl_ray.jobs.secrets import take_secrets
+    from rairl_ray.jobs.submit import Options
+    from rairl_ray.jobs.submit import submit as submit_job
+
+    config = None
+    if arguments and Path(arguments[0]).suffix in (".yaml", ".yml"):
+        config = _load(arguments[0], overrides_of(arguments))
+    options = Options(
+        working_dir, image, python, "pip" if pip_lock else None,
+        take_secrets(secret or [], os.environ), "again" if again else "refuse",
+    )  # fmt: skip
+    then = "describe" if dry_run else "follow" if follow else "leave"
+    root = Path(__file__).resolve().parent
+    return submit_job(verb, arguments, config, root, Connection(address, ca_file), options, _console(), then)
+
+
 def _load(path: str, overrides: list[str] | None) -> RunConfig:
     """The configuration, refused here for all that can be wrong without data, models or machines."""
     from rairl_ray.data.tasks import TASKS, make_task
@@ -277,6 +333,7 @@ def _one_line(error: Exception | str) -> str:
 def main() -> None:
     """Entry point of `rairl`: user errors are one line and exit code 2, Ctrl-C is 130."""
     try:
+        open_sealed()
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
         print(_one_line(error), file=sys.stderr)

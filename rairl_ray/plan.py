@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -48,7 +49,7 @@ def show_plan(
     console.print(f"run folder: {Path(config.output_dir) / config.name}", markup=False, highlight=False)
     for earlier in chain:
         console.print(f"starts from: {earlier.name} ({earlier.trainer.steps} SFT steps)", markup=False)
-    _print_placement(plan, cluster, console)
+    print_placement(plan, cluster, console)
     _print_work(config, console)
     _print_memory(memory(config, chain[0].model.policy if chain else None), plan, console)
 
@@ -71,7 +72,8 @@ def hypothetical_nodes(
     return [dict(node) for _ in range(nodes)]
 
 
-def _print_placement(plan: Plan, cluster: list[dict[str, float]], console: Console) -> None:
+def print_placement(plan: Plan, cluster: Sequence[Mapping[str, float]], console: Console) -> None:
+    """Bundles, and which ranks live in them."""
     table = Table(title=f"placement: {len(plan.bundles)} bundle(s) on {plan.device}, {plan.strategy}")
     for heading in ("bundle", "resources", "who"):
         table.add_column(heading, overflow="fold")
