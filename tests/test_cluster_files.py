@@ -17,6 +17,11 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from rairl_ray.actors.placement import bundles, check_against
+from rairl_ray.config.load import from_dict
+from rairl_ray.errors import PlacementError
+from rairl_ray.trainer.parts import present_or_promised
+
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster"
 KUBERAY_SCHEMAS = ROOT.parent / "shared" / "schemas" / "kuberay"
@@ -172,6 +177,26 @@ def test_kustomize_finds_what_it_names() -> None:
         part["image"].rpartition(":")[0] for part in inside(cluster_spec("raycluster")) if "image" in part
     }
     assert images == {image["name"] for image in listed["images"]}
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_a_run_is_planned_on_workers_that_are_not_there_yet(name: str) -> None:
+    worker = read(name)["available_node_types"]["worker"]
+    size = {
+        "nodes": worker["max_workers"],
+        "cpus": worker["resources"]["CPU"],
+        "gpus": worker["resources"]["GPU"],
+    }
+    model = {"policy": {"path": "some/model"}}
+    promised = from_dict({"model": model, "cluster": {"address": "auto", "grows_to": size}})
+    head = {"CPU": 0.0, "memory": 1e9}
+    nodes = present_or_promised(promised, [head])
+    assert nodes == [{"CPU": 48.0, "GPU": 4.0}] * 2
+    check_against(bundles(promised, "gpu"), nodes)
+    plain = from_dict({"model": model, "cluster": {"address": "auto"}})
+    assert present_or_promised(plain, [head]) == [head]
+    with pytest.raises(PlacementError, match="cluster has 0"):
+        check_against(bundles(plain, "gpu"), [head])
 
 
 def instructions() -> list[tuple[str, str]]:

@@ -53,11 +53,20 @@ def place(config: RunConfig) -> Plan:
     Raises:
         PlacementError: when the cluster can never serve it, even when idle.
     """
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    nodes = present_or_promised(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
     device = resolve_device(gpus) if config.placement.device == "auto" else config.placement.device
     plan = bundles(config, device)
-    check_against(plan, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    check_against(plan, nodes)
     return plan
+
+
+def present_or_promised(config: RunConfig, alive: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Resources of each node to plan with: those alive, or what an autoscaling cluster may grow to."""
+    largest = config.cluster.grows_to
+    if largest is None:
+        return alive
+    return [{"CPU": largest.cpus, "GPU": float(largest.gpus)} for _ in range(largest.nodes)]
 
 
 def rollouts_only(plan: Plan) -> Plan:
