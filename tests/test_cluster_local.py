@@ -14,6 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rairl_ray.actors.joining import join, token_source
+from rairl_ray.errors import PlacementError
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "cluster" / "local.sh")
 
@@ -148,6 +151,38 @@ def test_a_cluster_comes_up_serves_who_has_its_token_and_leaves_nothing(place: t
     assert not marked(folder) and not folder.exists()
     assert local("status", *options).returncode == 1
     assert local("down", *options).returncode == 0
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
+    address = f"127.0.0.1:{free_ports()}"
+    with pytest.raises(
+        PlacementError, match=f"cluster.address={address}: no Ray cluster answers there"
+    ) as caught:
+        join(address)
+    assert "\n" not in str(caught.value) and "cluster/local.sh up" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "a driver without a token"),
+        (
+            {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "abc"},
+            "a driver without a token (RAY_AUTH_MODE=disabled)",
+        ),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "abc"}, "the token in RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/t"}, "the token in /t"),
+        ({"RAY_AUTH_MODE": "token"}, "the token in ~/.ray/auth_token"),
+    ],
+)
+def test_a_refusal_says_where_the_token_was_from(
+    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert token_source() == said
 
 
 def test_ports_in_use_are_named_before_anything_starts(place: tuple[Path, list[str]]) -> None:
