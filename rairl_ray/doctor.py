@@ -29,7 +29,8 @@ SHARED_MEMORY_GIB = 1.0
 
 _ASK_CLUSTER = """
 import json, sys, ray
-ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+from rairl_ray.actors.joining import join
+join(sys.argv[1])
 nodes = [n["Resources"] | {"address": n["NodeManagerAddress"]} for n in ray.nodes() if n["Alive"]]
 print("RESULT" + json.dumps(nodes))
 """
@@ -214,5 +215,5 @@ def cluster(address: str) -> list[Finding]:
 
 def _no_cluster(address: str, why: str) -> Finding:
     return Finding(
-        f"cluster {address}", why, "missing", "check the address, or start one with `ray start --head`"
+        f"cluster {address}", why, "missing", "check the address, or start one with `cluster/local.sh up`"
     )

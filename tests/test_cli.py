@@ -203,4 +203,4 @@ def test_doctor_says_what_is_here_and_that_a_dead_cluster_is_dead() -> None:
     assert result.returncode == (1 if "essential and missing" in result.stdout else 0)
     (dead,) = cluster("127.0.0.1:1")
     assert (dead.what, dead.status) == ("cluster 127.0.0.1:1", "missing")
-    assert "ray start" in dead.remedy
+    assert "cluster/local.sh up" in dead.remedy

@@ -49,6 +49,11 @@ def tracking(config: RunConfig) -> Problems:
         )
 
 
+def autoscaling(config: RunConfig) -> Problems:
+    if config.cluster.grows_to is not None and config.cluster.address is None:
+        yield "cluster.grows_to", "a private cluster does not grow; set cluster.address, or take this key out"
+
+
 def model_source(config: RunConfig) -> Problems:
     policy = config.model.policy
     if policy.path is None and policy.build is None and config.warm_start is None:
@@ -301,6 +306,7 @@ def fractions(config: RunConfig) -> Problems:
 MACHINE_RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     names,
     tracking,
+    autoscaling,
     model_source,
     lora,
     build_shape,

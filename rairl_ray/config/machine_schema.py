@@ -121,9 +121,21 @@ class Placement(Section):
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = "PACK"
 
 
+class Workers(Section):
+    """What an autoscaling cluster may grow to: workers of one size, whether they are there yet or not."""
+
+    nodes: PositiveInt
+    cpus: PositiveFloat
+    """CPUs of each node."""
+    gpus: NonNegativeInt = 0
+    """GPUs of each node."""
+
+
 class Cluster(Section):
     address: str | None = None
     """Ray address; None starts a private cluster on this machine; "auto" joins a running one."""
+    grows_to: Workers | None = None
+    """Autoscaling: the run is placed on these, and waits `timeouts.placement_seconds` until they are there."""
 
 
 class Timeouts(Section):

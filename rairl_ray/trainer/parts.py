@@ -13,13 +13,13 @@ import ray
 
 from rairl_ray.actors.discriminator import DiscriminatorActor, DiscriminatorWorkers
 from rairl_ray.actors.group import RankActor, create_members, reserve, start_members
+from rairl_ray.actors.joining import join
 from rairl_ray.actors.learner import learner_environment
 from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device
 from rairl_ray.actors.policy import PolicyActor, PolicyWorkers
 from rairl_ray.actors.rollout import RolloutActor, RolloutWorkers, rollout_environment
 from rairl_ray.actors.roster import Roster
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.errors import PlacementError
 from rairl_ray.trainer.prepare import Prepared
 
 
@@ -29,20 +29,18 @@ def cluster(config: RunConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = config.cluster.address
-    try:
+    namespace = f"rairl-{uuid.uuid4().hex[:12]}"
+    if config.cluster.address:
+        join(config.cluster.address, namespace)
+    else:
         ray.init(
-            address=address or "local",
-            namespace=f"rairl-{uuid.uuid4().hex[:12]}",
+            address="local",
+            namespace=namespace,
             log_to_driver=False,
             logging_level="ERROR",
-            **({} if address else {"include_dashboard": False, "num_cpus": os.cpu_count()}),
+            include_dashboard=False,
+            num_cpus=os.cpu_count(),
         )
-    except ConnectionError as error:
-        raise PlacementError(
-            f"cluster.address={address}: no Ray cluster answers there ({str(error).splitlines()[0]}); "
-            "start one with `ray start --head`, or leave the key out for a private one"
-        ) from None
     try:
         yield
     finally:
@@ -55,11 +53,20 @@ def place(config: RunConfig) -> Plan:
     Raises:
         PlacementError: when the cluster can never serve it, even when idle.
     """
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    nodes = present_or_promised(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
     device = resolve_device(gpus) if config.placement.device == "auto" else config.placement.device
     plan = bundles(config, device)
-    check_against(plan, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    check_against(plan, nodes)
     return plan
+
+
+def present_or_promised(config: RunConfig, alive: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Resources of each node to plan with: those alive, or what an autoscaling cluster may grow to."""
+    largest = config.cluster.grows_to
+    if largest is None:
+        return alive
+    return [{"CPU": largest.cpus, "GPU": float(largest.gpus)} for _ in range(largest.nodes)]
 
 
 def rollouts_only(plan: Plan) -> Plan:

@@ -1,0 +1,75 @@
+"""Joining a Ray cluster that somebody else runs: its token, its loopback address, one line where it refuses."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import ray
+from ray._private import ray_constants
+from ray._private.authentication import authentication_token_setup
+from ray._private.services import get_node_ip_address
+from ray.exceptions import AuthenticationError
+
+from rairl_ray.errors import PlacementError
+
+LOOPBACK = ("127.0.0.1", "localhost")
+REMEDY = "set RAY_AUTH_TOKEN_PATH to the file with its token (cluster/local.sh: source the env file it names)"
+PROBE_SECONDS = 5.0
+"""Deadline of a look at whether anything listens at an address."""
+
+
+def join(address: str, namespace: str | None = None) -> None:
+    """Connect this process to the running cluster at `address`, with the token that the environment names.
+
+    Args:
+        address: `HOST:PORT` of the head, or "auto".
+        namespace: of named actors; None for Ray's own choice.
+
+    Raises:
+        PlacementError: nothing listens there, or the cluster refuses the token.
+    """
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "//" not in host:
+        why = refusal(host, int(port))
+        if why:
+            raise PlacementError(
+                f"cluster.address={address}: no Ray cluster answers there ({why}); "
+                "start one with `cluster/local.sh up`, or leave the key out for a private one"
+            )
+        if host in LOOPBACK and refusal(get_node_ip_address(), int(port)):
+            # Ray takes the machine's outer address for 127.0.0.1; here nothing listens there.
+            ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            # Ray shows no token to an address given by hand unless RAY_AUTH_MODE says so: the token in the home
+            # folder may be meant for another cluster. One that the environment names is meant for this one.
+            authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level="ERROR")
+    except AuthenticationError as error:
+        raise PlacementError(f"cluster.address={address}: {str(error).split('. ')[0]}; {REMEDY}") from None
+    except ConnectionError as error:
+        # A wrong token and a port of another program look the same from here.
+        raise PlacementError(
+            f"cluster.address={address}: what listens there does not accept {token_source()} as a Ray cluster "
+            f"would ({str(error).splitlines()[0]}); {REMEDY}"
+        ) from None
+
+
+def token_source() -> str:
+    """Where this process has its token from, never the token."""
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if mode.lower() != "token":
+        return f"a driver without a token (RAY_AUTH_MODE={mode})" if mode else "a driver without a token"
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "the token in RAY_AUTH_TOKEN"
+    return f"the token in {os.environ.get('RAY_AUTH_TOKEN_PATH') or '~/.ray/auth_token'}"
+
+
+def refusal(host: str, port: int) -> str:
+    """Why no connection to this address is possible; empty where one is."""
+    try:
+        socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""
