@@ -52,6 +52,11 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"tracking.uri": "file:///x"}, "tracking.uri", "sqlite:///"),
     ({"tracking.uri": "https://me:secret@host"}, "tracking.uri", "MLFLOW_TRACKING_PASSWORD"),
     ({"cluster.grows_to": {"nodes": 2, "cpus": 8}}, "cluster.grows_to", "set cluster.address"),
+    (
+        {"eval.localisation_readout": "threshold"},
+        "eval.localisation_readout",
+        "set eval.localisation_threshold",
+    ),
     ({"model.policy.build": None}, "model.policy.path", "model.policy.build or warm_start"),
     ({"model.policy.path": "a/b"}, "model.policy.path", "set one of the two to null"),
     ({"model.discriminator": {"path": "a/b", "build": {}}}, "model.discriminator.path", "one of the two"),

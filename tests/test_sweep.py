@@ -1,0 +1,213 @@
+"""Sweep files and their trials, checked before a start; one real sweep, killed and resumed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rairl_ray.config.load import load_config
+from rairl_ray.errors import ConfigError, ResumeError
+from rairl_ray.sweep.file import load_sweep
+from rairl_ray.sweep.points import trial_id, trials
+from tests.runs import ROOT, TINY_AIRL
+
+DEMO = str(ROOT / "experiments/demo/airl.yaml")
+
+
+def written(folder: Path, **changes: Any) -> str:
+    """A sweep file with a small space."""
+    data: dict[str, Any] = {
+        "name": "sw",
+        "base": DEMO,
+        "output_dir": str(folder / "runs"),
+        "space": {"reward.density.type": ["sparse", "dense"]},
+        "seeds": [0, 1],
+        "overrides": {"warm_start": None},
+        **changes,
+    }
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in data.items()}, sort_keys=False))
+    return str(file)
+
+
+def test_every_point_with_every_seed(tmp_path: Path) -> None:
+    space = {
+        "reward.density.type": ["sparse", "interval"],
+        "reward.density.every": {"grid": [5, 9], "when": {"reward.density.type": "interval"}},
+    }
+    made = trials(load_sweep(written(tmp_path, space=space)))
+    every = "reward.density.every"
+    assert [(item.config.reward.density.type, item.values.get(every), item.seed) for item in made] == [
+        ("sparse", None, 0), ("sparse", None, 1),
+        ("interval", 5, 0), ("interval", 5, 1),
+        ("interval", 9, 0), ("interval", 9, 1),
+    ]  # fmt: skip
+    assert len({item.id for item in made}) == 6
+    assert all(item.config.name == f"sw/trials/{item.id}" for item in made)
+    assert all(item.config.seed == item.seed for item in made)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.system_prompt", "Think: then 'answer' #1 \"now\""),
+        ("data.system_prompt", "null"),
+        ("reward.clip", [-5.0, 0.5]),
+        ("reward.clip", None),
+        ("advantage.scale", False),
+        ("policy.learning_rate", 1e-05),
+        ("discriminator.perturbations.kinds", ["slip", "numbers"]),
+    ],
+)
+def test_a_value_reaches_the_run_as_it_is(key: str, value: Any, tmp_path: Path) -> None:
+    (made,) = trials(load_sweep(written(tmp_path, space={key: [value]}, seeds=[3])))
+    found: Any = made.config
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert (list(found) if isinstance(found, tuple) else found) == value
+
+
+def test_random_points_are_keyed_and_within_their_bounds(tmp_path: Path) -> None:
+    space = {
+        "policy.learning_rate": {"loguniform": [1e-5, 1e-3]},
+        "advantage.gamma": {"uniform": [0.2, 0.8]},
+        "rollout.samples_per_prompt": {"randint": [2, 5]},
+        "reward.density.type": {"choice": ["sparse", "dense"]},
+    }
+    file = written(tmp_path, space=space, search={"type": "random", "seed": 4}, trials=40, seeds=[0])
+    made = trials(load_sweep(file))
+    assert len(made) == 40 and [item.id for item in made] == [item.id for item in trials(load_sweep(file))]
+    rates = [item.config.policy.learning_rate for item in made]
+    assert all(1e-5 <= rate <= 1e-3 for rate in rates) and sum(rate < 1e-4 for rate in rates) in range(10, 31)
+    assert {item.config.rollout.samples_per_prompt for item in made} == {2, 3, 4}
+    assert {item.config.reward.density.type for item in made} == {"sparse", "dense"}
+    # more trials keep the first ones
+    more = trials(
+        load_sweep(written(tmp_path, space=space, search={"type": "random", "seed": 4}, trials=50, seeds=[0]))
+    )
+    assert [item.id for item in more[:40]] == [item.id for item in made]
+
+
+def test_ids_depend_on_values_and_seed_alone() -> None:
+    assert trial_id({"a.b": 1}, 0) == trial_id({"a.b": 1}, 0)
+    assert (
+        len(
+            {
+                trial_id({"a.b": 1}, 0),
+                trial_id({"a.b": 1}, 1),
+                trial_id({"c.b": 1}, 0),
+                trial_id({"a.b": "1"}, 0),
+            }
+        )
+        == 4
+    )
+    assert "/" not in trial_id({"model.policy.path": "Qwen/Qwen2.5-3B"}, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"space": {"reward.densty.type": ["sparse"]}},
+            r"reward\.densty\.type: unknown; nearest: reward\.density\.type",
+        ),
+        ({"space": {"reward.density.type": []}}, "at least one value"),
+        ({"space": {"reward.density.type": "sparse"}}, "must be a list of values"),
+        ({"space": {"policy.learning_rate": {"loguniform": [0, 1]}}}, "low < high"),
+        ({"space": {"policy.learning_rate": {"uniform": [0, 1]}}}, "has no grid"),
+        ({"space": {"policy.learning_rate": {"normal": [0, 1]}}}, "write one of grid"),
+        ({"space": {"seed": [1, 2]}}, "is the sweep's own; use seeds"),
+        ({"space": {"reward.density.every": {"grid": [1], "when": {"reward.type": "x"}}}}, "is no other axis"),
+        ({"seeds": [1, 1]}, "must be different numbers"),
+        ({"search": {"type": "random"}}, "needs trials: N"),
+        ({"sedes": [1]}, "unknown key; a sweep file has name, base"),
+        ({"base": "nothing.yaml"}, "no such experiment file"),
+        ({"search": {"type": "bayes"}}, "search.type: must be 'grid' or 'random'"),
+    ],
+)
+def test_a_bad_file_is_one_line_a_fault(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        load_sweep(written(tmp_path, **changes))
+    assert "sweep.yaml" in str(error.value)
+
+
+def test_each_bad_point_is_named(tmp_path: Path) -> None:
+    space = {
+        "discriminator.loss.type": ["bce", "bradley_terry"],
+        "discriminator.demonstrations_per_update": [None, 4],
+    }
+    with pytest.raises(ConfigError) as error:
+        trials(load_sweep(written(tmp_path, space=space)))
+    assert str(error.value).startswith(
+        "point discriminator.loss.type=bradley_terry, discriminator.demonstrations_per_update=4: "
+    )
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_shipped_sweeps_have_only_good_points() -> None:
+    for file in sorted((ROOT / "experiments/sweeps").glob("*.yaml")):
+        assert trials(load_sweep(str(file))), file
+
+
+# --- a real one ------------------------------------------------------------------------------------
+
+
+def command(file: str, *options: str) -> list[str]:
+    return [sys.executable, "launch.py", "sweep", file, *options]
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_and_ends_with_a_table(tmp_path: Path) -> None:
+    tiny = dict(
+        text.split("=", 1) for text in [*TINY_AIRL, "eval.prompts=4", "discriminator.warmup_max_steps=2"]
+    )
+    overrides = {key: yaml.safe_load(value) for key, value in tiny.items()}
+    overrides |= {"warm_start": None, "tracking.uri": "none", "placement.cpus_per_actor": 0.25}
+    file = written(tmp_path, overrides=overrides, seeds=[0], metric="eval/rerank_at_1", max_concurrent=1)
+    folder = tmp_path / "runs" / "sw"
+    process = subprocess.Popen(command(file), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 400
+    first = folder / "trials" / trials(load_sweep(file))[0].id
+    while not (first / "final" / "policy").is_dir():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.5)
+    while not (first / "evaluations/final/summary.json").is_file():
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = (first / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="is a sweep already"):
+        from rairl_ray.sweep.run import sweep
+
+        sweep(load_sweep(file))
+    with pytest.raises(ResumeError, match="contradicts the sweep in metric"):
+        sweep(
+            load_sweep(written(tmp_path, overrides=overrides, seeds=[0], metric="eval/pass_at_1")), resume=True
+        )
+    file = written(tmp_path, overrides=overrides, seeds=[0], metric="eval/rerank_at_1", max_concurrent=1)
+    done = subprocess.run(command(file, "--resume"), cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (first / "metrics.jsonl").read_bytes() == before, "a finished trial was run again"
+    rows = table(folder)
+    assert [row["state"] for row in rows] == ["finished", "finished"]
+    assert {row["reward.density.type"] for row in rows} == {"sparse", "dense"}
+    best = json.loads((folder / "summary.json").read_text())["best"]
+    assert best["eval/rerank_at_1"] == max(float(row["eval/rerank_at_1"]) for row in rows)
+    ready = load_config(folder / "best.yaml")
+    assert ready.reward.density.type == best["reward.density.type"] and ready.trainer.steps == 2
+    assert not list((folder / "trials").glob("*~1")), "an interrupted trial was started anew beside itself"
