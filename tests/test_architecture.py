@@ -36,6 +36,7 @@ SOLE_IMPORTERS = {
         "rairl_ray.engines.weight_transfer_vllm",
     },
     "mlflow": {"rairl_ray.mlflow_run"},
+    "ray.tune": {"rairl_ray.sweep.run", "rairl_ray.sweep.supervise"},
 }
 FORBIDDEN = {
     "types": {"torch", "ray", "transformers"},
