@@ -43,8 +43,10 @@ def until(what: Callable[[], bool], log: Path, seconds: float = 200) -> None:
 
 
 def steps(output: Path) -> list[int]:
+    """Steps of the run so far, warm-up included; the row of the final evaluation is none."""
     rows = output / "run" / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in rows.read_text().splitlines()] if rows.exists() else []
+    lines = rows.read_text().splitlines() if rows.exists() else []
+    return [row["step"] for row in map(json.loads, lines) if "eval/pass_at_1" not in row]
 
 
 def processes_of(job: str) -> list[str]:
