@@ -36,7 +36,7 @@ def written(folder: Path, **changes: Any) -> str:
         **changes,
     }
     file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump({key: value for key, value in data.items()}, sort_keys=False))
+    file.write_text(yaml.safe_dump(data, sort_keys=False))
     return str(file)
 
 
