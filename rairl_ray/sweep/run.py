@@ -102,14 +102,18 @@ class Progress(tune.Callback):
     def __init__(self, file: SweepFile, total: int, display: Display) -> None:
         self._file, self._total, self._display, self._done = file, total, display, 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune keeps its callbacks on disk; a terminal cannot be kept."""
+        return {**self.__dict__, "_display": None}
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._done += 1
         value = trial.last_result.get(self._file.metric, math.nan)
-        name = Path(trial.config["folder"]).name
+        name = Path(trial.config["spec"]["folder"]).name
         self._display.note(f"{self._done}/{self._total} {name}: {self._file.metric}={value:.4f}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        name = Path(trial.config["folder"]).name
+        name = Path(trial.config["spec"]["folder"]).name
         self._display.note(f"{name}: failed; {last_line(Path(trial.config['folder']) / OUTPUT)}")
 
 
@@ -140,7 +144,8 @@ def _tune(
             reduction_factor=file.scheduler.reduction,
             max_t=file.scheduler.longest,
         )
-    trainable = tune.with_resources(_trainable, {"cpu": 0})
+    # A trial's own process only watches. Tune takes no empty request, and a byte of memory is in nobody's way.
+    trainable = tune.with_resources(_trainable, tune.PlacementGroupFactory([{"memory": 1}]))
     hours = file.budget.hours
     tuner = tune.Tuner(
         trainable,
