@@ -33,6 +33,7 @@ from rairl_ray.jobs.secrets import SecretError, open_with, refuse_visible, seal,
 from rairl_ray.jobs.submit import JobError, Options, attached, environment, placement
 from rairl_ray.jobs.verbs import Job, said
 from tests.runs import ROOT, launch
+from tests.tls_front import tls_front
 
 SFT = "experiments/demo/sft.yaml"
 
@@ -268,6 +269,23 @@ def test_a_server_that_is_not_rays_and_a_silent_one_are_one_line(
         with pytest.raises(ClusterError, match="no answer in time") as caught:
             Connection(f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_certificate_is_checked_against_the_named_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "api").mkdir()
+    (tmp_path / "api/version").write_text('{"version": "4", "ray_version": "2.60.0"}')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with tls_front(server.server_address[1], tmp_path) as (address, certificate):
+            with pytest.raises(ClusterError, match="a certificate that is not trusted; .* --ca-file FILE"):
+                Connection(address)
+            assert Connection(address, str(certificate)).options().endswith(f"--ca-file {certificate}")
+            monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+            Connection(address)
+        server.shutdown()
 
 
 def test_other_versions_and_too_small_a_cluster_are_one_line() -> None:
