@@ -229,16 +229,16 @@ def _one_line(address: str) -> Iterator[None]:
         missing = "required" in str(error)
         what = "asks for a token and none was given" if missing else "refuses the token"
         raise ClusterError(f"{address}: the cluster {what}; {_TOKEN_REMEDY}") from None
-    except requests.exceptions.SSLError:
-        raise ClusterError(
-            f"{address}: no TLS there, or a certificate that is not trusted; name what it is signed by: "
-            "--ca-file FILE"
-        ) from None
     except requests.exceptions.Timeout:
         raise ClusterError(f"{address}: no answer in time; is it Ray's dashboard, and is it well?") from None
     except (requests.exceptions.RequestException, ConnectionError) as error:
+        # Ray's client turns the first request's SSLError into a plain ConnectionError.
         certificate = "SSL" in str(error.__context__) or "SSL" in str(error)
-        remedy = "its certificate is not trusted (--ca-file FILE)" if certificate else "is it Ray's dashboard?"
+        remedy = (
+            "no TLS there, or a certificate that is not trusted; name what it is signed by: --ca-file FILE"
+            if certificate
+            else "is it Ray's dashboard?"
+        )
         raise ClusterError(f"{address}: no answer of Ray's Jobs API; {remedy}") from None
     except (aiohttp.ClientError, OSError) as error:
         raise ClusterError(f"{address}: the connection was lost ({type(error).__name__})") from None
