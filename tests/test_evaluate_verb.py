@@ -15,6 +15,7 @@ from rairl_ray.runfolder import read_summary
 from rairl_ray.trainer.parts import cluster
 from rairl_ray.verbs import evaluate as verb
 from rairl_ray.verbs.evaluate import evaluate
+from rairl_ray.verbs.job import sole_owner
 from tests.inprocess import config_of, run
 from tests.runs import ROOT
 
@@ -142,6 +143,30 @@ def test_a_finished_evaluation_is_only_summarised_again(runs: Path, capsys: pyte
     assert "temperature (then: 1.0, now: 0.5)" in capsys.readouterr().out
 
 
+def test_another_selector_needs_no_new_sample(runs: Path) -> None:
+    evaluate(str(runs / "tiny"), ["eval.name=chosen", "eval.selector=last"])
+    before = rows_of(runs / "tiny", "chosen")
+    evaluate(str(runs / "tiny"), ["eval.name=chosen", "eval.selector=min"])
+    for row, old in zip(rows_of(runs / "tiny", "chosen"), before, strict=True):
+        assert row.generation == old.generation and row.unit_scores == old.unit_scores
+        assert row.score == pytest.approx(min(row.unit_scores or [0]))
+        assert old.score == pytest.approx((old.unit_scores or [0])[-1])
+    assert not (runs / "tiny/evaluations/chosen~1").exists()
+
+
+def test_two_evaluations_of_one_folder_are_refused(runs: Path) -> None:
+    with (
+        sole_owner(runs / "tiny/evaluations/held"),
+        pytest.raises(ConfigError, match="another process works on it"),
+    ):
+        evaluate(str(runs / "tiny"), ["eval.name=held"])
+
+
+def test_a_checkpoint_is_not_taken_for_the_final_policy(runs: Path) -> None:
+    with pytest.raises(ModelError, match=r"only final/policy can be evaluated"):
+        evaluate(str(next((runs / "tiny/checkpoints").glob("step-*"))), [f"output_dir={runs}"])
+
+
 # --- given completions -----------------------------------------------------------------------------
 
 PROBLEMS = [
@@ -223,6 +248,7 @@ def test_an_answer_is_taken_from_the_tasks_own_problem(runs: Path, tmp_path: Pat
         ),
         ({"reward_model_score": "high"}, r"given\.jsonl:4: column 'reward_model_score' is neither"),
         ({"reward_model_score": [None, None]}, r"given\.jsonl:4: column 'reward_model_score' is neither"),
+        ({"metadata": "abc"}, r"given\.jsonl:4: column 'metadata' holds str"),
         ({"policy_log_probs": [1, "x"]}, r"given\.jsonl:4: column 'policy_log_probs' is not a list"),
     ],
 )
@@ -241,8 +267,10 @@ def test_scores_that_are_missing_need_a_reward(runs: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"no reward is named; set eval\.reward=RUN"):
         small = ["data.max_prompt_tokens=32", "rollout.max_completion_tokens=20"]
         evaluate(str(model), [f"eval.mode={mode}", f"eval.input={file}", f"output_dir={tmp_path}", *small])
-    folder = given(rows, runs, tmp_path, mode)  # the run's own reward scores them
-    assert all(row.score is not None for row in rows_of(folder.parent.parent, folder.name))
+    rows[2]["reward_model_score"] = 123.0
+    folder = given(rows, runs, tmp_path, mode)  # the run's own reward scores them, but for what is given
+    scores = [row.score for row in rows_of(folder.parent.parent, folder.name)]
+    assert scores[2] == 123.0 and all(score is not None and score < 1 for score in scores[:2] + scores[3:])
 
 
 @pytest.mark.parametrize(

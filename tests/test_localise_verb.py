@@ -95,7 +95,7 @@ def test_labelled_steps_are_scored_by_a_runs_reward(runs: Path, tmp_path: Path) 
     folder = runs / "sums/evaluations/localisation-labelled"
     rows = read(folder / "localisation.jsonl")
     assert read(output) == rows and sorted(path.name for path in folder.iterdir()) == [
-        "localisation.jsonl", "summary.json"
+        "localisation.jsonl", "settings.json", "summary.json"
     ]  # fmt: skip
     for row, given in zip(rows, LABELLED, strict=True):
         ends = row["step_char_ends"]

@@ -45,9 +45,12 @@ def completion_of(values: Mapping[str, Any]) -> str:
     return text
 
 
-def trace_of_line(values: Mapping[str, Any], number: int) -> Trace:
-    """The trace of a line; `finish_reason: length` marks one that was cut. Raises BadRow."""
-    ids = values.get("token_ids")
+def trace_of_line(values: Mapping[str, Any], number: int, *, sampled_ids: bool = False) -> Trace:
+    """The trace of a line; `finish_reason: length` marks one that was cut. Raises BadRow.
+
+    sampled_ids: `token_ids` are the policy's own, from this project's sampling.
+    """
+    ids = values.get("token_ids") if sampled_ids else None
     return Trace(
         prompt=Prompt(id=str(number), question=question_of(values)),
         text=completion_of(values),
@@ -64,18 +67,32 @@ def check_line(values: Mapping[str, Any]) -> None:
 class ScoreLines:
     """Adds rewards to lines (`actors.chunks.LineMap`); opened inside an actor."""
 
-    def __init__(self, folder: Path, selector: Eval, **options: Any) -> None:
-        self._reward = SavedReward(folder, **options)
+    def __init__(
+        self,
+        folder: Path,
+        selector: Eval,
+        *,
+        policy_fingerprint: str = "",
+        keep_given: bool = False,
+        **options: Any,
+    ) -> None:
+        self._reward = SavedReward(folder, policy_fingerprint=policy_fingerprint, **options)
         self._selector = selector
+        self._sampled = bool(policy_fingerprint)
+        self._keep_given = keep_given
 
     def __call__(self, lines: Sequence[Line]) -> list[dict[str, Any]]:
         """One row a line: its columns, the rewards of its units and where they end."""
-        traces = [trace_of_line(line.values, line.number) for line in lines]
-        scores = self._reward.score(traces)
-        return [self._row(line, trace, score) for line, trace, score in zip(lines, traces, scores, strict=True)]
+        asked = [line for line in lines if not (self._keep_given and brings_reward(line.values))]
+        traces = [trace_of_line(line.values, line.number, sampled_ids=self._sampled) for line in asked]
+        scores = zip(asked, traces, self._reward.score(traces), strict=True)
+        made = {line.number: self._row(line, trace, score) for line, trace, score in scores}
+        return [made.get(line.number, line.values) for line in lines]
 
     def _row(self, line: Line, trace: Trace, score: TraceScores | str) -> dict[str, Any]:
-        kept = {name: value for name, value in line.values.items() if name not in ("token_ids", "error")}
+        kept = dict(line.values)
+        if self._sampled:
+            kept.pop("token_ids", None)
         if isinstance(score, str):
             return {**kept, "reward_model_score": None, "error": f"line {line.number}: {score}"}
         rewards = unit_rewards(score.logits, self._reward.reward, None)
@@ -89,6 +106,11 @@ class ScoreLines:
             "unit_spans": [[start, min(end, len(trace.text))] for start, end in zip(starts, ends, strict=True)],
             "discriminator_version": score.discriminator_version,
         }
+
+
+def brings_reward(values: Mapping[str, Any]) -> bool:
+    """Whether a line has a reward already."""
+    return values.get("unit_scores") is not None or values.get("reward_model_score") is not None
 
 
 def _messages(values: Mapping[str, Any]) -> list[dict[str, Any]] | None:

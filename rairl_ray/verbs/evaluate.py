@@ -10,14 +10,18 @@ no sample that was paid for is drawn again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rairl_ray.actors.chunks import map_file, rows_of, split
 from rairl_ray.actors.sampling import LogprobLines, SampleLines
+from rairl_ray.algorithms.rewards import selected_score
 from rairl_ray.config.load import dump_yaml, load_config
 from rairl_ray.data.rendering import Renderer, load_tokenizer
 from rairl_ray.data.tasks import make_task, task_rules
@@ -27,20 +31,22 @@ from rairl_ray.display import Display
 from rairl_ray.engines.artifacts import REWARD_FILE
 from rairl_ray.engines.sources import content_id, materialise
 from rairl_ray.errors import ConfigError
-from rairl_ray.evaluation.rows import EvalRow, read_numbers, write_rows
+from rairl_ray.evaluation.rows import EvalRow, read_numbers, read_rows, write_rows
 from rairl_ray.evaluation.summary import summarise
-from rairl_ray.files import stream_json_lines, write_json_lines
+from rairl_ray.files import json_text, stream_json_lines, write_json_lines
+from rairl_ray.rewards.lines import brings_reward
 from rairl_ray.runfolder import write_summary
 from rairl_ray.trainer.parts import cluster
 from rairl_ray.trainer.session import SUMMARY_COLUMNS, summary_rows
 from rairl_ray.types import Prompt, Trace
 from rairl_ray.verbs.given import given_rows
 from rairl_ray.verbs.grading import graded
-from rairl_ray.verbs.job import Job, file_id, remove
+from rairl_ray.verbs.job import Job, file_id, remove, sole_owner
 from rairl_ray.verbs.machines import engine_pool, torch_device
 from rairl_ray.verbs.score import LINES_PER_CHUNK, score_chunks
 from rairl_ray.verbs.target import Target, find_target
 
+SELECTOR = "selector"
 PREGENERATED = ("pregenerated_policy", "pregenerated_policy_and_reward")
 SOURCE, SAMPLES = "source.jsonl", "samples.jsonl"
 """Files of an unfinished evaluation: what it begins with, and what the policy said."""
@@ -112,7 +118,6 @@ class Evaluation:
         self._given = config.eval.mode in PREGENERATED
         self._task: Task | None = None if self._given else self._fitting_task()
         self.folder = target.folder.evaluations / (config.eval.name or self._name())
-        self._job = Job(self.folder, self._settings())
 
     def _name(self) -> str:
         """The mode, and the file that was given."""
@@ -131,26 +136,28 @@ class Evaluation:
         tokenizer = load_tokenizer(self._policy, self._config.model.policy)
         return Renderer(tokenizer, self._rules.system_prompt, self._config.data.system_role)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, source: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Everything that rows.jsonl depends on."""
         config, reward = self._config, self._target.reward
+        template = config.model.policy.chat_template
         settings: dict[str, Any] = {
             "mode": config.eval.mode,
             "policy": content_id(self._policy, config.model.policy.revision),
+            "chat_template": None if template is None else file_id(Path(template)),
             "reward": None if reward is None else [content_id(str(reward)), file_id(reward / REWARD_FILE)],
-            "task": config.data.task,
-            "system_prompt": self._rules.system_prompt,
+            "task": [config.data.task, config.data.grader],
+            "source": hashlib.sha256(json_text(source).encode()).hexdigest()[:16],
+            "system_prompt": [self._rules.system_prompt, config.data.system_role],
             "max_prompt_tokens": config.data.max_prompt_tokens,
             "max_completion_tokens": config.rollout.max_completion_tokens,
             "engine": config.rollout.engine,
             "dtype": config.model.policy.dtype,
+            "lines_per_chunk": self._lines_per_chunk(),
+            SELECTOR: [config.eval.selector, config.eval.discount, config.eval.tail_share],
         }
         if self._given:
-            return settings | {"input": file_id(self._input())}
-        assert self._task is not None
+            return settings
         return settings | {
-            "data": self._task.data_hash,
-            "problems": min(config.eval.prompts, len(self._task.eval)),
             "samples_per_prompt": config.eval.samples_per_prompt,
             "temperature": config.eval.temperature,
             "top_p": config.eval.top_p,
@@ -166,18 +173,29 @@ class Evaluation:
     def rows(self) -> list[EvalRow]:
         """Make what is missing of rows.jsonl and read its numbers."""
         target = self.folder / "rows.jsonl"
-        if self._job.differences():
-            self._move_aside()
-        elif target.is_file():
-            self._display.note(
-                "all rows are there from an earlier evaluation of these settings; summarised anew"
-            )
-            return read_numbers(target)
         source = self._source()
-        self._job.open()
-        self._target.folder.evaluations.mkdir(parents=True, exist_ok=True)
-        if not self._target.folder.config.is_file():
-            self._target.folder.write_config(dump_yaml(self._config))
+        job = Job(self.folder, self._settings(source))
+        with sole_owner(self.folder):
+            changed = set(job.differences())
+            if changed <= {SELECTOR} and target.is_file():
+                self._display.note("all rows are there from an earlier evaluation of these settings")
+                if changed:
+                    write_rows(target, map(self._selected, read_rows(target)))
+                    job.open()
+                return read_numbers(target)
+            job.move_aside(self._display)
+            job.open()
+            if not self._target.folder.config.is_file():
+                self._target.folder.write_config(dump_yaml(self._config))
+            self._make(source, target)
+        return read_numbers(target)
+
+    def _selected(self, row: EvalRow) -> EvalRow:
+        """The row under another selector."""
+        units = row.unit_scores
+        return replace(row, score=selected_score(np.asarray(units), self._config.eval)) if units else row
+
+    def _make(self, source: Sequence[dict[str, Any]], target: Path) -> None:
         write_json_lines(self.folder / SOURCE, source)
         with self._display:
             rows = self._through_actors(source)
@@ -187,14 +205,6 @@ class Evaluation:
             remove(self.folder / leftover)
         for leftover in (SOURCE, SAMPLES):
             (self.folder / leftover).unlink(missing_ok=True)
-        return read_numbers(target)
-
-    def _move_aside(self) -> None:
-        """An evaluation of other settings is kept beside the new one."""
-        aside = next(p for i in range(1, 1000) if not (p := Path(f"{self.folder}~{i}")).exists())
-        changed = ", ".join(self._job.differences())
-        self.folder.rename(aside)
-        self._display.note(f"an evaluation of this name with other settings was moved to {aside}: {changed}")
 
     def _source(self) -> list[dict[str, Any]]:
         """Rows to begin with: problems, or given completions."""
@@ -223,7 +233,7 @@ class Evaluation:
         with_policy = not self._given or (
             mode == "pregenerated_policy" and not all("policy_logprobs" in row for row in source)
         )
-        scored = self._given and all("unit_scores" in row or "reward_model_score" in row for row in source)
+        scored = self._given and all(brings_reward(row) for row in source)
         if mode == "pregenerated_policy_and_reward" and not scored and reward is None:
             raise ConfigError(
                 f"eval.input={self._config.eval.input}: some rows have no reward_model_score, and no reward is "
@@ -260,7 +270,9 @@ class Evaluation:
     def _with_reward(self, source: Path, reward: Path) -> Iterator[dict[str, Any]]:
         chunks, parts = split(source, LINES_PER_CHUNK), self.folder / "scores"
         fingerprint = "" if self._given else self._renderer().fingerprint
-        score_chunks(self._config, reward, source, chunks, parts, self._display, fingerprint)
+        score_chunks(
+            self._config, reward, source, chunks, parts, self._display, fingerprint, keep_given=self._given
+        )
         return rows_of(parts, chunks)
 
     def _lines_per_chunk(self) -> int:

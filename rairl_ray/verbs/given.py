@@ -81,7 +81,10 @@ def _row(
     values: Mapping[str, Any], problems: _Problems, config: RunConfig, tokens: Callable[[str, str], int]
 ) -> dict[str, Any]:
     question, generation = question_of(values), completion_of(values)
-    answer, metadata = optional_text_column(values, "answer"), dict(values.get("metadata") or {})
+    answer, metadata = optional_text_column(values, "answer"), values.get("metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise BadRow(f"column 'metadata' holds {type(metadata).__name__}, not a mapping")
+    metadata = dict(metadata)
     options = read_options(values.get("options"))
     if options and "options" not in metadata:
         metadata["options"] = options

@@ -14,7 +14,7 @@ from rairl_ray.algorithms.negatives import perturb
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.completion_format import THINK_OPEN
 from rairl_ray.data.tasks import make_task
-from rairl_ray.errors import DataError
+from rairl_ray.errors import ConfigError, DataError
 from rairl_ray.evaluation.localisation import (
     ARGMIN,
     Baseline,
@@ -185,7 +185,10 @@ def values_of_case(case: Case, units: dict[str, Any]) -> np.ndarray | None:
 
 
 def readout_of(config: RunConfig) -> Readout:
-    return Readout(type=config.eval.localisation_readout, threshold=config.eval.localisation_threshold)
+    kind, threshold = config.eval.localisation_readout, config.eval.localisation_threshold
+    if kind == "threshold" and threshold is None:
+        raise ConfigError("eval.localisation_readout=threshold: needs eval.localisation_threshold; set it")
+    return Readout(type=kind, threshold=threshold)
 
 
 def row_of(

@@ -6,6 +6,7 @@ with one injected error              └──PolicyReadLines──> log-probabi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.tasks import task_rules
 from rairl_ray.display import Display
-from rairl_ray.engines.sources import materialise
+from rairl_ray.engines.artifacts import REWARD_FILE
+from rairl_ray.engines.sources import content_id, materialise
 from rairl_ray.errors import ConfigError
-from rairl_ray.files import write_json_lines
+from rairl_ray.files import json_text, write_json_lines
 from rairl_ray.runfolder import RunFolder, Summary, write_summary
 from rairl_ray.trainer.parts import cluster
 from rairl_ray.trainer.session import SUMMARY_COLUMNS, summary_rows
-from rairl_ray.verbs.job import remove
+from rairl_ray.verbs.job import Job, file_id, remove, sole_owner
 from rairl_ray.verbs.localisation_cases import (
     Case,
     injected_cases,
@@ -35,7 +37,7 @@ from rairl_ray.verbs.localisation_cases import (
     values_of_case,
 )
 from rairl_ray.verbs.machines import reward_pool, torch_device
-from rairl_ray.verbs.score import LINES_PER_CHUNK, reward_of, score_chunks
+from rairl_ray.verbs.score import LINES_PER_CHUNK, make_parent, reward_of, score_chunks
 from rairl_ray.verbs.target import plain_policy
 
 SOURCE = "source.jsonl"
@@ -71,13 +73,16 @@ def localise(
             raise ConfigError(
                 f"{source}: a file alone has no reward; write `localise RUN {source}`, or --scores COLUMN"
             )
-    if output is not None and output.exists():
-        raise ConfigError(f"--output {output}: exists already; remove it or name another file")
+    if output is not None:
+        if output.exists():
+            raise ConfigError(f"--output {output}: exists already; remove it or name another file")
+        make_parent(output)
     display = display or Display("localise", 1)
     if scores is not None:
         if file is None:
             raise ConfigError(f"--scores {scores}: needs a file with that column; write `localise RUN FILE`")
         config = load_config(None, overrides)
+        readout_of(config)
         cases = labelled_cases(file, config, scores)
         rows = [row_of(case, None, case.step_scores, readout_of(config)) for case in cases]
         summary = summarise(cases, [case.step_scores for case in cases], config)
@@ -94,18 +99,33 @@ def _by_reward(
     source: str, file: Path | None, baselines: bool, overrides: Sequence[str], display: Display
 ) -> list[dict[str, Any]]:
     config, reward = reward_of(source, overrides)
+    readout_of(config)
     cases = injected_cases(config) if file is None else labelled_cases(file, config, None)
     root = reward.parent.parent
     in_run = (root / "config.yaml").is_file()
     folder = RunFolder(root if in_run else Path(config.output_dir) / "models" / reward.name)
     name = config.eval.name or ("localisation" if file is None else f"localisation-{file.stem}")
-    target = folder.evaluation(name)
+    target = folder.evaluations / name
     display.note(f"evaluation folder: {target}")
-    with display, cluster(config):
-        rewards = scored_units(config, reward, cases, target, display)
-        policy = folder.final_policy if in_run and baselines and folder.final_policy.is_dir() else None
-        read = [] if policy is None else _read_by_policy(config, policy, target, display)
-    (target / SOURCE).unlink()
+    policy = folder.final_policy if in_run and baselines and folder.final_policy.is_dir() else None
+    job = Job(
+        target,
+        {
+            "reward": [content_id(str(reward)), file_id(reward / REWARD_FILE)],
+            "policy": None if policy is None else content_id(str(policy)),
+            "traces": hashlib.sha256(json_text(_lines(cases)).encode()).hexdigest()[:16],
+            "lines_per_chunk": LINES_PER_CHUNK,
+        },
+    )
+    with sole_owner(target):
+        job.move_aside(display)
+        job.open()
+        with display, cluster(config):
+            rewards = scored_units(config, reward, cases, target, display)
+            read = [] if policy is None else _read_by_policy(config, policy, target, display)
+        for leftover in ("scores", "policy"):
+            remove(target / leftover)
+        (target / SOURCE).unlink()
     values = [values_of_case(case, units) for case, units in zip(cases, rewards, strict=True)]
     summary = summarise(cases, values, config)
     if file is None:
@@ -128,9 +148,17 @@ def _by_reward(
 def scored_units(
     config: RunConfig, reward: Path, cases: Sequence[Case], target: Path, display: Display
 ) -> list[dict[str, Any]]:
-    """Each case's row with the rewards of its units."""
+    """Each case's row with the rewards of its units; parts in `target`/scores are used again."""
     source = target / SOURCE
-    rows = [
+    write_json_lines(source, _lines(cases))
+    chunks, parts = split(source, LINES_PER_CHUNK), target / "scores"
+    score_chunks(config, reward, source, chunks, parts, display)
+    return list(rows_of(parts, chunks))
+
+
+def _lines(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Rows that a reward and a policy read."""
+    return [
         {
             "prompt": case.question,
             "generation": case.text,
@@ -138,13 +166,6 @@ def scored_units(
         }
         for case in cases
     ]
-    write_json_lines(source, rows)
-    chunks, parts = split(source, LINES_PER_CHUNK), target / "scores"
-    remove(parts)
-    score_chunks(config, reward, source, chunks, parts, display)
-    made = list(rows_of(parts, chunks))
-    remove(parts)
-    return made
 
 
 def _read_by_policy(config: RunConfig, policy: Path, target: Path, display: Display) -> list[dict[str, Any]]:
@@ -155,7 +176,6 @@ def _read_by_policy(config: RunConfig, policy: Path, target: Path, display: Disp
     )
     source, parts = target / SOURCE, target / "policy"
     chunks = split(source, LINES_PER_CHUNK)
-    remove(parts)
     display.phase("reading with the policy", len(chunks))
     arguments = {
         "policy_path": path,
@@ -167,9 +187,7 @@ def _read_by_policy(config: RunConfig, policy: Path, target: Path, display: Disp
     }
     pool = reward_pool(config)
     map_file(source, chunks, parts, PolicyReadLines, arguments, pool, lambda done: display.step(done, {}))
-    made = list(rows_of(parts, chunks))
-    remove(parts)
-    return made
+    return list(rows_of(parts, chunks))
 
 
 def _show(title: str, summary: Summary, display: Display) -> None:

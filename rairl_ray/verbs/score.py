@@ -19,7 +19,7 @@ from rairl_ray.files import stream_json_lines
 from rairl_ray.rewards.lines import ScoreLines, check_line
 from rairl_ray.rewards.source import reward_folder
 from rairl_ray.trainer.parts import cluster
-from rairl_ray.verbs.job import Job, file_id, remove
+from rairl_ray.verbs.job import Job, file_id, remove, sole_owner
 from rairl_ray.verbs.machines import reward_pool, torch_device
 
 LINES_PER_CHUNK = 256
@@ -52,23 +52,16 @@ def score(
     changed = job.differences()
     if changed:
         raise ConfigError(
-            f"--output {output}: {job.folder} holds parts of another job: {', '.join(changed)}; remove that "
-            "folder or name another --output"
+            f"--output {output}: {job.folder} holds parts of another job: {', '.join(changed.values())}; "
+            "remove that folder or name another --output"
         )
     display.note(f"output: {output}")
-    job.open()
-    with display, cluster(config):
-        score_chunks(config, folder, file, chunks, job.folder / "scores", display)
-    unscored = 0
-
-    def counted() -> Iterator[dict[str, Any]]:
-        nonlocal unscored
-        for row in rows_of(job.folder / "scores", chunks):
-            unscored += row["reward_model_score"] is None
-            yield row
-
-    rows = stream_json_lines(output, counted())
-    remove(job.folder)
+    with sole_owner(output):
+        job.open()
+        with display, cluster(config):
+            score_chunks(config, folder, file, chunks, job.folder / "scores", display)
+        rows, unscored = _join(job.folder / "scores", chunks, output)
+        remove(job.folder)
     display.finish(
         [
             f"{rows} lines with their rewards: {output}",
@@ -76,6 +69,19 @@ def score(
         ]
     )
     return 0
+
+
+def _join(parts: Path, chunks: Sequence[Chunk], output: Path) -> tuple[int, int]:
+    """Write the parts as one file; (rows, rows without a score)."""
+    unscored = 0
+
+    def counted() -> Iterator[dict[str, Any]]:
+        nonlocal unscored
+        for row in rows_of(parts, chunks):
+            unscored += row["reward_model_score"] is None
+            yield row
+
+    return stream_json_lines(output, counted()), unscored
 
 
 def reward_of(source: str, overrides: Sequence[str]) -> tuple[RunConfig, Path]:
@@ -94,8 +100,9 @@ def score_chunks(
     parts: Path,
     display: Display,
     policy_fingerprint: str = "",
+    keep_given: bool = False,
 ) -> None:
-    """Score a file's chunks on the connected cluster."""
+    """Score a file's chunks on the connected cluster; `keep_given`: not the lines that bring a reward."""
     display.phase("scoring", len(chunks))
     arguments = {
         "folder": folder,
@@ -103,6 +110,7 @@ def score_chunks(
         "device": torch_device(config),
         "system_prompt": task_rules(config.data).system_prompt,
         "policy_fingerprint": policy_fingerprint,
+        "keep_given": keep_given,
         "tokens_per_micro_batch": config.learner.tokens_per_micro_batch,
     }
     pool = reward_pool(config)
@@ -119,7 +127,17 @@ def check_output(file: Path, output: Path) -> None:
         raise DataError(f"{file}: no such file; give a JSONL file of prompts and completions")
     if output.exists():
         raise ConfigError(f"--output {output}: exists already; remove it or name another file")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(output)
+
+
+def make_parent(output: Path) -> None:
+    """The folder that an output goes to. Raises ConfigError where it cannot be made."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {output}: its folder cannot be made ({error.strerror}); name another"
+        ) from None
 
 
 def _check(file: Path) -> Any:

@@ -16,6 +16,8 @@ from rairl_ray.errors import ModelError
 from rairl_ray.rewards.source import reward_folder
 from rairl_ray.runfolder import RunFolder
 
+RUN_PLACES = (".", "final", "final/policy", "final/reward_model")
+"""Places of a run that stand for the whole of it."""
 NO_REWARD = "none"
 """Value of `eval.reward` that leaves samples without a score."""
 
@@ -48,8 +50,12 @@ def find_target(text: str, overrides: Sequence[str]) -> Target:
     output_dir = load_config(None, [o for o in overrides if o.startswith("output_dir=")]).output_dir
     places = [Path(text).expanduser(), Path(output_dir) / text]
     for place in places:
-        root = next((above for above in (place, *place.parents[:2]) if _is_run(above)), None)
+        root = next((above for above in (place, *place.parents) if _is_run(above)), None)
         if root is not None and place.exists():
+            if place.relative_to(root).as_posix() not in RUN_PLACES:
+                raise ModelError(
+                    f"{text}: lies in the run {root}, of which only final/policy can be evaluated; give the run"
+                )
             return _of_run(root, overrides)
     if not places[0].is_dir() and not is_hub_id(text):
         looked = " and ".join(str(place) for place in places)

@@ -18,7 +18,7 @@ from rairl_ray.rewards.source import reward_folder
 from rairl_ray.runfolder import Summary, read_summary
 from rairl_ray.trainer.parts import cluster
 from rairl_ray.verbs.evaluate import evaluate
-from rairl_ray.verbs.job import remove
+from rairl_ray.verbs.job import remove, sole_owner
 from rairl_ray.verbs.localisation_cases import injected_cases, summarise, values_of_case
 from rairl_ray.verbs.localise import scored_units
 from rairl_ray.verbs.target import NO_REWARD, Target, find_target
@@ -53,7 +53,7 @@ def transfer(
     target.mkdir(parents=True, exist_ok=True)
     display.note(f"transfer folder: {target}")
     cells: list[dict[str, Any]] = []
-    with cluster(next(iter(targets.values())).config):
+    with sole_owner(target), cluster(next(iter(targets.values())).config):
         for text, (policy, of) in zip(policies, targets.items(), strict=True):
             evaluate(text, [*passed, f"eval.reward={NO_REWARD}", f"eval.name={SAMPLES}"])
             samples = of.folder.evaluations / SAMPLES / "rows.jsonl"
@@ -88,10 +88,11 @@ def _localised(of: Target, folder: Path, target: Path, display: Display) -> Summ
         cases = injected_cases(of.config)
     except DataError:
         return {}
+    remove(target / "scores")  # of another cell, where an earlier process was killed
     units = scored_units(of.config, folder, cases, target, display)
+    remove(target / "scores")
     (target / "source.jsonl").unlink()
     values = [values_of_case(case, row) for case, row in zip(cases, units, strict=True)]
-    remove(target / "scores")
     return summarise(cases, values, of.config)
 
 
