@@ -32,10 +32,10 @@ class LocalisedTrace:
     step_char_ends: Sequence[int]
     unit_char_ends: Sequence[int]
     unit_scores: Sequence[float | None]
-    first_error_step: int
-    """-1 for a right trace."""
-    predicted_step: int
-    """-1 where none is named."""
+    first_error_step: int | None
+    """-1 for a right trace; None for an error behind the steps (in the answer), or without a label."""
+    predicted_step: int | None
+    """-1 where none is named; None where the reward could not score the trace."""
     edit_char: int | None = None
 
 

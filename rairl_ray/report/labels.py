@@ -42,6 +42,7 @@ _KNOWN: list[tuple[str, str, Kind]] = [
     (names.LOCALISATION_HIT_AT_1, "hit@1 within {tokens} tokens", "percent"),
     (names.LOCALISATION_RIGHT_ACCURACY, "right traces called right", "percent"),
     (names.LOCALISATION_F1, "ProcessBench F1", "percent"),
+    (names.LOCALISATION_HIT_CHANCE, "hit@1 within {tokens} tokens, by chance", "percent"),
     (names.LOCALISATION_BASELINE, "wrong step found by {baseline}", "percent"),
     (names.REWARD_MEAN, "mean reward", "plain"),
     (names.DISCRIMINATOR_LOSS, "discriminator loss", "plain"),

@@ -47,10 +47,19 @@ def localisation_table(evaluation: Evaluation) -> list[Part]:
 def localisation_details(evaluation: Evaluation) -> list[Part]:
     """Accuracy by the number of steps, distance of the named step, and traces with their error marked."""
     traces = evaluation.localised
-    wrong = [t for t in traces if 0 <= t.first_error_step < len(t.step_char_ends)]
+    scored = [t for t in traces if t.first_error_step is not None and t.predicted_step is not None]
+    wrong = [t for t in scored if 0 <= _label(t) < len(t.step_char_ends)]
     if not wrong:
         raise Absent("no trace has an error in one of its steps")
     return [_by_steps(wrong), _distances(wrong), *_marked(wrong)]
+
+
+def _label(trace: LocalisedTrace) -> int:
+    return -1 if trace.first_error_step is None else trace.first_error_step
+
+
+def _named(trace: LocalisedTrace) -> int:
+    return -1 if trace.predicted_step is None else trace.predicted_step
 
 
 def _by_steps(traces: Sequence[LocalisedTrace]) -> Table:
@@ -82,17 +91,17 @@ def _by_steps(traces: Sequence[LocalisedTrace]) -> Table:
 
 def _distances(traces: Sequence[LocalisedTrace]) -> Figure:
     """How many steps lie between the named and the true step, against a uniform guess."""
-    named = [t for t in traces if t.predicted_step >= 0]
+    named = [t for t in traces if _named(t) >= 0]
     if not named:
         raise Absent("the reward named no step in any trace")
-    offsets = np.array([t.predicted_step - t.first_error_step for t in named])
+    offsets = np.array([_named(t) - _label(t) for t in named])
     reach = int(min(10, np.abs(offsets).max(initial=1)))
     places = np.arange(-reach, reach + 1)
     chance = np.zeros(len(places))
     for trace in named:
         steps = len(trace.step_char_ends)
         for guess in range(steps):
-            place = int(np.clip(guess - trace.first_error_step, -reach, reach)) + reach
+            place = int(np.clip(guess - _label(trace), -reach, reach)) + reach
             chance[place] += 1 / steps / len(named)
     shares = np.bincount(np.clip(offsets, -reach, reach) + reach, minlength=len(places)) / len(named)
     drawing, axes = new_figure()
@@ -128,15 +137,15 @@ def _trace(trace: LocalisedTrace, limit: float) -> Trace:
     def span(step: int) -> tuple[int, int] | None:
         return (begins[step], begins[step + 1]) if 0 <= step < len(trace.step_char_ends) else None
 
-    error, predicted = span(trace.first_error_step), span(trace.predicted_step)
+    error, predicted = span(_label(trace)), span(_named(trace))
     if error is not None and trace.edit_char is not None and error[0] <= trace.edit_char < error[1]:
         error = (trace.edit_char, error[1])
     values = rewards_of(trace.unit_scores)
     pieces = pieces_of(trace.text, trace.unit_char_ends, values, limit, error=error, predicted=predicted)
     facts = [
         f"{len(trace.step_char_ends)} steps",
-        f"first wrong step {trace.first_error_step + 1}",
-        f"named step {trace.predicted_step + 1}" if trace.predicted_step >= 0 else "no step named",
+        f"first wrong step {_label(trace) + 1}",
+        f"named step {_named(trace) + 1}" if _named(trace) >= 0 else "no step named",
     ]
     return Trace(
         heading=trace.prompt_id,
