@@ -34,9 +34,6 @@ def make_rows(problems: int = 6, samples: int = 4, *, text: str = "", shift: flo
                 metadata={"category": ("law", "physics")[problem % 2]},
             )  # fmt: skip
             rows.append(row)
-    unscored = {"unit_char_ends": None, "unit_scores": None, "predicted_step": None, "error": "too long"}
-    rows.append({**rows[0], "first_error_step": None, "edit_char": 44})
-    rows.append({**rows[0], **unscored})
     return rows
 
 
@@ -65,8 +62,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def localised_rows() -> list[dict[str, object]]:
-    """Traces of three steps, as `localise` writes them: the named step is right in the first three of four with an
-    error in a step; then a right trace, one with its error in the answer, and one that could not be scored."""
+    """Traces of three steps, as `localise` writes them: the named step is right in the first three of four.
+
+    Then a right trace, one with its error in the answer, and one that could not be scored.
+    """
     text = "<think>\n1+1=2\n2+2=5\n5+1=6\n</think>\n<answer>\n6\n</answer>"
     ends = [14, 20, 26]
     rows = []
