@@ -24,6 +24,12 @@ from tests.runs import ROOT, TINY_AIRL
 DEMO = str(ROOT / "experiments/demo/airl.yaml")
 
 
+CIRCLE = {
+    "reward.density.every": {"grid": [5], "when": {"trainer.steps": 9}},
+    "trainer.steps": {"grid": [9], "when": {"reward.density.every": 5}},
+}
+
+
 def written(folder: Path, **changes: Any) -> str:
     """A sweep file with a small space."""
     data: dict[str, Any] = {
@@ -62,6 +68,7 @@ def test_every_point_with_every_seed(tmp_path: Path) -> None:
     [
         ("data.system_prompt", "Think: then 'answer' #1 \"now\""),
         ("data.system_prompt", "null"),
+        ("data.system_prompt", "Tränk 😀: \u2028 then\x85\x7f # {"),
         ("reward.clip", [-5.0, 0.5]),
         ("reward.clip", None),
         ("advantage.scale", False),
@@ -133,6 +140,10 @@ def test_ids_depend_on_values_and_seed_alone() -> None:
         ({"sedes": [1]}, "unknown key; a sweep file has name, base"),
         ({"base": "nothing.yaml"}, "no such experiment file"),
         ({"search": {"type": "bayes"}}, "search.type: must be 'grid' or 'random'"),
+        ({"space": {"trainer.steps": {"randint": [1.5, 4]}}}, r"randint=\[1.5, 4\]: must be whole numbers"),
+        ({"scheduler": {"type": "asha", "grace": 9, "longest": 3}}, "grace=9: must be at most longest=3"),
+        ({"scheduler": {"type": "asha", "reduction": 1}}, "scheduler.reduction: must be greater than or equal"),
+        ({"space": CIRCLE}, r"reward\.density\.every: its `when` leads back to itself"),
     ],
 )
 def test_a_bad_file_is_one_line_a_fault(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
