@@ -75,7 +75,7 @@ def _run(file: SweepFile, left: Sequence[Trial], display: Display) -> None:
         concurrent = min(file.max_concurrent or room, room)
         display.note(f"{len(left)} trials to run, {concurrent} at once (the cluster holds {room})")
         for item in left:
-            _train_warm_start(file, item, display)
+            train_warm_start(file, item, display)
         _tune(file, left, concurrent, display)
 
 
@@ -130,7 +130,7 @@ def started_with(file: SweepFile, item: Trial) -> tuple[str, ...]:
     return (*item.overrides, *(override(key, value) for key, value in settings.items()))
 
 
-def _train_warm_start(file: SweepFile, item: Trial, display: Display) -> None:
+def train_warm_start(file: SweepFile, item: Trial, display: Display) -> None:
     """Train a warm start that is not there yet; an interrupted one goes on."""
     earlier = warm_start(file, item)
     if earlier is None:
