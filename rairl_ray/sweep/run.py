@@ -59,9 +59,10 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
     folder.mkdir(parents=True, exist_ok=True)
     display = display or Display(file.name, len(planned))
     with RunFolder(folder).lock():
-        _claim(file, folder, resume)
+        _refuse_other_sweep(file, folder, resume)
         for item in planned:
             _refuse_other_run(file, item)
+        write_atomic(folder / SAVED, file.model_dump_json(indent=1) + "\n")
         display.note(f"sweep folder: {folder}")
         left = [item for item in planned if trial_state(file, item) not in DONE]
         if left:
@@ -79,7 +80,7 @@ def _run(file: SweepFile, left: Sequence[Trial], display: Display) -> None:
         _tune(file, left, concurrent, display)
 
 
-def _claim(file: SweepFile, folder: Path, resume: bool) -> None:
+def _refuse_other_sweep(file: SweepFile, folder: Path, resume: bool) -> None:
     """One sweep a name: a resume must agree with what was started, key by key."""
     saved = folder / SAVED
     if saved.is_file() and not resume:
@@ -93,7 +94,6 @@ def _claim(file: SweepFile, folder: Path, resume: bool) -> None:
         ]
         if changed:
             raise ResumeError(f"--resume: the file contradicts the sweep in {', '.join(changed)}; rename it")
-    write_atomic(saved, file.model_dump_json(indent=1) + "\n")
 
 
 def _room(config: RunConfig) -> int:
