@@ -40,7 +40,7 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def end(file: SweepFile, item: Trial, **values: float) -> None:
+def end(file: SweepFile, item: Trial, values: dict[str, float]) -> None:
     """The folder of a run that has ended."""
     folder = RunFolder(trial_folder(file, item.id))
     folder.create()
@@ -48,5 +48,5 @@ def end(file: SweepFile, item: Trial, **values: float) -> None:
     folder.final_policy.mkdir(parents=True)
     folder.final_reward_model.mkdir()
     (folder.final_reward_model / "reward.json").touch()
-    summary = {name.replace("_in_", "/", 1): {"value": value} for name, value in values.items()}
+    summary = {name: {"value": value} for name, value in values.items()}
     write_summary(folder.evaluation("final") / "summary.json", summary)

@@ -44,7 +44,7 @@ def test_best_is_the_winner_in_full(tmp_path: Path) -> None:
     file = load_sweep(text)
     planned = trials(file)
     for item, value in zip(planned, [math.nan, 0.4, 0.2, 0.3], strict=True):
-        end(file, item, eval_in_pass_at_1=value)
+        end(file, item, {"eval/pass_at_1": value})
     (sweep_folder(file) / run.SAVED).write_text(file.model_dump_json())
     assert run.sweep(file, resume=True) == 0
     best = load_config(sweep_folder(file) / "best.yaml")
@@ -62,7 +62,7 @@ def test_a_resume_refuses_a_base_that_has_changed(tmp_path: Path) -> None:
     base.write_text(f"base: {DEMO}\ntrainer: {{steps: 5}}\n")
     file = load_sweep(written(tmp_path, base=str(base), overrides={"warm_start": str(SFT)}))
     for item in trials(file):
-        end(file, item, eval_in_pass_at_1=0.5)
+        end(file, item, {"eval/pass_at_1": 0.5})
     (sweep_folder(file) / run.SAVED).write_text(file.model_dump_json())
     assert run.sweep(file, resume=True) == 0
     base.write_text(f"base: {DEMO}\ntrainer: {{steps: 6, checkpoint_every: 2}}\n")
@@ -89,10 +89,10 @@ def test_states_and_the_exit_code(tmp_path: Path) -> None:
     sweep_folder(file).mkdir(parents=True)
     with pytest.raises(RunFailure, match="no trial finished"):
         conclude(file, planned, display)
-    end(file, planned[0], eval_in_pass_at_1=math.nan, calibration_in_ece=0.1)
+    end(file, planned[0], {"eval/pass_at_1": math.nan, "calibration/ece": 0.1})
     with pytest.raises(RunFailure, match=r"metric=eval/pass_at_1: .*; there are calibration/ece$"):
         conclude(file, planned, display)
-    end(file, planned[1], eval_in_pass_at_1=0.5)
+    end(file, planned[1], {"eval/pass_at_1": 0.5})
     assert conclude(file, planned, display) == 1
     for item in planned[1:]:
         stop_mark(file, item.id).parent.mkdir(exist_ok=True)
