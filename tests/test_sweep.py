@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -17,27 +16,16 @@ import yaml
 
 from rairl_ray.config.load import load_config
 from rairl_ray.errors import ConfigError, ResumeError
+from rairl_ray.sweep import run
 from rairl_ray.sweep.file import load_sweep
 from rairl_ray.sweep.points import trial_id, trials
 from tests.runs import ROOT, TINY_AIRL
+from tests.sweeps import table, written
 
-DEMO = str(ROOT / "experiments/demo/airl.yaml")
-
-
-def written(folder: Path, **changes: Any) -> str:
-    """A sweep file with a small space."""
-    data: dict[str, Any] = {
-        "name": "sw",
-        "base": DEMO,
-        "output_dir": str(folder / "runs"),
-        "space": {"reward.density.type": ["sparse", "dense"]},
-        "seeds": [0, 1],
-        "overrides": {"warm_start": None},
-        **changes,
-    }
-    file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump(data, sort_keys=False))
-    return str(file)
+CIRCLE = {
+    "reward.density.every": {"grid": [5], "when": {"trainer.steps": 9}},
+    "trainer.steps": {"grid": [9], "when": {"reward.density.every": 5}},
+}
 
 
 def test_every_point_with_every_seed(tmp_path: Path) -> None:
@@ -62,6 +50,7 @@ def test_every_point_with_every_seed(tmp_path: Path) -> None:
     [
         ("data.system_prompt", "Think: then 'answer' #1 \"now\""),
         ("data.system_prompt", "null"),
+        ("data.system_prompt", "Tränk 😀: \u2028 then\x85\x7f # {"),
         ("reward.clip", [-5.0, 0.5]),
         ("reward.clip", None),
         ("advantage.scale", False),
@@ -133,6 +122,10 @@ def test_ids_depend_on_values_and_seed_alone() -> None:
         ({"sedes": [1]}, "unknown key; a sweep file has name, base"),
         ({"base": "nothing.yaml"}, "no such experiment file"),
         ({"search": {"type": "bayes"}}, "search.type: must be 'grid' or 'random'"),
+        ({"space": {"trainer.steps": {"randint": [1.5, 4]}}}, r"randint=\[1.5, 4\]: must be whole numbers"),
+        ({"scheduler": {"type": "asha", "grace": 9, "longest": 3}}, "grace=9: must be at most longest=3"),
+        ({"scheduler": {"type": "asha", "reduction": 1}}, "scheduler.reduction: must be greater than or equal"),
+        ({"space": CIRCLE}, r"reward\.density\.every: its `when` leads back to itself"),
     ],
 )
 def test_a_bad_file_is_one_line_a_fault(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -159,16 +152,53 @@ def test_the_shipped_sweeps_have_only_good_points() -> None:
         assert trials(load_sweep(str(file))), file
 
 
+def test_a_condition_is_met_only_by_what_counts(tmp_path: Path) -> None:
+    space = {
+        "trainer.steps": {"grid": [7], "when": {"reward.density.type": "interval"}},
+        "reward.density.every": {"grid": [5], "when": {"trainer.steps": 7}},
+        "reward.density.type": ["sparse", "interval"],
+    }
+    made = trials(load_sweep(written(tmp_path, space=space, seeds=[0])))
+    assert [item.values for item in made] == [
+        {"reward.density.type": "sparse"},
+        {"trainer.steps": 7, "reward.density.every": 5, "reward.density.type": "interval"},
+    ]
+    # an override stands in where the axis of its key does not count
+    steps = {"warm_start": None, "trainer.steps": 7, "reward.density.type": "interval"}
+    space = {**space, "reward.density.type": ["interval"]}
+    space["trainer.steps"] = {"grid": [9], "when": {"eval.prompts": 4}}
+    made = trials(load_sweep(written(tmp_path, space=space, seeds=[0], overrides=steps | {"eval.prompts": 8})))
+    assert [(item.values.get("reward.density.every"), item.config.trainer.steps) for item in made] == [(5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"overrides": {"warm_start": None, "eval.at_end": False}},
+            r"^eval\.at_end=false: .* set eval\.at_end",
+        ),
+        ({"metric": "eval/pass_at_16"}, r"^metric=eval/pass_at_16: eval\.k=\[.*\] lacks 16"),
+        ({"scheduler": {"type": "asha"}}, r"^eval\.every=0: scheduler\.type=asha"),
+    ],
+)
+def test_a_metric_that_would_never_come_is_one_line(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        trials(load_sweep(written(tmp_path, **changes)))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_output_and_name_reach_the_run_as_they_are(tmp_path: Path) -> None:
+    odd = str(tmp_path / "a: b # [ü]")
+    (made,) = trials(load_sweep(written(tmp_path, output_dir=odd, name="007", seeds=[0], space={})))
+    assert (made.config.output_dir, made.config.name) == (odd, f"007/trials/{made.id}")
+
+
 # --- a real one ------------------------------------------------------------------------------------
 
 
 def command(file: str, *options: str) -> list[str]:
     return [sys.executable, "launch.py", "sweep", file, *options]
-
-
-def table(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "table.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.slow
@@ -192,11 +222,9 @@ def test_a_killed_sweep_goes_on_and_ends_with_a_table(tmp_path: Path) -> None:
     process.wait()
     before = (first / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match="is a sweep already"):
-        from rairl_ray.sweep.run import sweep
-
-        sweep(load_sweep(file))
+        run.sweep(load_sweep(file))
     with pytest.raises(ResumeError, match="contradicts the sweep in metric"):
-        sweep(
+        run.sweep(
             load_sweep(written(tmp_path, overrides=overrides, seeds=[0], metric="eval/pass_at_1")), resume=True
         )
     file = written(tmp_path, overrides=overrides, seeds=[0], metric="eval/rerank_at_1", max_concurrent=1)

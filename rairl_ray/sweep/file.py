@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
@@ -30,10 +30,10 @@ class Scheduler(Section):
     type: Literal["none", "asha"] = "none"
     grace: PositiveInt = 1
     """`asha`: reports of a trial before it may be stopped."""
-    reduction: PositiveInt = 3
+    reduction: Annotated[int, Field(ge=2)] = 3
     """`asha`: one of so many goes on at each rung."""
     longest: PositiveInt = 100
-    """`asha`: reports after which a trial is never stopped."""
+    """`asha`: the number of reports at which comparing ends; a trial that got there runs to its end."""
 
 
 class Failures(Section):
@@ -127,6 +127,8 @@ def _axis(key: str, value: Any) -> Axis:
         )
         if not numbers or not values[0] < values[1] or (kind == "loguniform" and values[0] <= 0):
             raise ConfigError(f"space.{key}: {kind}={values}: must be [low, high] with low < high")
+        if kind == "randint" and not all(isinstance(v, int) for v in values):
+            raise ConfigError(f"space.{key}: randint={values}: must be whole numbers; or use uniform")
     when = value.get("when", {})
     if not isinstance(when, Mapping):
         raise ConfigError(f"space.{key}: when={when}: must be a mapping of another key to its value")
@@ -155,6 +157,10 @@ def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
         problems.append(f"{document.origin('seeds')}: seeds={list(sweep.seeds)}: must be different numbers")
     if sweep.search.type != "grid" and sweep.trials is None:
         problems.append(f"{document.origin('search')}: search.type={sweep.search.type}: needs trials: N")
+    asha = sweep.scheduler
+    if asha.type == "asha" and asha.grace > asha.longest:
+        place = document.origin("scheduler.grace")
+        problems.append(f"{place}: scheduler.grace={asha.grace}: must be at most longest={asha.longest}")
     for key, value in sweep.space.items():
         place = document.origin(f"space.{key}")
         try:
@@ -169,6 +175,23 @@ def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
         for condition, _ in axis.when:
             if condition == key or condition not in keys:
                 problems.append(f"{place}: space.{key}: when {condition}: is no other axis or override")
+    return problems or _circles(document, sweep)
+
+
+def _circles(document: Document, sweep: SweepFile) -> list[str]:
+    """Axes whose conditions lead back to themselves: nothing decides whether they count."""
+    below = {axis.key: [key for key, _ in axis.when] for axis in axes(sweep)}
+    problems = []
+    for key in below:
+        reached, ahead = set[str](), list(below[key])
+        while ahead:
+            other = ahead.pop()
+            if other not in reached:
+                reached.add(other)
+                ahead += below.get(other, [])
+        if key in reached:
+            place = document.origin(f"space.{key}")
+            problems.append(f"{place}: space.{key}: its `when` leads back to itself; remove one")
     return problems
 
 

@@ -15,9 +15,12 @@ from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import ConfigError
 from rairl_ray.keys import keyed_random
+from rairl_ray.metrics import EVAL_PASS_AT
 from rairl_ray.sweep.file import Axis, SweepFile, axes
 
 SHOWN_ERRORS = 20
+_NOT_PLAIN = re.compile("[\x7f-\x9f\u2028\u2029\ufeff]")
+"""What JSON leaves as it is and a YAML reader folds or refuses."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ def trials(sweep: SweepFile) -> list[Trial]:
             except ConfigError as error:
                 problems += [f"{_told(values)}: {line}" for line in str(error).splitlines()]
                 break
+    problems += dict.fromkeys(line for item in made for line in misfits(sweep, item.config))
     if problems:
         more = [f"and {len(problems) - SHOWN_ERRORS} more"] if len(problems) > SHOWN_ERRORS else []
         raise ConfigError("\n".join([*problems[:SHOWN_ERRORS], *more]))
@@ -54,11 +58,28 @@ def trial(sweep: SweepFile, values: dict[str, Any], seed: int) -> Trial:
     """One trial. Raises ConfigError where its configuration contradicts itself."""
     name = trial_id(values, seed)
     settings = {**sweep.overrides, **values}
-    overrides = tuple(
-        [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        + [f"seed={seed}", f"output_dir={sweep.output_dir}", f"name={sweep.name}/trials/{name}"]
-    )
+    settings |= {"seed": seed, "output_dir": sweep.output_dir, "name": f"{sweep.name}/trials/{name}"}
+    overrides = tuple(override(key, value) for key, value in settings.items())
     return Trial(name, values, seed, overrides, load_config(sweep.base, overrides))
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as `launch.py train` reads it back: the value in JSON, which is YAML too."""
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{key}=" + _NOT_PLAIN.sub(lambda found: rf"\u{ord(found[0]):04x}", text)
+
+
+def misfits(sweep: SweepFile, config: RunConfig) -> list[str]:
+    """Why a run of this configuration would never report the sweep's metric; a line each."""
+    found = []
+    if not config.eval.at_end:
+        found.append("eval.at_end=false: a sweep compares final evaluations; set eval.at_end=true")
+    if sweep.scheduler.type == "asha" and not config.eval.every:
+        found.append("eval.every=0: scheduler.type=asha compares evaluations during a run; set eval.every")
+    size = sweep.metric.removeprefix(EVAL_PASS_AT.format(k=""))
+    if size != sweep.metric and size.isdecimal() and int(size) not in {1, *config.eval.k}:
+        found.append(f"metric={sweep.metric}: eval.k={list(config.eval.k)} lacks {size}; add it")
+    return found
 
 
 def trial_id(values: dict[str, Any], seed: int) -> str:
@@ -105,16 +126,38 @@ def _drawn(axis: Axis, random: Any) -> Any:
 
 
 def _that_count(every: Sequence[Axis], values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """The values whose conditions the others meet."""
-    known = {**overrides, **values}
-    return {
-        axis.key: values[axis.key] for axis in every if all(known.get(key) == value for key, value in axis.when)
-    }
+    """The values whose conditions are met, by an override or by another axis that itself counts."""
+    by_key = {axis.key: axis for axis in every}
+
+    def met(key: str, value: Any) -> bool:
+        if key in by_key and counts(by_key[key]):
+            return bool(values[key] == value)
+        return key in overrides and bool(overrides[key] == value)
+
+    def counts(axis: Axis) -> bool:
+        return all(met(key, value) for key, value in axis.when)
+
+    return {axis.key: values[axis.key] for axis in every if counts(axis)}
 
 
 def _told(values: dict[str, Any]) -> str:
     return "point " + (", ".join(f"{key}={value}" for key, value in values.items()) or "(base)")
 
 
+def sweep_folder(sweep: SweepFile) -> Path:
+    return Path(sweep.output_dir).absolute() / sweep.name
+
+
 def trial_folder(sweep: SweepFile, name: str) -> Path:
-    return Path(sweep.output_dir).absolute() / sweep.name / "trials" / name
+    """The run folder of a trial; only the run itself makes it."""
+    return sweep_folder(sweep) / "trials" / name
+
+
+def trial_log(sweep: SweepFile, name: str) -> Path:
+    """What a trial's processes printed, one after the other."""
+    return sweep_folder(sweep) / "logs" / f"{name}.log"
+
+
+def stop_mark(sweep: SweepFile, name: str) -> Path:
+    """The file that says that ASHA stopped a trial."""
+    return sweep_folder(sweep) / "stopped" / name

@@ -1,8 +1,11 @@
-"""`launch.py sweep`: Ray Tune over the trials of a sweep file, resumable, with a table at its end."""
+"""`launch.py sweep`: Ray Tune over the trials of a sweep file, resumable, with a table at its end.
+
+A resume gives Tune the trials that are neither finished nor stopped early. ASHA compares them among themselves:
+its rungs are not restored.
+"""
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Sequence
@@ -11,20 +14,29 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from rairl_ray.config.load import config_hash, warm_start_chain
+from rairl_ray.config.load import config_hash, load_config, warm_start_chain
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.config.yamlfile import Dumper
 from rairl_ray.display import Display
-from rairl_ray.errors import ConfigError, ResumeError, RunFailure
-from rairl_ray.files import json_text, write_atomic
+from rairl_ray.errors import ConfigError, ResumeError
+from rairl_ray.files import write_atomic
 from rairl_ray.runfolder import RunFolder
-from rairl_ray.sweep.file import SweepFile, axes
-from rairl_ray.sweep.points import Trial, trial_folder, trials
-from rairl_ray.sweep.supervise import OUTPUT, final_values, finished, last_line, run_trial
+from rairl_ray.sweep.file import SweepFile
+from rairl_ray.sweep.points import (
+    Trial,
+    override,
+    stop_mark,
+    sweep_folder,
+    trial_folder,
+    trial_log,
+    trials,
+)
+from rairl_ray.sweep.result import DONE, conclude, last_line, trial_state
+from rairl_ray.sweep.supervise import ENDED, run_trial
 from rairl_ray.trainer.parts import cluster, place
-from rairl_ray.trainer.run import made_by, train
+from rairl_ray.trainer.run import made_by, train, with_warm_start
+from rairl_ray.trainer.session import resumable
 
 SAVED = "sweep.json"
 TUNE = "tune"
@@ -36,28 +48,42 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
     """Run every trial; returns 0, or 1 where some failed.
 
     Raises:
-        UserError: bad points, a sweep of this name with other settings, a trial that the cluster cannot hold.
+        UserError: bad points, a sweep of this name with other settings or at work, a base that has changed
+            since, a trial that the cluster cannot hold.
+        RunFailure: no finished trial has the metric.
     """
     planned = trials(file)
-    folder = Path(file.output_dir).absolute() / file.name
-    _claim(file, folder, resume)
+    folder = sweep_folder(file)
+    if resume and not (folder / SAVED).is_file():
+        raise ResumeError(f"--resume: {folder} is no sweep; leave --resume out to start it")
+    folder.mkdir(parents=True, exist_ok=True)
     display = display or Display(file.name, len(planned))
-    display.note(f"sweep folder: {folder}")
-    with cluster(planned[0].config):
-        room = _room(planned[0].config)
+    with RunFolder(folder).lock():
+        _refuse_other_sweep(file, folder, resume)
+        for item in planned:
+            _refuse_other_run(file, item)
+        write_atomic(folder / SAVED, file.model_dump_json(indent=1) + "\n")
+        display.note(f"sweep folder: {folder}")
+        left = [item for item in planned if trial_state(file, item) not in DONE]
+        if left:
+            _run(file, left, display)
+        return conclude(file, planned, display)
+
+
+def _run(file: SweepFile, left: Sequence[Trial], display: Display) -> None:
+    with cluster(left[0].config):
+        room = _room(left[0].config)
         concurrent = min(file.max_concurrent or room, room)
-        display.note(f"{len(planned)} trials, {concurrent} at once (the cluster holds {room})")
-        started = {item.id: _with_warm_start(file, item, display) for item in planned}
-        _tune(file, planned, started, folder, concurrent, display)
-    return _conclude(file, folder, display)
+        display.note(f"{len(left)} trials to run, {concurrent} at once (the cluster holds {room})")
+        for item in left:
+            train_warm_start(file, item, display)
+        _tune(file, left, concurrent, display)
 
 
-def _claim(file: SweepFile, folder: Path, resume: bool) -> None:
+def _refuse_other_sweep(file: SweepFile, folder: Path, resume: bool) -> None:
     """One sweep a name: a resume must agree with what was started, key by key."""
     saved = folder / SAVED
-    if saved.is_file() != resume:
-        if resume:
-            raise ResumeError(f"--resume: {folder} is no sweep; leave --resume out to start it")
+    if saved.is_file() and not resume:
         raise ConfigError(f"name={file.name}: {folder} is a sweep already; add --resume, or rename")
     if resume:
         earlier = SweepFile.model_validate_json(saved.read_text())
@@ -68,8 +94,6 @@ def _claim(file: SweepFile, folder: Path, resume: bool) -> None:
         ]
         if changed:
             raise ResumeError(f"--resume: the file contradicts the sweep in {', '.join(changed)}; rename it")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(saved, file.model_dump_json(indent=1) + "\n")
 
 
 def _room(config: RunConfig) -> int:
@@ -80,26 +104,71 @@ def _room(config: RunConfig) -> int:
     return max(1, min(int(total.get(name, 0.0) / plan.total(name) + 1e-6) for name in names))
 
 
-def _with_warm_start(file: SweepFile, item: Trial, display: Display) -> tuple[str, ...]:
-    """The trial's overrides, its warm start trained: once for all trials that share it, before they begin."""
+def _refuse_other_run(file: SweepFile, item: Trial) -> None:
+    """A base that was edited since would mix experiments. Raises ResumeError with every differing key."""
+    folder = trial_folder(file, item.id)
+    if RunFolder(folder).config.is_file():
+        resumable(load_config(file.base, started_with(file, item)), str(folder))
+
+
+def warm_start(file: SweepFile, item: Trial) -> RunConfig | None:
+    """What a trial starts from, in a folder of the sweep that all trials with the same warm start share."""
     if item.config.warm_start is None:
-        return item.overrides
+        return None
     earlier = warm_start_chain(item.config)[0]
     name = f"{file.name}/warm_starts/{Path(item.config.warm_start).stem}-{config_hash(earlier)}"
-    earlier = earlier.model_copy(update={"name": name})
-    policy = RunFolder(Path(earlier.output_dir) / name)
-    if not made_by(policy, earlier):
-        display.note(f"warm start of {item.id}: trained first, into {policy.root}")
-        if train(earlier):
+    return earlier.model_copy(update={"name": name})
+
+
+def started_with(file: SweepFile, item: Trial) -> tuple[str, ...]:
+    """The trial's overrides with its warm start as the policy to start from."""
+    earlier = warm_start(file, item)
+    if earlier is None:
+        return item.overrides
+    path = RunFolder(Path(earlier.output_dir) / earlier.name).final_policy
+    settings = {"warm_start": None, "model.policy.path": str(path), "model.policy.build": None}
+    return (*item.overrides, *(override(key, value) for key, value in settings.items()))
+
+
+def train_warm_start(file: SweepFile, item: Trial, display: Display) -> None:
+    """Train a warm start that is not there yet; an interrupted one goes on."""
+    earlier = warm_start(file, item)
+    if earlier is None:
+        return
+    folder = RunFolder(Path(earlier.output_dir) / earlier.name)
+    earlier = with_warm_start(earlier, display)
+    if not made_by(folder, earlier):
+        display.note(f"warm start of {item.id}: trained first, into {folder.root}")
+        if train(earlier, str(folder.root) if folder.config.is_file() else None):
             raise KeyboardInterrupt
-    path = policy.final_policy
-    return (*item.overrides, "warm_start=null", f"model.policy.path={path}", "model.policy.build=null")
+
+
+class Asha(ASHAScheduler):
+    """Tune's ASHA; what it stops is marked in the sweep folder, so that no resume trains it on."""
+
+    def __init__(self, file: SweepFile) -> None:
+        settings = file.scheduler
+        super().__init__(
+            grace_period=settings.grace,
+            reduction_factor=settings.reduction,
+            max_t=settings.longest,
+            stop_last_trials=False,
+        )
+        self._file = file
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        action = super().on_trial_result(tune_controller, trial, result)
+        if action == TrialScheduler.STOP and result.get("step") != ENDED:
+            mark = stop_mark(self._file, _id(trial))
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        return str(action)
 
 
 class Progress(tune.Callback):
-    """Tells when a trial ends."""
+    """Tells when a trial ends. An error here would end the sweep: it takes whatever Tune knows of a trial."""
 
-    def __init__(self, file: SweepFile, total: int, display: Display) -> None:
+    def __init__(self, file: SweepFile, total: int, display: Display | None) -> None:
         self._file, self._total, self._display, self._done = file, total, display, 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,42 +177,35 @@ class Progress(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._done += 1
-        value = trial.last_result.get(self._file.metric, math.nan)
-        name = Path(trial.config["spec"]["folder"]).name
-        self._display.note(f"{self._done}/{self._total} {name}: {self._file.metric}={value:.4f}")
+        value = (trial.last_result or {}).get(self._file.metric, math.nan)
+        self._note(f"{self._done}/{self._total} {_id(trial)}: {self._file.metric}={value:.4f}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        name = Path(trial.config["spec"]["folder"]).name
-        self._display.note(f"{name}: failed; {last_line(Path(trial.config['folder']) / OUTPUT)}")
+        self._note(f"{_id(trial)}: failed; {last_line(trial_log(self._file, _id(trial)))}")
+
+    def _note(self, text: str) -> None:
+        if self._display is not None:
+            self._display.note(text)
 
 
-def _tune(
-    file: SweepFile,
-    planned: Sequence[Trial],
-    overrides: dict[str, tuple[str, ...]],
-    folder: Path,
-    concurrent: int,
-    display: Display,
-) -> None:
-    """Hand the trials to Ray Tune, whose own state (ASHA's rungs) continues where there is one."""
+def _id(trial: Any) -> str:
+    return Path(trial.config["spec"]["folder"]).name
+
+
+def _tune(file: SweepFile, left: Sequence[Trial], concurrent: int, display: Display) -> None:
+    """Hand the trials to Ray Tune."""
     specs = [
         {
             "folder": str(trial_folder(file, item.id)),
+            "log": str(trial_log(file, item.id)),
             "base": file.base,
-            "overrides": list(overrides[item.id]),
+            "overrides": list(started_with(file, item)),
             "metric": file.metric,
             "cwd": os.getcwd(),
         }
-        for item in planned
+        for item in left
     ]
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    scheduler = None
-    if file.scheduler.type == "asha":
-        scheduler = ASHAScheduler(
-            grace_period=file.scheduler.grace,
-            reduction_factor=file.scheduler.reduction,
-            max_t=file.scheduler.longest,
-        )
     # A trial's own process only watches. Tune takes no empty request, and a byte of memory is in nobody's way.
     trainable = tune.with_resources(_trainable, tune.PlacementGroupFactory([{"memory": 1}]))
     hours = file.budget.hours
@@ -153,13 +215,13 @@ def _tune(
         tune_config=tune.TuneConfig(
             metric=file.metric,
             mode=file.mode,
-            scheduler=scheduler,
+            scheduler=Asha(file) if file.scheduler.type == "asha" else None,
             max_concurrent_trials=concurrent,
             time_budget_s=None if hours is None else hours * 3600,
         ),
         run_config=tune.RunConfig(
             name=TUNE,
-            storage_path=str(folder),
+            storage_path=str(sweep_folder(file)),
             failure_config=tune.FailureConfig(max_failures=file.failures.max_per_trial),
             verbose=0,
             callbacks=[Progress(file, len(specs), display)],
@@ -171,55 +233,3 @@ def _tune(
 
 def _trainable(config: dict[str, Any]) -> None:
     run_trial(config["spec"])
-
-
-def _conclude(file: SweepFile, folder: Path, display: Display) -> int:
-    """table.csv, summary.json and best.yaml from the trials' own folders."""
-    rows = [_row(file, item) for item in trials(file)]
-    done = [row for row in rows if row["state"] == "finished"]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as output:
-        writer = csv.DictWriter(output, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    if not done:
-        raise RunFailure(f"{folder}: no trial finished; the trials' {OUTPUT} files say why")
-    sign = 1 if file.mode == "max" else -1
-    best = max(done, key=lambda row: sign * row[file.metric])
-    summary = {"metric": file.metric, "trials": len(rows), "finished": len(done), "best": best}
-    write_atomic(folder / "summary.json", json_text(summary, indent=1) + "\n")
-    _write_best(file, folder, best)
-    ordered = sorted(rows, key=lambda row: sign * row.get(file.metric, -sign * math.inf), reverse=True)
-    display.table(file.name, ordered, ["trial", "state", file.metric])
-    display.finish(
-        [
-            f"table: {folder / 'table.csv'}",
-            f"best: {best['trial']}, as an experiment file: {folder / 'best.yaml'}",
-            f"figures: python launch.py report {folder}",
-        ]
-    )
-    return 0 if len(done) == len(rows) else 1
-
-
-def _row(file: SweepFile, item: Trial) -> dict[str, Any]:
-    folder = RunFolder(trial_folder(file, item.id))
-    state = "finished" if finished(folder) else "unfinished" if folder.config.is_file() else "not started"
-    values = final_values(folder) if state == "finished" else {}
-    return {"trial": item.id, "state": state, **item.values, "seed": item.seed, **values}
-
-
-def _write_best(file: SweepFile, folder: Path, best: dict[str, Any]) -> None:
-    """A file that `train` takes: the base and the best point's values."""
-    import yaml
-
-    nested: dict[str, Any] = {"base": os.path.relpath(file.base, folder), "name": f"{file.name}-best"}
-    for key, value in {**file.overrides, **{axis.key: best.get(axis.key) for axis in axes(file)}}.items():
-        if value is None:
-            continue
-        place = nested
-        *parents, last = key.split(".")
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    nested["seed"] = best["seed"]
-    write_atomic(folder / "best.yaml", yaml.dump(nested, Dumper=Dumper, sort_keys=False))

@@ -2,12 +2,14 @@
 
 The run joins the sweep's cluster and reserves its own placement group; Tune decides when it starts and whether
 it is stopped early. Its folder is the truth: a finished one is not run again, an interrupted one resumes from
-its own newest checkpoint, whatever Tune's snapshot remembers.
+its own newest checkpoint, whatever Tune's snapshot remembers. The log lies outside that folder, which the run
+itself makes.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -20,26 +22,32 @@ from typing import Any
 import ray
 from ray import tune
 
-from rairl_ray.runfolder import RunFolder, read_summary
+from rairl_ray.runfolder import RunFolder
+from rairl_ray.sweep.points import override
+from rairl_ray.sweep.result import final_values, finished, last_line
 
 POLL_SECONDS = 1.0
 STOP_SECONDS = 120.0
 """How long a run that was told to stop may take for its checkpoint."""
-OUTPUT = "output.log"
+ENDED = -1
+"""`step` of a trial's last report, which holds its final evaluation."""
 _PR_SET_PDEATHSIG = 1
 _KEPT = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
 
 
 def run_trial(spec: dict[str, Any]) -> None:
-    """Tune's function trainable. `spec`: folder, base, overrides, metric, cwd.
+    """Tune's function trainable. `spec`: folder, log, base, overrides, metric, cwd.
+
+    A metric that the final evaluation lacks is reported as NaN; the sweep's end says so.
 
     Raises:
-        RuntimeError: the run failed (the last line that it printed), or its metric is nowhere.
+        RuntimeError: the run failed (the last line that it printed).
     """
     folder = RunFolder(spec["folder"])
     if not finished(folder):
-        folder.root.mkdir(parents=True, exist_ok=True)
-        with open(folder.root / OUTPUT, "ab") as output:
+        log = Path(spec["log"])
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
             process = subprocess.Popen(
                 _command(spec, folder), cwd=spec["cwd"], stdout=output, stderr=subprocess.STDOUT,
                 env=_environment(), preexec_fn=_end_with_parent,
@@ -51,28 +59,9 @@ def run_trial(spec: dict[str, Any]) -> None:
             finally:
                 _end(process)
         if process.returncode:
-            raise RuntimeError(f"exit code {process.returncode}: {last_line(folder.root / OUTPUT)}")
+            raise RuntimeError(f"exit code {process.returncode}: {last_line(log)}")
     values = final_values(folder)
-    if spec["metric"] not in values:
-        raise RuntimeError(f"metric={spec['metric']} is not in the final evaluation: {', '.join(values)}")
-    tune.report({**values, "step": -1})
-
-
-def finished(folder: RunFolder) -> bool:
-    """Whether a run has ended with its final policy and evaluation."""
-    return folder.final_policy.is_dir() and (folder.evaluations / "final" / "summary.json").is_file()
-
-
-def final_values(folder: RunFolder) -> dict[str, float]:
-    """Metric -> value of the final evaluation."""
-    summary = read_summary(folder.evaluations / "final" / "summary.json")
-    return {name: entry["value"] for name, entry in summary.items()}
-
-
-def last_line(file: Path) -> str:
-    """The last thing a run said."""
-    lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "nothing was printed"
+    tune.report({spec["metric"]: math.nan, **values, "step": ENDED})
 
 
 def _command(spec: dict[str, Any], folder: RunFolder) -> list[str]:
@@ -84,7 +73,7 @@ def _command(spec: dict[str, Any], folder: RunFolder) -> list[str]:
         "train",
         spec["base"],
         *spec["overrides"],
-        f"cluster.address={address}",
+        override("cluster.address", address),
     ]
     return [*command, "--resume", str(folder.root)] if folder.config.is_file() else command
 

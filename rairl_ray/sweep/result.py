@@ -1,0 +1,116 @@
+"""What a sweep's folders say: the state of each trial, and at the end the table and the best configuration."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rairl_ray.config.load import dump_yaml, read_saved
+from rairl_ray.display import Display
+from rairl_ray.engines.artifacts import REWARD_FILE
+from rairl_ray.errors import RunFailure
+from rairl_ray.files import json_text, write_atomic
+from rairl_ray.runfolder import RunFolder, read_summary
+from rairl_ray.sweep.file import SweepFile
+from rairl_ray.sweep.points import Trial, stop_mark, sweep_folder, trial_folder
+
+FINISHED, STOPPED = "finished", "stopped early"
+DONE = (FINISHED, STOPPED)
+"""States that a resume leaves as they are."""
+
+
+def finished(folder: RunFolder) -> bool:
+    """Whether a run has ended with its final policy and evaluation, and an airl run with its reward too."""
+    if not (folder.final_policy.is_dir() and (folder.evaluations / "final" / "summary.json").is_file()):
+        return False
+    reward = (folder.final_reward_model / REWARD_FILE).is_file()
+    return reward or read_saved(folder.config).algorithm.type != "airl"
+
+
+def trial_state(file: SweepFile, item: Trial) -> str:
+    """`finished`, `stopped early`, `unfinished` or `not started`."""
+    folder = RunFolder(trial_folder(file, item.id))
+    if finished(folder):
+        return FINISHED
+    if stop_mark(file, item.id).exists():
+        return STOPPED
+    return "unfinished" if folder.config.is_file() else "not started"
+
+
+def final_values(folder: RunFolder) -> dict[str, float]:
+    """Metric -> value of the final evaluation."""
+    summary = read_summary(folder.evaluations / "final" / "summary.json")
+    return {name: entry["value"] for name, entry in summary.items()}
+
+
+def last_line(file: Path) -> str:
+    """The last thing a run said."""
+    try:
+        lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError as error:
+        return f"{file} cannot be read ({error.strerror})"
+    return lines[-1][:500] if lines else "nothing was printed"
+
+
+def conclude(file: SweepFile, planned: Sequence[Trial], display: Display) -> int:
+    """Write table.csv, summary.json and best.yaml from the trials' own folders; 1 where some did not end.
+
+    Raises RunFailure where no finished trial has the metric.
+    """
+    folder = sweep_folder(file)
+    rows = [_row(file, item) for item in planned]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as output:
+        writer = csv.DictWriter(output, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    sign = 1 if file.mode == "max" else -1
+
+    def merit(row: dict[str, Any]) -> float:
+        value = row.get(file.metric, math.nan) if row["state"] == FINISHED else math.nan
+        return sign * value if math.isfinite(value) else -math.inf
+
+    best = max(rows, key=merit)
+    if merit(best) == -math.inf:
+        raise RunFailure(_without_best(file, rows))
+    states = Counter(row["state"] for row in rows)
+    summary = {"metric": file.metric, "trials": len(rows), "states": dict(states), "best": best}
+    write_atomic(folder / "summary.json", json_text(summary, indent=1) + "\n")
+    config = planned[rows.index(best)].config.model_copy(update={"name": f"{file.name}-best"})
+    write_atomic(folder / "best.yaml", dump_yaml(config))
+    if lacking := sum(row["state"] == FINISHED and merit(row) == -math.inf for row in rows):
+        display.note(f"{lacking} finished trials have no {file.metric}")
+    ordered = sorted(rows, key=merit, reverse=True)
+    display.table(file.name, ordered, ["trial", "state", file.metric])
+    display.finish(
+        [
+            f"table: {folder / 'table.csv'}",
+            f"best: {best['trial']}, as an experiment file: {folder / 'best.yaml'}",
+            f"figures: python launch.py report {folder}",
+        ]
+    )
+    return 0 if all(row["state"] in DONE for row in rows) else 1
+
+
+def _row(file: SweepFile, item: Trial) -> dict[str, Any]:
+    state = trial_state(file, item)
+    values = final_values(RunFolder(trial_folder(file, item.id))) if state == FINISHED else {}
+    return {"trial": item.id, "state": state, **item.values, "seed": item.seed, **values}
+
+
+def _without_best(file: SweepFile, rows: Sequence[dict[str, Any]]) -> str:
+    folder = sweep_folder(file)
+    ended = [row for row in rows if row["state"] == FINISHED]
+    if not ended:
+        return f"{folder}: no trial finished; the files in {folder / 'logs'} say why"
+    there = dict.fromkeys(
+        key
+        for row in ended
+        for key, value in row.items()
+        if "/" in key and isinstance(value, float) and math.isfinite(value)
+    )
+    return f"{folder}: metric={file.metric}: no finished trial has it; there are {', '.join(there) or 'none'}"
