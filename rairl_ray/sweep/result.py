@@ -71,7 +71,7 @@ def conclude(file: SweepFile, planned: Sequence[Trial], display: Display) -> int
     sign = 1 if file.mode == "max" else -1
 
     def merit(row: dict[str, Any]) -> float:
-        value = row.get(file.metric, math.nan) if row["state"] == FINISHED else math.nan
+        value = row.get(file.metric, math.nan)
         return sign * value if math.isfinite(value) else -math.inf
 
     best = max(rows, key=merit)
