@@ -1,13 +1,14 @@
 # make demo   install (once) and run the main job: SFT warm start, R-AIRL, evaluation, result table
 # make test   everything that a laptop can test;  make test-slow: the long end-to-end cases
 # make test-matrix  every role stopped in every phase: an hour
+# make cluster-test  local clusters, jobs and Slurm (where it is installed), ten minutes
 # make lint   ruff and mypy
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 PYTEST_ARGS ?=
 
-.PHONY: install demo test test-slow test-matrix gpu-test lint format clean
+.PHONY: install demo test test-slow test-matrix cluster-test gpu-test lint format clean
 
 install:
 	@PYTHON=$(PYTHON) bash requirements/install.sh
@@ -19,10 +20,13 @@ test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu and not matrix" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu and not matrix and not cluster" $(PYTEST_ARGS)
 
 test-matrix: install
 	$(BIN)/python -m pytest -m matrix $(PYTEST_ARGS)
+
+cluster-test: install
+	$(BIN)/python -m pytest -m cluster -rs $(PYTEST_ARGS)
 
 gpu-test: install
 	$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS)

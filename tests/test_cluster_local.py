@@ -120,6 +120,7 @@ def check_tokens(address: str, token: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_cluster_comes_up_serves_who_has_its_token_and_leaves_nothing(place: tuple[Path, list[str]]) -> None:
     folder, options = place
     address = f"127.0.0.1:{options[3]}"

@@ -69,6 +69,7 @@ def nothing_left(job: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_run_saves_before_its_time_limit_queues_again_and_goes_on(here: Slurm, tmp_path: Path) -> None:
     job = submit(here, tmp_path, 3, "trainer.steps=6")
     log = tmp_path / "job.log"
@@ -92,6 +93,7 @@ def test_a_run_saves_before_its_time_limit_queues_again_and_goes_on(here: Slurm,
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_scancel_leaves_nothing(here: Slurm, tmp_path: Path) -> None:
     job = submit(here, tmp_path, 2, "trainer.steps=500")
     until(lambda: bool(steps(tmp_path)), tmp_path / "job.log")

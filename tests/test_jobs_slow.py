@@ -17,7 +17,7 @@ from tests.ray_cluster import LocalCluster, free_ports, local_cluster
 from tests.runs import ROOT, TINY
 from tests.tls_front import tls_front
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 SFT = "experiments/demo/sft.yaml"
 SECRET = "a-value-that-nobody-may-see"
