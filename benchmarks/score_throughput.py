@@ -2,9 +2,9 @@
 
 Usage: python -m benchmarks.score_throughput REWARD_FOLDER FILE.jsonl [--rounds N] [--json FILE]
 
-Ours reads with torch and gives the rewards of units; vLLM's side asks for the log-probability of every token of the
-trained model, then of its reference (`prompt_logprobs`). Counted is the time from the first trace to the last
-answer, without loading a model, on both sides in a process of its own.
+Ours reads with torch and gives the rewards of units; vLLM is asked for the log-probability of every token
+under the trained model, then under its reference (`prompt_logprobs`). Counted is the time from the first trace
+to the last answer, without loading a model, on both sides in a process of its own.
 """
 
 from __future__ import annotations
