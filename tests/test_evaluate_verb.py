@@ -102,6 +102,23 @@ def test_a_model_folder_and_an_experiment_file_give_the_untrained_row(runs: Path
     assert "calibration/auroc" not in values_of(tmp_path / "models/file", "generate")
 
 
+def test_aime_takes_the_problems_of_a_file_for_a_run_of_any_task(runs: Path, tmp_path: Path) -> None:
+    rows = [
+        {"problem": "3+4=?", "answer": "7", "year": 2024},
+        {"problem": "5+5=?", "answer": "10", "year": 2025},
+    ]
+    file = written(tmp_path / "aime.jsonl", rows)
+    evaluate(str(runs / "tiny"), ["eval.mode=aime", f"data.path={file}", "data.system_prompt=''"])
+    found = rows_of(runs / "tiny", "aime")
+    assert [(row.question, row.answer) for row in found[:: len(found) // 2]] == [
+        ("3+4=?", "7"),
+        ("5+5=?", "10"),
+    ]
+    assert {"eval/category_pass_at_1/2024", "eval/category_pass_at_1/2025"} <= set(
+        values_of(runs / "tiny", "aime")
+    )
+
+
 class Stop(verb.Display):
     """Ctrl-C once a phase has two finished chunks."""
 
@@ -157,7 +174,7 @@ def test_another_selector_needs_no_new_sample(runs: Path) -> None:
 def test_two_evaluations_of_one_folder_are_refused(runs: Path) -> None:
     with (
         sole_owner(runs / "tiny/evaluations/held"),
-        pytest.raises(ConfigError, match="another process works on it"),
+        pytest.raises(ConfigError, match="another process"),
     ):
         evaluate(str(runs / "tiny"), ["eval.name=held"])
 

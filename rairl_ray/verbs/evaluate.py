@@ -60,8 +60,7 @@ def evaluate(text: str, overrides: Sequence[str] = (), display: Display | None =
     Raises:
         UserError: one line, before an actor is started.
     """
-    target = find_target(text, overrides)
-    target = _with_mode(target, overrides)
+    target = _with_mode(find_target(text, _of_target(overrides)), overrides)
     display = display or Display("evaluate", 1)
     evaluation = Evaluation(target, display)
     display.note(f"evaluation folder: {evaluation.folder}")
@@ -81,6 +80,12 @@ def evaluate(text: str, overrides: Sequence[str] = (), display: Display | None =
         [f"rows: {evaluation.folder / 'rows.jsonl'}", f"summary: {evaluation.folder / 'summary.json'}"]
     )
     return 0
+
+
+def _of_target(overrides: Sequence[str]) -> list[str]:
+    """The overrides that speak of the run or model: in mode `aime` the keys of `data` speak of AIME."""
+    aime = load_config(None, [text for text in overrides if text.startswith("eval.mode=")]).eval.mode == "aime"
+    return [text for text in overrides if not (aime and text.startswith("data."))]
 
 
 def _with_mode(target: Target, overrides: Sequence[str]) -> Target:
