@@ -22,7 +22,7 @@ import psutil
 
 from rairl_ray.actors.chunks import Line, Pool, map_file, rows_of, split
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.files import stream_json_lines
+from rairl_ray.files import write_json_lines
 from rairl_ray.rewards.lines import check_line
 from rairl_ray.trainer.parts import cluster
 from rairl_ray.verbs.score import LINES_PER_CHUNK
@@ -58,7 +58,7 @@ def one(rows: int) -> None:
                     actor = max(actor, row.pop("rss"))
                     yield row
 
-            assert stream_json_lines(output, kept()) == rows
+            assert write_json_lines(output, kept()) == rows
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(json.dumps({"rows": rows, "driver_mb": peak // 1024, "driver_growth_mb": (peak - before) // 1024,
                           "actor_mb": actor // 2**20}))  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rairl_ray.errors import DataError
 
@@ -21,12 +22,13 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees either the old file or the whole new one, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A file to write, which takes the place of `path` when the block ends well and vanishes otherwise."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -34,6 +36,17 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees either the old file or the whole new one, never a part."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def name_beside(path: Path) -> Path:
+    """The first free name of PATH~1, PATH~2, ...: where earlier work is moved, so that nothing is overwritten."""
+    return next(p for i in range(1, 1000) if not (p := Path(f"{path}~{i}")).exists())
 
 
 def json_text(value: Any, **options: Any) -> str:
@@ -61,28 +74,21 @@ def append_line(path: Path, line: str) -> None:
         file.write(line.replace("\n", " ").encode() + b"\n")
 
 
-def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a small JSONL file atomically."""
-    write_atomic(path, "".join(json_text(row) + "\n" for row in rows))
-
-
-def stream_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """`write_json_lines` for more rows than memory holds; the number of rows written."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write a JSONL file atomically, one row in memory at a time; the number of rows."""
     count = 0
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json_text(row) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
+    with replacing(path) as file:
+        for row in rows:
+            file.write(json_text(row) + "\n")
+            count += 1
     return count
+
+
+def stream_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL file that we wrote whole, one in memory at a time."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
 
 
 def read_json_lines(path: Path, *, skip_broken: bool = False) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import ExecutionTimeoutError
 
 from rairl_ray.errors import DataError, RunFailure, UserError
-from rairl_ray.files import write_json_lines
+from rairl_ray.files import stream_json_lines, write_json_lines
 
 RETRIES = 2
 """Times that the pool is started again after an actor died, for the chunks that have no part yet."""
@@ -224,9 +224,7 @@ def _no_restarts() -> dict[str, int]:
 def rows_of(parts: Path, chunks: Sequence[Chunk]) -> Iterator[dict[str, Any]]:
     """All result rows in the source's order, one part in memory at a time."""
     for chunk in chunks:
-        with open(part_of(parts, chunk), encoding="utf-8") as file:
-            for text in file:
-                yield json.loads(text)
+        yield from stream_json_lines(part_of(parts, chunk))
 
 
 def _quiet_ray_data(pool: Pool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rairl_ray.errors import DataError
-from rairl_ray.files import read_json_lines, stream_json_lines
+from rairl_ray.files import read_json_lines, stream_json_lines, write_json_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,7 @@ def row_values(row: EvalRow) -> dict[str, Any]:
 
 def write_rows(path: Path, rows: Iterable[EvalRow]) -> int:
     """Write rows.jsonl, one row a line, streamed, whole or not at all; NaN becomes null. The number of rows."""
-    return stream_json_lines(path, (row_values(row) for row in rows))
+    return write_json_lines(path, (row_values(row) for row in rows))
 
 
 def read_rows(path: Path) -> list[EvalRow]:
@@ -85,19 +84,18 @@ def read_numbers(path: Path) -> list[EvalRow]:
     """
     rows: list[EvalRow] = []
     ids: dict[str, str] = {}
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            row = _row(path, number, {**json.loads(line), "generation": "", "prompt": ""})
-            logprobs, units = row.policy_logprobs, row.unit_scores
-            slim = dataclasses.replace(
-                row,
-                prompt_id=ids.setdefault(row.prompt_id, row.prompt_id),
-                policy_logprobs=[float(np.mean(logprobs))] if logprobs else None,
-                unit_scores=None if units is None else array("d", units),
-                unit_char_ends=None,
-                metadata={name: row.metadata[name] for name in ("category",) if name in row.metadata},
-            )
-            rows.append(slim)
+    for number, values in enumerate(stream_json_lines(path), start=1):
+        row = _row(path, number, {**values, "generation": "", "prompt": ""})
+        logprobs, units = row.policy_logprobs, row.unit_scores
+        slim = dataclasses.replace(
+            row,
+            prompt_id=ids.setdefault(row.prompt_id, row.prompt_id),
+            policy_logprobs=[float(np.mean(logprobs))] if logprobs else None,
+            unit_scores=None if units is None else array("d", units),
+            unit_char_ends=None,
+            metadata={name: row.metadata[name] for name in ("category",) if name in row.metadata},
+        )
+        rows.append(slim)
     return rows
 
 

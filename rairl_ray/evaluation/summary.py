@@ -14,6 +14,7 @@ import numpy as np
 
 from rairl_ray import metrics as names
 from rairl_ray.algorithms.rewards import Selector, trace_score
+from rairl_ray.config.schema import RunConfig
 from rairl_ray.evaluation.bootstrap import Summary, bootstrap_statistic, entry, mean_entry
 from rairl_ray.evaluation.calibration import (
     auroc_statistic,
@@ -35,6 +36,19 @@ _ILLEGAL = re.compile(r"[^\w.\-: ]")
 
 Groups = list[list[EvalRow]]
 """[P][<= N] rows by problem."""
+
+
+def summarise_as(config: RunConfig, rows: Sequence[EvalRow]) -> Summary:
+    """`summarise` with the settings of a configuration's section `eval`, its draws keyed by the run's seed."""
+    settings = config.eval
+    return summarise(
+        rows,
+        k=settings.k,
+        resamples=settings.bootstrap,
+        key=(config.seed, "eval"),
+        discount=settings.discount,
+        tail_share=settings.tail_share,
+    )
 
 
 def summarise(

@@ -93,7 +93,7 @@ def _rows(folder: RunFolder, process: subprocess.Popen[bytes]) -> Iterator[dict[
         ended = process.poll() is not None
         rows = folder.read_metrics()
         yield from rows[seen:]
-        seen = max(seen, len(rows)) if len(rows) >= seen else len(rows)
+        seen = len(rows)
         if ended:
             return
         time.sleep(POLL_SECONDS)

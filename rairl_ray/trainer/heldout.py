@@ -20,7 +20,7 @@ from rairl_ray.evaluation.bootstrap import Summary
 from rairl_ray.evaluation.calibration import auroc
 from rairl_ray.evaluation.localisation import InjectedError, localise, step_char_ends
 from rairl_ray.evaluation.rows import EvalRow
-from rairl_ray.evaluation.summary import summarise
+from rairl_ray.evaluation.summary import summarise_as
 from rairl_ray.rewards.reading import trace_of
 from rairl_ray.trainer.airl import AirlStrategy
 from rairl_ray.types import RolloutGroup, Trace, TraceScores
@@ -57,18 +57,10 @@ class HeldOut:
         """
         groups = self.sample(stream)
         rows = self.rows(groups)
-        settings = self._config.eval
-        summary = summarise(
-            rows,
-            k=settings.k,
-            resamples=settings.bootstrap,
-            key=(self._config.seed, "eval"),
-            discount=settings.discount,
-            tail_share=settings.tail_share,
-        )
+        summary = summarise_as(self._config, rows)
         if names.CALIBRATION_AUROC in summary:  # under the gate's name too: one curve through the whole run
             summary[names.DISCRIMINATOR_AUROC] = summary[names.CALIBRATION_AUROC]
-        if self._strategy is not None and settings.localisation_traces:
+        if self._strategy is not None and self._config.eval.localisation_traces:
             summary |= self.localisation()
         return summary, rows
 

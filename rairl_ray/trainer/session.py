@@ -18,6 +18,7 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.display import Display
 from rairl_ray.errors import ResumeError
 from rairl_ray.evaluation.rows import EvalRow, write_rows
+from rairl_ray.files import name_beside
 from rairl_ray.runfolder import RunFolder, Summary, write_summary
 from rairl_ray.tracking import Tracker, git_state
 from rairl_ray.trainer.prepare import Prepared
@@ -212,7 +213,7 @@ def open_folder(config: RunConfig, resume: str | None, display: Display) -> RunF
         folder = resumable(config, resume)
     elif folder.root.exists() and any(folder.root.iterdir()):
         with folder.lock():
-            aside = next(p for i in range(1, 1000) if not (p := Path(f"{folder.root}~{i}")).exists())
+            aside = name_beside(folder.root)
         folder.root.rename(aside)
         display.note(f"an earlier run of this name was moved to {aside}")
     folder.create()

@@ -10,10 +10,9 @@ no sample that was paid for is drawn again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from rairl_ray.data.tasks import make_task, task_rules
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.data.window import fit_window
 from rairl_ray.display import Display
-from rairl_ray.engines.artifacts import REWARD_FILE
 from rairl_ray.engines.sources import content_id, materialise
 from rairl_ray.errors import ConfigError
 from rairl_ray.evaluation.rows import EvalRow, read_numbers, read_rows, write_rows
-from rairl_ray.evaluation.summary import summarise
-from rairl_ray.files import json_text, stream_json_lines, write_json_lines
+from rairl_ray.evaluation.summary import summarise_as
+from rairl_ray.files import stream_json_lines, write_json_lines
 from rairl_ray.rewards.lines import brings_reward
 from rairl_ray.runfolder import write_summary
 from rairl_ray.trainer.parts import cluster
@@ -41,7 +39,7 @@ from rairl_ray.trainer.session import SUMMARY_COLUMNS, summary_rows
 from rairl_ray.types import Prompt, Trace
 from rairl_ray.verbs.given import given_rows
 from rairl_ray.verbs.grading import graded
-from rairl_ray.verbs.job import Job, file_id, remove, sole_owner
+from rairl_ray.verbs.job import Job, file_id, remove, reward_id, rows_id, sole_owner
 from rairl_ray.verbs.machines import engine_pool, torch_device
 from rairl_ray.verbs.score import LINES_PER_CHUNK, score_chunks
 from rairl_ray.verbs.target import Target, find_target
@@ -64,16 +62,7 @@ def evaluate(text: str, overrides: Sequence[str] = (), display: Display | None =
     display = display or Display("evaluate", 1)
     evaluation = Evaluation(target, display)
     display.note(f"evaluation folder: {evaluation.folder}")
-    rows = evaluation.rows()
-    settings = target.config.eval
-    summary = summarise(
-        rows,
-        k=settings.k,
-        resamples=settings.bootstrap,
-        key=(target.config.seed, "eval"),
-        discount=settings.discount,
-        tail_share=settings.tail_share,
-    )
+    summary = summarise_as(target.config, evaluation.rows())
     write_summary(evaluation.folder / "summary.json", summary)
     display.table(text, summary_rows(summary), SUMMARY_COLUMNS)
     display.finish(
@@ -134,8 +123,9 @@ class Evaluation:
         config = self._config
         task = make_task(config.data, config.seed)
         limit, on_bad_row = config.data.max_prompt_tokens, config.data.on_bad_row
-        return replace(task, eval=fit_window(task.eval, self._renderer(), limit, on_bad_row))
+        return replace(task, eval=fit_window(task.eval, self._renderer, limit, on_bad_row))
 
+    @cached_property
     def _renderer(self) -> Renderer:
         """How the policy reads prompts."""
         tokenizer = load_tokenizer(self._policy, self._config.model.policy)
@@ -149,9 +139,9 @@ class Evaluation:
             "mode": config.eval.mode,
             "policy": content_id(self._policy, config.model.policy.revision),
             "chat_template": None if template is None else file_id(Path(template)),
-            "reward": None if reward is None else [content_id(str(reward)), file_id(reward / REWARD_FILE)],
+            "reward": None if reward is None else reward_id(reward),
             "task": [config.data.task, config.data.grader],
-            "source": hashlib.sha256(json_text(source).encode()).hexdigest()[:16],
+            "source": rows_id(source),
             "system_prompt": [self._rules.system_prompt, config.data.system_role],
             "max_prompt_tokens": config.data.max_prompt_tokens,
             "max_completion_tokens": config.rollout.max_completion_tokens,
@@ -214,7 +204,7 @@ class Evaluation:
     def _source(self) -> list[dict[str, Any]]:
         """Rows to begin with: problems, or given completions."""
         if self._given:
-            renderer = self._renderer()
+            renderer = self._renderer
 
             def tokens(question: str, completion: str) -> int:
                 trace = Trace(prompt=Prompt(id="", question=question), text=completion)
@@ -251,7 +241,7 @@ class Evaluation:
             if with_policy:
                 file = self._with_policy(file)
             if scored or reward is None:
-                return _rows(file)
+                return stream_json_lines(file)
             return self._with_reward(file, reward)
 
     def _with_policy(self, source: Path) -> Path:
@@ -269,12 +259,12 @@ class Evaluation:
         self._display.phase("log-probabilities of the policy" if self._given else "sampling", len(chunks))
         pool = engine_pool(config)
         map_file(source, chunks, parts, make, arguments, pool, lambda done: self._display.step(done, {}))
-        stream_json_lines(target, rows_of(parts, chunks))
+        write_json_lines(target, rows_of(parts, chunks))
         return target
 
     def _with_reward(self, source: Path, reward: Path) -> Iterator[dict[str, Any]]:
         chunks, parts = split(source, LINES_PER_CHUNK), self.folder / "scores"
-        fingerprint = "" if self._given else self._renderer().fingerprint
+        fingerprint = "" if self._given else self._renderer.fingerprint
         score_chunks(
             self._config, reward, source, chunks, parts, self._display, fingerprint, keep_given=self._given
         )
@@ -285,8 +275,3 @@ class Evaluation:
         config = self._config
         per_line = 1 if self._given else config.eval.samples_per_prompt
         return max(1, 4 * config.rollout.max_sequences // per_line)
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with open(file, encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines)

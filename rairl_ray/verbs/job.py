@@ -6,14 +6,16 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rairl_ray.display import Display
+from rairl_ray.engines.artifacts import REWARD_FILE
+from rairl_ray.engines.sources import content_id
 from rairl_ray.errors import ConfigError
-from rairl_ray.files import json_text, write_atomic
+from rairl_ray.files import json_text, name_beside, write_atomic
 
 SETTINGS_FILE = "settings.json"
 
@@ -51,7 +53,7 @@ class Job:
         changed = self.differences()
         if not changed:
             return
-        aside = next(p for i in range(1, 1000) if not (p := Path(f"{self.folder}~{i}")).exists())
+        aside = name_beside(self.folder)
         self.folder.rename(aside)
         told = ", ".join(changed.values())
         display.note(f"an evaluation of this name with other settings was moved to {aside}: {told}")
@@ -83,6 +85,16 @@ def file_id(path: Path) -> str:
     """Hash of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def rows_id(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Hash of rows."""
+    return hashlib.sha256(json_text(list(rows)).encode()).hexdigest()[:16]
+
+
+def reward_id(folder: Path) -> list[str]:
+    """What identifies a saved reward: its weights, and how they are read."""
+    return [content_id(str(folder)), file_id(folder / REWARD_FILE)]
 
 
 def remove(folder: Path) -> None:

@@ -6,7 +6,6 @@ with one injected error              └──PolicyReadLines──> log-probabi
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.tasks import task_rules
 from rairl_ray.display import Display
-from rairl_ray.engines.artifacts import REWARD_FILE
 from rairl_ray.engines.sources import content_id, materialise
 from rairl_ray.errors import ConfigError
-from rairl_ray.files import json_text, write_json_lines
+from rairl_ray.files import write_json_lines
 from rairl_ray.runfolder import RunFolder, Summary, write_summary
 from rairl_ray.trainer.parts import cluster
 from rairl_ray.trainer.session import SUMMARY_COLUMNS, summary_rows
-from rairl_ray.verbs.job import Job, file_id, remove, sole_owner
+from rairl_ray.verbs.job import Job, remove, reward_id, rows_id, sole_owner
 from rairl_ray.verbs.localisation_cases import (
     Case,
     injected_cases,
@@ -37,7 +35,7 @@ from rairl_ray.verbs.localisation_cases import (
     values_of_case,
 )
 from rairl_ray.verbs.machines import reward_pool, torch_device
-from rairl_ray.verbs.score import LINES_PER_CHUNK, make_parent, reward_of, score_chunks
+from rairl_ray.verbs.score import LINES_PER_CHUNK, free_output, reward_of, score_chunks
 from rairl_ray.verbs.target import plain_policy
 
 SOURCE = "source.jsonl"
@@ -74,17 +72,15 @@ def localise(
                 f"{source}: a file alone has no reward; write `localise RUN {source}`, or --scores COLUMN"
             )
     if output is not None:
-        if output.exists():
-            raise ConfigError(f"--output {output}: exists already; remove it or name another file")
-        make_parent(output)
+        free_output(output)
     display = display or Display("localise", 1)
     if scores is not None:
         if file is None:
             raise ConfigError(f"--scores {scores}: needs a file with that column; write `localise RUN FILE`")
         config = load_config(None, overrides)
-        readout_of(config)
+        readout = readout_of(config)
         cases = labelled_cases(file, config, scores)
-        rows = [row_of(case, None, case.step_scores, readout_of(config)) for case in cases]
+        rows = [row_of(case, None, case.step_scores, readout) for case in cases]
         summary = summarise(cases, [case.step_scores for case in cases], config)
         _show(file.name, summary, display)
     else:
@@ -99,7 +95,7 @@ def _by_reward(
     source: str, file: Path | None, baselines: bool, overrides: Sequence[str], display: Display
 ) -> list[dict[str, Any]]:
     config, reward = reward_of(source, overrides)
-    readout_of(config)
+    readout = readout_of(config)
     cases = injected_cases(config) if file is None else labelled_cases(file, config, None)
     root = reward.parent.parent
     in_run = (root / "config.yaml").is_file()
@@ -111,9 +107,9 @@ def _by_reward(
     job = Job(
         target,
         {
-            "reward": [content_id(str(reward)), file_id(reward / REWARD_FILE)],
+            "reward": reward_id(reward),
             "policy": None if policy is None else content_id(str(policy)),
-            "traces": hashlib.sha256(json_text(_lines(cases)).encode()).hexdigest()[:16],
+            "traces": rows_id(_lines(cases)),
             "lines_per_chunk": LINES_PER_CHUNK,
         },
     )
@@ -132,8 +128,7 @@ def _by_reward(
         summary |= injected_summary(cases, rewards, read, config)
     summary |= policy_summary(cases, read, config)
     rows = [
-        row_of(case, units, value, readout_of(config))
-        for case, units, value in zip(cases, rewards, values, strict=True)
+        row_of(case, units, value, readout) for case, units, value in zip(cases, rewards, values, strict=True)
     ]
     write_json_lines(target / "localisation.jsonl", rows)
     write_summary(target / "summary.json", summary)

@@ -12,14 +12,12 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.rows import BadRow
 from rairl_ray.data.tasks import task_rules
 from rairl_ray.display import Display
-from rairl_ray.engines.artifacts import REWARD_FILE
-from rairl_ray.engines.sources import content_id
 from rairl_ray.errors import ConfigError, DataError
-from rairl_ray.files import stream_json_lines
+from rairl_ray.files import write_json_lines
 from rairl_ray.rewards.lines import ScoreLines, check_line
 from rairl_ray.rewards.source import reward_folder
 from rairl_ray.trainer.parts import cluster
-from rairl_ray.verbs.job import Job, file_id, remove, sole_owner
+from rairl_ray.verbs.job import Job, file_id, remove, reward_id, sole_owner
 from rairl_ray.verbs.machines import reward_pool, torch_device
 
 LINES_PER_CHUNK = 256
@@ -43,7 +41,7 @@ def score(
     job = Job(
         output.with_name(f"{output.name}.parts"),
         {
-            "reward": [content_id(str(folder)), file_id(folder / REWARD_FILE)],
+            "reward": reward_id(folder),
             "input": file_id(file),
             "lines_per_chunk": LINES_PER_CHUNK,
             **{f"eval.{key}": getattr(config.eval, key) for key in ("selector", "discount", "tail_share")},
@@ -81,7 +79,7 @@ def _join(parts: Path, chunks: Sequence[Chunk], output: Path) -> tuple[int, int]
             unscored += row["reward_model_score"] is None
             yield row
 
-    return stream_json_lines(output, counted()), unscored
+    return write_json_lines(output, counted()), unscored
 
 
 def reward_of(source: str, overrides: Sequence[str]) -> tuple[RunConfig, Path]:
@@ -125,13 +123,13 @@ def check_output(file: Path, output: Path) -> None:
     """
     if not file.is_file():
         raise DataError(f"{file}: no such file; give a JSONL file of prompts and completions")
+    free_output(output)
+
+
+def free_output(output: Path) -> None:
+    """Make the folder of an output. Raises ConfigError where it cannot be made, or the output exists."""
     if output.exists():
         raise ConfigError(f"--output {output}: exists already; remove it or name another file")
-    make_parent(output)
-
-
-def make_parent(output: Path) -> None:
-    """The folder that an output goes to. Raises ConfigError where it cannot be made."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
