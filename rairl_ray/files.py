@@ -45,7 +45,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def name_beside(path: Path) -> Path:
-    """The first free name of PATH~1, PATH~2, ...: where earlier work is moved, so that nothing is overwritten."""
+    """The first free name of PATH~1, PATH~2, ...: where earlier work is moved; nothing is overwritten."""
     return next(p for i in range(1, 1000) if not (p := Path(f"{path}~{i}")).exists())
 
 
