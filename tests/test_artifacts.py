@@ -244,7 +244,7 @@ from vllm.lora.request import LoRARequest
 llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, enable_lora=True, max_lora_rank=8, max_model_len=64)
 ids = json.loads(sys.argv[3])
 out = llm.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=6, temperature=0, logprobs=0),
-                   lora_request=LoRARequest("policy", 1, sys.argv[2]))[0].outputs[0]
+                   use_tqdm=False, lora_request=LoRARequest("policy", 1, sys.argv[2]))[0].outputs[0]
 print("RESULT" + json.dumps([list(out.token_ids), [l[t].logprob for l, t in zip(out.logprobs, out.token_ids)]]))
 """
     import os
