@@ -15,7 +15,8 @@ from scipy.stats import ttest_ind
 from sklearn.metrics import roc_auc_score
 
 from rairl_ray.errors import DataError
-from rairl_ray.evaluation.bootstrap import bootstrap, bootstrap_statistic
+from rairl_ray.evaluation import bootstrap as bootstrap_module
+from rairl_ray.evaluation.bootstrap import bootstrap, bootstrap_statistic, resampled_sums
 from rairl_ray.evaluation.rows import EvalRow, read_numbers, read_rows, write_rows
 from rairl_ray.evaluation.summary import legal_category, summarise
 
@@ -57,6 +58,19 @@ def test_bootstrap_resamples_problems_not_rows() -> None:
         lambda counts: float(np.average(correct, weights=counts[problem])), 100, 2000, ()
     )
     assert high - low == pytest.approx(2 * 1.96 * correct.std() / math.sqrt(100), rel=0.1)
+
+
+def test_resamples_in_blocks_are_as_many_and_all_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many problems do not fit one block: no block repeats another's draws, and both ways to use them agree."""
+    values = np.random.default_rng(4).random(50)
+    whole = resampled_sums(values, 21, ("one",))
+    monkeypatch.setattr(bootstrap_module, "BLOCK", 8 * 50)
+    parts = resampled_sums(values, 21, ("one",))
+    assert parts.shape == whole.shape == (21,)
+    assert len(set(parts.round(9))) == 21
+    assert parts[:8] == pytest.approx(whole[:8])
+    mean = bootstrap(values, 21, ("one",))
+    assert mean == pytest.approx(bootstrap_statistic(lambda counts: counts @ values / 50, 50, 21, ("one",)))
 
 
 def test_summary_against_values_by_hand() -> None:

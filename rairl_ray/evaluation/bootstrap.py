@@ -6,7 +6,7 @@ Dimension letters: P problems, B resamples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +18,9 @@ Summary = dict[str, dict[str, float]]
 
 Interval = tuple[float, float, float]
 
+BLOCK = 4_000_000
+"""Counts that resamples hold at a time (16 MB): memory does not grow with the problems."""
+
 
 def bootstrap(values_by_problem: Sequence[float] | np.ndarray, n: int, key: tuple[object, ...]) -> Interval:
     """(mean, low, high): 95% percentile interval over problems from n resamples, keyed.
@@ -28,7 +31,7 @@ def bootstrap(values_by_problem: Sequence[float] | np.ndarray, n: int, key: tupl
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return float("nan"), float("nan"), float("nan")
-    return interval(float(values.mean()), resampled(len(values), n, key) @ values / len(values))
+    return interval(float(values.mean()), resampled_sums(values, n, key) / len(values))
 
 
 def bootstrap_statistic(
@@ -37,7 +40,7 @@ def bootstrap_statistic(
     """Like `bootstrap` for any statistic of how often each problem counts ([P] integers)."""
     if problems == 0:
         return float("nan"), float("nan"), float("nan")
-    draws = np.array([statistic(counts) for counts in resampled(problems, n, key)])
+    draws = np.array([statistic(counts) for block in _blocks(problems, n, key) for counts in block])
     return interval(statistic(np.ones(problems)), draws)
 
 
@@ -50,10 +53,22 @@ def interval(value: float, draws: np.ndarray) -> Interval:
     return value, float(low), float(high)
 
 
+def resampled_sums(values: np.ndarray, n: int, key: tuple[object, ...]) -> np.ndarray:
+    """[B, ...]: the sum of values [P, ...] over the problems of each of n resamples."""
+    return np.concatenate([block @ values for block in _blocks(len(values), n, key)])
+
+
+def _blocks(problems: int, n: int, key: tuple[object, ...]) -> Iterator[np.ndarray]:
+    """[<= B, P] how often each problem counts in each of n resamples, in blocks of bounded size."""
+    most = max(1, BLOCK // max(1, problems))
+    for first in range(0, n, most):
+        yield _block(problems, min(most, n - first), (*key, "bootstrap", problems, *([first] if first else [])))
+
+
 @lru_cache(maxsize=4)
-def resampled(problems: int, n: int, key: tuple[object, ...]) -> np.ndarray:
-    """[B, P] how often each problem counts in each of n resamples; kept, since many metrics share it."""
-    generator = keyed_generator(*key, "bootstrap", problems)
+def _block(problems: int, n: int, key: tuple[object, ...]) -> np.ndarray:
+    """Kept, since many metrics share it."""
+    generator = keyed_generator(*key)
     draws = [np.bincount(generator.integers(0, problems, problems), minlength=problems) for _ in range(n)]
     return np.array(draws, dtype=np.int32)
 

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from rairl_ray import metrics as names
-from rairl_ray.evaluation.bootstrap import Interval, Summary, entry, interval, mean_entry, resampled
+from rairl_ray.evaluation.bootstrap import Interval, Summary, entry, interval, mean_entry, resampled_sums
 
 _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _LINE = re.compile(r"[^\n]*\S[^\n]*(?:\n\s*)?")
@@ -196,17 +196,21 @@ def baseline_values(
 def _above_chance(hits: np.ndarray, chances: np.ndarray, n: int, key: tuple[object, ...]) -> Interval:
     if len(hits) == 0:
         return float("nan"), float("nan"), float("nan")
-    counts = np.vstack([np.ones(len(hits)), resampled(len(hits), n, key)])
-    accuracy, chance = counts @ hits / len(hits), counts @ chances / len(hits)
+    accuracy, chance = _sums(np.stack([hits, chances], axis=1), n, key) / len(hits)
     with np.errstate(divide="ignore", invalid="ignore"):  # nothing is above chance where all have one step
         draws = np.where(chance < 1.0, (accuracy - chance) / (1.0 - chance), np.nan)
     return interval(float(draws[0]), draws[1:])
 
 
+def _sums(values: np.ndarray, n: int, key: tuple[object, ...]) -> np.ndarray:
+    """[M, 1 + B]: the sums of values [P, M] over all traces, then over those of each resample."""
+    return np.vstack([values.sum(axis=0), resampled_sums(values, n, key)]).T
+
+
 def _f1(hits: np.ndarray, wrong: np.ndarray, n: int, key: tuple[object, ...]) -> Interval:
-    counts = np.vstack([np.ones(len(hits)), resampled(len(hits), n, key)])
+    found, of, passed, others = _sums(np.stack([hits * wrong, wrong, hits * ~wrong, ~wrong], axis=1), n, key)
     with np.errstate(divide="ignore", invalid="ignore"):  # NaN where a resample lacks a class
-        a, b = (counts[:, side] @ hits[side] / counts[:, side].sum(axis=1) for side in (wrong, ~wrong))
+        a, b = found / of, passed / others
         draws = np.where(a + b == 0.0, 0.0, 2 * a * b / (a + b))
     return interval(float(draws[0]), draws[1:])
 

@@ -15,7 +15,7 @@ from rairl_ray.errors import DataError
 from rairl_ray.files import read_json_lines, stream_json_lines, write_json_lines
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalRow:
     """A graded sample; the reward's fields are None where no discriminator scored it."""
 
@@ -83,17 +83,30 @@ def read_numbers(path: Path) -> list[EvalRow]:
     Raises as `read_rows`.
     """
     rows: list[EvalRow] = []
-    ids: dict[str, str] = {}
+    texts: dict[str | None, str | None] = {}
+    categories: dict[str, dict[str, object]] = {}
+
+    def once(text: Any) -> Any:
+        """One object for equal texts: a file repeats few of them."""
+        return texts.setdefault(text, text)
+
     for number, values in enumerate(stream_json_lines(path), start=1):
         row = _row(path, number, {**values, "generation": "", "prompt": ""})
         logprobs, units = row.policy_logprobs, row.unit_scores
         slim = dataclasses.replace(
             row,
-            prompt_id=ids.setdefault(row.prompt_id, row.prompt_id),
+            prompt_id=once(row.prompt_id),
+            answer=once(row.answer),
+            extracted=once(row.extracted),
+            finish_reason=once(row.finish_reason),
             policy_logprobs=[float(np.mean(logprobs))] if logprobs else None,
             unit_scores=None if units is None else array("d", units),
             unit_char_ends=None,
-            metadata={name: row.metadata[name] for name in ("category",) if name in row.metadata},
+            verifiable_rewards=None,
+            metadata=categories.setdefault(
+                repr(category := row.metadata.get("category")),
+                {} if category is None else {"category": category},
+            ),
         )
         rows.append(slim)
     return rows
