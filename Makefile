@@ -7,6 +7,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 PYTEST_ARGS ?=
+# Two at a time: most of an end-to-end test is waiting. More than two need more memory than a laptop has.
+TWO := -n 2 --dist worksteal --durations=20
 
 .PHONY: install demo test test-slow test-matrix cluster-test gpu-test lint format clean
 
@@ -17,10 +19,10 @@ demo: install
 	@$(BIN)/python experiments/demo/run.py
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(TWO) $(PYTEST_ARGS)
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu and not matrix and not cluster" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu and not matrix and not cluster" $(TWO) $(PYTEST_ARGS)
 
 test-matrix: install
 	$(BIN)/python -m pytest -m matrix $(PYTEST_ARGS)
