@@ -99,10 +99,12 @@ def sweep(
 
     loaded = load_sweep(config)
     if dry_run:
-        from rairl_ray.sweep.points import trials
+        from rairl_ray.sweep.points import examples, to_draw, trials
 
         for trial in trials(loaded):
             print(trial.id)
+        if loaded.search.type == "optuna" and examples(loaded):
+            print(f"{to_draw(loaded)} trials are drawn by optuna as results come")
         return 0
     from rairl_ray.sweep.run import sweep as run_sweep
 

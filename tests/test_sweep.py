@@ -121,7 +121,7 @@ def test_ids_depend_on_values_and_seed_alone() -> None:
         ({"search": {"type": "random"}}, "needs trials: N"),
         ({"sedes": [1]}, "unknown key; a sweep file has name, base"),
         ({"base": "nothing.yaml"}, "no such experiment file"),
-        ({"search": {"type": "bayes"}}, "search.type: must be 'grid' or 'random'"),
+        ({"search": {"type": "bayes"}}, "search.type: must be 'grid', 'random' or 'optuna'"),
         ({"space": {"trainer.steps": {"randint": [1.5, 4]}}}, r"randint=\[1.5, 4\]: must be whole numbers"),
         ({"scheduler": {"type": "asha", "grace": 9, "longest": 3}}, "grace=9: must be at most longest=3"),
         ({"scheduler": {"type": "asha", "reduction": 1}}, "scheduler.reduction: must be greater than or equal"),

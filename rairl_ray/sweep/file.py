@@ -21,9 +21,10 @@ KINDS = ", ".join(LISTS + RANGES)
 
 
 class Search(Section):
-    type: Literal["grid", "random"] = "grid"
+    type: Literal["grid", "random", "optuna"] = "grid"
+    """`optuna`: TPE draws each point from what the points before it reached."""
     seed: NonNegativeInt = 0
-    """Keys what `random` draws."""
+    """Keys what `random` and `optuna` draw."""
 
 
 class Scheduler(Section):
@@ -65,7 +66,7 @@ class SweepFile(Section):
     """Of the final evaluation's summary (and of metrics.jsonl, for `asha`)."""
     mode: Literal["max", "min"] = "max"
     trials: PositiveInt | None = None
-    """`random`: points to draw."""
+    """`random`, `optuna`: points to draw."""
     max_concurrent: PositiveInt | None = None
     """None: as many as the cluster holds."""
     failures: Failures = Failures()
@@ -170,7 +171,7 @@ def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
             continue
         if sweep.search.type == "grid" and axis.kind in RANGES:
             problems.append(
-                f"{place}: space.{key}: {axis.kind} has no grid; list values or use search.type=random"
+                f"{place}: space.{key}: {axis.kind} has no grid; list values, or search.type=random or optuna"
             )
         for condition, _ in axis.when:
             if condition == key or condition not in keys:
