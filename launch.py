@@ -50,14 +50,23 @@ def plan(
         int | None, typer.Option(min=1, help="CPUs of each node of a hypothetical cluster.")
     ] = None,
 ) -> int:
-    """Show the resolved configuration, placement, steps, tokens and memory; take nothing.
+    """Show the resolved configuration, placement, steps, tokens and memory of a run or a sweep; take nothing.
 
     \b
-    Example:
+    Examples:
       rairl plan experiments/gsm8k/qwen2.5-3b_airl.yaml --gpus 8 --nodes 1
+      rairl plan experiments/sweeps/demo.yaml --cpus 16
     """
     from rairl_ray.plan import show_plan
+    from rairl_ray.sweep.file import is_sweep, load_sweep
 
+    if is_sweep(config):
+        from rairl_ray.sweep.plan import show_sweep_plan
+
+        if overrides:
+            raise UserError(f"{config}: a sweep takes no {overrides[0]}; write it into the file's overrides")
+        show_sweep_plan(load_sweep(config), _console(), gpus=gpus, nodes=nodes, cpus=cpus)
+        return 0
     show_plan(_load(config, overrides), _console(), gpus=gpus, nodes=nodes, cpus=cpus)
     return 0
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from rairl_ray.config.load import known_keys, nearest_key
+from rairl_ray.config.schema import RunConfig
 from rairl_ray.config.section import NonNegativeInt, Section
 from rairl_ray.config.yamlfile import Document, read_document
 from rairl_ray.errors import ConfigError
@@ -104,6 +105,14 @@ def load_sweep(path: str) -> SweepFile:
     if problems:
         raise ConfigError("\n".join(problems))
     return sweep
+
+
+def is_sweep(path: str) -> bool:
+    """Whether a YAML file is a sweep: it has keys of one, which no experiment has."""
+    if not Path(path).is_file():
+        return False
+    own = set(SweepFile.model_fields) - set(RunConfig.model_fields) - {"base"}
+    return bool(own & set(read_document(Path(path), path).data))
 
 
 def axes(sweep: SweepFile) -> list[Axis]:

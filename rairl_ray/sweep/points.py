@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rairl_ray.config.load import load_config
+from rairl_ray.config.load import config_hash, load_config, warm_start_chain
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import ConfigError
 from rairl_ray.files import read_json_lines
 from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import EVAL_PASS_AT
+from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import LISTS, Axis, SweepFile, axes
 
 SHOWN_ERRORS = 20
@@ -116,6 +117,25 @@ def override(key: str, value: Any) -> str:
     """`key=value` as `launch.py train` reads it back: the value in JSON, which is YAML too."""
     text = json.dumps(value, ensure_ascii=False)
     return f"{key}=" + _NOT_PLAIN.sub(lambda found: rf"\u{ord(found[0]):04x}", text)
+
+
+def warm_start(sweep: SweepFile, item: Trial) -> RunConfig | None:
+    """What a trial starts from, in a folder of the sweep that all trials with the same warm start share."""
+    if item.config.warm_start is None:
+        return None
+    earlier = warm_start_chain(item.config)[0]
+    name = f"{sweep.name}/warm_starts/{Path(item.config.warm_start).stem}-{config_hash(earlier)}"
+    return earlier.model_copy(update={"name": name})
+
+
+def started_with(sweep: SweepFile, item: Trial) -> tuple[str, ...]:
+    """The trial's overrides with its warm start as the policy to start from."""
+    earlier = warm_start(sweep, item)
+    if earlier is None:
+        return item.overrides
+    path = RunFolder(Path(earlier.output_dir) / earlier.name).final_policy
+    settings = {"warm_start": None, "model.policy.path": str(path), "model.policy.build": None}
+    return (*item.overrides, *(override(key, value) for key, value in settings.items()))
 
 
 def misfits(sweep: SweepFile, config: RunConfig) -> list[str]:

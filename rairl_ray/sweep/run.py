@@ -17,7 +17,8 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from rairl_ray.config.load import config_hash, load_config, warm_start_chain
+from rairl_ray.actors.placement import room
+from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.display import Display
 from rairl_ray.errors import ConfigError, ResumeError
@@ -27,13 +28,14 @@ from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.points import (
     Trial,
     examples,
-    override,
+    started_with,
     stop_mark,
     sweep_folder,
     to_draw,
     trial_folder,
     trial_log,
     trials,
+    warm_start,
 )
 from rairl_ray.sweep.result import DONE, conclude, last_line, trial_state
 from rairl_ray.sweep.search import Points
@@ -82,10 +84,10 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
 def _run(file: SweepFile, left: Sequence[Trial], samples: Sequence[Trial], display: Display) -> None:
     """Args: samples: trials that tell the size of all, and their warm starts."""
     with cluster(samples[0].config):
-        room = _room(samples[0].config)
-        concurrent = min(file.max_concurrent or room, room)
+        most = _room(samples[0].config)
+        concurrent = min(file.max_concurrent or most, most)
         count = len(left) + to_draw(file)
-        display.note(f"{count} trials to run, {concurrent} at once (the cluster holds {room})")
+        display.note(f"{count} trials to run, {concurrent} at once (the cluster holds {most})")
         for item in samples:
             train_warm_start(file, item, display)
         _tune(file, left, concurrent, display)
@@ -121,10 +123,7 @@ def _refuse_other_sweep(file: SweepFile, folder: Path, resume: bool) -> None:
 
 def _room(config: RunConfig) -> int:
     """How many such runs the idle cluster holds at once. Raises PlacementError for none."""
-    plan = place(config)
-    total = ray.cluster_resources()
-    names = {name for bundle in plan.bundles for name, amount in bundle.items() if amount}
-    return max(1, min(int(total.get(name, 0.0) / plan.total(name) + 1e-6) for name in names))
+    return max(1, room(place(config), ray.cluster_resources()))
 
 
 def _refuse_other_run(file: SweepFile, item: Trial) -> None:
@@ -132,25 +131,6 @@ def _refuse_other_run(file: SweepFile, item: Trial) -> None:
     folder = trial_folder(file, item.id)
     if RunFolder(folder).config.is_file():
         resumable(load_config(file.base, started_with(file, item)), str(folder))
-
-
-def warm_start(file: SweepFile, item: Trial) -> RunConfig | None:
-    """What a trial starts from, in a folder of the sweep that all trials with the same warm start share."""
-    if item.config.warm_start is None:
-        return None
-    earlier = warm_start_chain(item.config)[0]
-    name = f"{file.name}/warm_starts/{Path(item.config.warm_start).stem}-{config_hash(earlier)}"
-    return earlier.model_copy(update={"name": name})
-
-
-def started_with(file: SweepFile, item: Trial) -> tuple[str, ...]:
-    """The trial's overrides with its warm start as the policy to start from."""
-    earlier = warm_start(file, item)
-    if earlier is None:
-        return item.overrides
-    path = RunFolder(Path(earlier.output_dir) / earlier.name).final_policy
-    settings = {"warm_start": None, "model.policy.path": str(path), "model.policy.build": None}
-    return (*item.overrides, *(override(key, value) for key, value in settings.items()))
 
 
 def train_warm_start(file: SweepFile, item: Trial, display: Display) -> None:
