@@ -73,9 +73,15 @@ def plan(
 
 @app.command()
 def train(
-    config: ConfigFile,
+    config: Annotated[
+        str, typer.Argument(metavar="[CONFIG]", help="YAML experiment file; none with --fork.")
+    ] = "",
     overrides: Overrides = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run folder or name.")] = None,
+    fork: Annotated[
+        str | None,
+        typer.Option(metavar="RUN@STEP", help="Start from this checkpoint, with the run's own configuration."),
+    ] = None,
 ) -> int:
     """Train one run: algorithm.type airl, grpo or sft.
 
@@ -83,12 +89,19 @@ def train(
     Example:
       rairl train experiments/demo/airl.yaml reward.density.type=dense trainer.steps=20
     """
-    resolved = _load(config, overrides)
+    start = None
+    if fork is not None:
+        from rairl_ray.trainer.fork import fork_of
+
+        start = fork_of(fork, [config, *(overrides or [])] if config else [], resume)
+    elif not config:
+        raise UserError("train: CONFIG is missing; name a YAML experiment file")
+    resolved = _load(config, overrides) if start is None else start.config
     check_files(resolved)
     # Heavy imports wait until the configuration is known to be good.
     from rairl_ray.trainer.run import train as run_training
 
-    return run_training(resolved, resume)
+    return run_training(resolved, resume, fork=start)
 
 
 @app.command()
