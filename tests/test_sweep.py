@@ -18,7 +18,7 @@ from rairl_ray.config.load import load_config
 from rairl_ray.errors import ConfigError, ResumeError
 from rairl_ray.sweep import run
 from rairl_ray.sweep.file import load_sweep
-from rairl_ray.sweep.points import trial_id, trials
+from rairl_ray.sweep.points import examples, trial_id, trials
 from tests.runs import ROOT, TINY_AIRL
 from tests.sweeps import table, written
 
@@ -149,7 +149,8 @@ def test_each_bad_point_is_named(tmp_path: Path) -> None:
 
 def test_the_shipped_sweeps_have_only_good_points() -> None:
     for file in sorted((ROOT / "experiments/sweeps").glob("*.yaml")):
-        assert trials(load_sweep(str(file))), file
+        sweep = load_sweep(str(file))
+        assert examples(sweep) if sweep.search.type == "optuna" else trials(sweep), file
 
 
 def test_a_condition_is_met_only_by_what_counts(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def test_of_an_optuna_sweep_an_example_is_shown(tmp_path: Path) -> None:
     search = {"type": "optuna"}
     space = {"policy.learning_rate": {"loguniform": [1e-5, 1e-3]}}
     text, rows = shown(written(tmp_path, space=space, search=search, trials=7), cpus=16)
-    assert "14 trials are drawn by optuna" in text and ["runs", "14", "0"] in rows
+    assert "14 trials, 0 of them drawn" in text and "14 trials are drawn by optuna" in text
+    assert ["runs", "14", "0"] in rows
     assert sum(row[0].startswith("example: learning_rate=") for row in rows) == 1
 
 

@@ -41,7 +41,8 @@ def show_sweep_plan(
         check_against(plan, cluster)
     whole = {name: amount * len(cluster) for name, amount in cluster[0].items()}
     at_once = [room(plan, whole) for plan in plans]
-    _print_trials(shown, plans, at_once, len(planned), console)
+    title = f"{len(planned) + undrawn} trials" + (f", {len(planned)} of them drawn" if undrawn else "")
+    _print_trials(title, shown, plans, at_once, len(planned), console)
     if undrawn:
         console.print(
             f"{undrawn} trials are drawn by optuna as results come; sizes of those are of an example",
@@ -69,9 +70,14 @@ def _placed(config: RunConfig, gpus: int) -> Plan:
 
 
 def _print_trials(
-    shown: Sequence[Trial], plans: Sequence[Plan], at_once: Sequence[int], planned: int, console: Console
+    title: str,
+    shown: Sequence[Trial],
+    plans: Sequence[Plan],
+    at_once: Sequence[int],
+    planned: int,
+    console: Console,
 ) -> None:
-    table = Table(title=f"{planned} trials")
+    table = Table(title=title)
     table.add_column("trial", overflow="fold")
     for heading in ("CPUs", "GPUs", "fit at once", "steps", "completion tokens, at most"):
         table.add_column(heading, justify="right")
