@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from rairl_ray.display import Display
-from rairl_ray.errors import ConfigError
+from rairl_ray.errors import ConfigError, RunFailure
 from rairl_ray.sweep import run
 from rairl_ray.sweep.file import SweepFile, load_sweep
 from rairl_ray.sweep.points import Trial, drawn, drawn_file, sweep_folder, to_draw, trials
-from rairl_ray.sweep.result import DONE, trial_state
+from rairl_ray.sweep.result import DONE, conclude, trial_state
 from rairl_ray.sweep.search import REPEAT, Points, reached
 from tests.runs import ROOT
 from tests.sweeps import end, table, written
@@ -125,6 +125,13 @@ def test_points_that_break_rules_or_repeat_are_drawn_anew(tmp_path: Path) -> Non
     file = optuna_sweep(tmp_path, space=space, trials=5)
     before = len(drawn(file))
     assert go_on(file) == 0 and to_draw(file) == 1 and len(drawn(file)) == before + 100
+
+
+def test_a_search_that_drew_nothing_good_says_so(tmp_path: Path) -> None:
+    file = optuna_sweep(tmp_path)
+    sweep_folder(file).mkdir(parents=True)
+    with pytest.raises(RunFailure, match="no trial finished"):
+        conclude(file, trials(file), Display("sw", 0))
 
 
 def test_values_of_any_kind_come_back(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.points import (
     Trial,
+    drawn_file,
     examples,
     started_with,
     stop_mark,
@@ -77,7 +78,7 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
             _run(file, left, [*left, *samples], display)
         code = conclude(file, trials(file), display)
         if missing := to_draw(file):
-            display.note(f"{missing} of the {(file.trials or 0) * len(file.seeds)} trials were not drawn")
+            display.note(f"{missing} trials were not drawn; {drawn_file(file)} says what was refused")
         return 1 if missing else code
 
 
