@@ -14,7 +14,7 @@ from rairl_ray.display import Display
 from rairl_ray.errors import ConfigError, RunFailure
 from rairl_ray.sweep import run
 from rairl_ray.sweep.file import SweepFile, load_sweep
-from rairl_ray.sweep.points import Trial, drawn, drawn_file, sweep_folder, to_draw, trials
+from rairl_ray.sweep.points import Trial, drawn, drawn_file, stop_mark, sweep_folder, to_draw, trials
 from rairl_ray.sweep.result import DONE, conclude, trial_state
 from rairl_ray.sweep.search import REPEAT, Points, reached
 from tests.runs import ROOT
@@ -108,6 +108,10 @@ def test_optuna_hears_the_mean_over_seeds_once_all_have_ended(tmp_path: Path) ->
     assert told[1:] == [(None, True)]
     assert reached(file, first) == (pytest.approx(0.3), False)
     assert reached(file, trials(file)[3:5]) == (None, True)
+    stopped = stop_mark(file, trials(file)[5].id)
+    stopped.parent.mkdir()
+    stopped.touch()
+    assert reached(file, trials(file)[3:]) == (None, False), "bad, not failed"
 
 
 def test_points_that_break_rules_or_repeat_are_drawn_anew(tmp_path: Path) -> None:
