@@ -50,23 +50,38 @@ def plan(
         int | None, typer.Option(min=1, help="CPUs of each node of a hypothetical cluster.")
     ] = None,
 ) -> int:
-    """Show the resolved configuration, placement, steps, tokens and memory; take nothing.
+    """Show the resolved configuration, placement, steps, tokens and memory of a run or a sweep; take nothing.
 
     \b
-    Example:
+    Examples:
       rairl plan experiments/gsm8k/qwen2.5-3b_airl.yaml --gpus 8 --nodes 1
+      rairl plan experiments/sweeps/demo.yaml --cpus 16
     """
     from rairl_ray.plan import show_plan
+    from rairl_ray.sweep.file import is_sweep, load_sweep
 
+    if is_sweep(config):
+        from rairl_ray.sweep.plan import show_sweep_plan
+
+        if overrides:
+            raise UserError(f"{config}: a sweep takes no {overrides[0]}; write it into the file's overrides")
+        show_sweep_plan(load_sweep(config), _console(), gpus=gpus, nodes=nodes, cpus=cpus)
+        return 0
     show_plan(_load(config, overrides), _console(), gpus=gpus, nodes=nodes, cpus=cpus)
     return 0
 
 
 @app.command()
 def train(
-    config: ConfigFile,
+    config: Annotated[
+        str, typer.Argument(metavar="[CONFIG]", help="YAML experiment file; none with --fork.")
+    ] = "",
     overrides: Overrides = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this run folder or name.")] = None,
+    fork: Annotated[
+        str | None,
+        typer.Option(metavar="RUN@STEP", help="Start from this checkpoint, with the run's own configuration."),
+    ] = None,
 ) -> int:
     """Train one run: algorithm.type airl, grpo or sft.
 
@@ -74,12 +89,19 @@ def train(
     Example:
       rairl train experiments/demo/airl.yaml reward.density.type=dense trainer.steps=20
     """
-    resolved = _load(config, overrides)
+    start = None
+    if fork is not None:
+        from rairl_ray.trainer.fork import fork_of
+
+        start = fork_of(fork, [config, *(overrides or [])] if config else [], resume)
+    elif not config:
+        raise UserError("train: CONFIG is missing; name a YAML experiment file")
+    resolved = _load(config, overrides) if start is None else start.config
     check_files(resolved)
     # Heavy imports wait until the configuration is known to be good.
     from rairl_ray.trainer.run import train as run_training
 
-    return run_training(resolved, resume)
+    return run_training(resolved, resume, fork=start)
 
 
 @app.command()
@@ -99,10 +121,12 @@ def sweep(
 
     loaded = load_sweep(config)
     if dry_run:
-        from rairl_ray.sweep.points import trials
+        from rairl_ray.sweep.points import examples, to_draw, trials
 
         for trial in trials(loaded):
             print(trial.id)
+        if loaded.search.type == "optuna" and examples(loaded):
+            print(f"{to_draw(loaded)} trials are drawn by optuna as results come")
         return 0
     from rairl_ray.sweep.run import sweep as run_sweep
 

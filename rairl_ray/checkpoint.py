@@ -108,7 +108,7 @@ class CheckpointStore:
             written: role -> what its ranks wrote below draft.folder / role.
             versions: role -> version of its weights.
         """
-        temporary, final = draft.folder, self.folder / f"step-{draft.step:06d}"
+        temporary, final = draft.folder, self.path(draft.step)
         replaced = None
         try:
             named = _named(draft, written)
@@ -152,6 +152,13 @@ class CheckpointStore:
                 return path
             self._warn(f"{path}: broken checkpoint is skipped: {problem}")
         return None
+
+    def steps(self) -> list[int]:
+        """Steps that have a finished checkpoint, in order; its files are not looked at."""
+        return [_step(path) for path in self._finished()]
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
 
     def read(self, path: Path) -> dict[str, Any]:
         """The trainer's state of a checkpoint, as given to `begin`. Raises ResumeError if unreadable."""

@@ -51,7 +51,7 @@ def show_plan(
         console.print(f"starts from: {earlier.name} ({earlier.trainer.steps} SFT steps)", markup=False)
     print_placement(plan, cluster, console)
     _print_work(config, console)
-    _print_memory(memory(config, chain[0].model.policy if chain else None), plan, console)
+    print_memory(memory(config, chain[0].model.policy if chain else None), plan, console)
 
 
 def local_gpus() -> int:
@@ -118,7 +118,8 @@ def _print_work(config: RunConfig, console: Console) -> None:
     console.print(table)
 
 
-def _print_memory(estimates: list[Memory], plan: Plan, console: Console) -> None:
+def print_memory(estimates: list[Memory], plan: Plan, console: Console) -> None:
+    """What one rank of each role needs."""
     table = Table(title="memory of one rank, estimated")
     for heading in ("role", "ranks", "model", "parameters", "trained", "parts", "total"):
         table.add_column(heading, overflow="fold")

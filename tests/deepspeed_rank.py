@@ -30,6 +30,8 @@ from rairl_ray.types import DiscriminatorSample
 
 BUILD = Build(hidden_size=64, layers=2, heads=2, intermediate_size=96, max_length=64)
 SETTINGS = Optimizer(learning_rate=1e-3, clip_norm=0.5, weight_decay=0.1, warmup_share=0.25)
+FORKED = Optimizer(learning_rate=4e-3, clip_norm=0.2, weight_decay=0.3, betas=(0.8, 0.9), warmup_share=0.25)
+"""What a case with `forked` goes on with after its two first updates."""
 DEVICE = os.environ.get("RAIRL_TEST_DEVICE", "cpu")
 """Where the ranks train; the processes of tests/test_gpu.py find `cuda` here."""
 ROWS = 8
@@ -182,7 +184,7 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
 
     kind, path = case["kind"], base_path(folder)
 
-    def engine_for() -> Any:
+    def engine_for(settings: Optimizer = SETTINGS) -> Any:
         module = make_module(
             kind,
             path,
@@ -194,7 +196,7 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
             module.wrapped.get_output_embeddings().chunk_tokens = case["chunk"]
         return DeepSpeedEngine(
             module,
-            SETTINGS,
+            settings,
             Learner(zero_stage=case["stage"], offload=case.get("offload", "none")),
             total_updates=TOTAL_UPDATES,
             device=DEVICE,
@@ -215,7 +217,7 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
         assert engine.written(wait=True).error is None
         straight = whole(engine.trainable_state())
         engine.destroy()
-        engine = engine_for()
+        engine = engine_for(FORKED if case.get("forked") else SETTINGS)
         client = engine.load(folder / f"saved-{case['name']}")
         reports = train(engine, range(2, 4))
         result = {"straight": straight, "client": client, "reports": reports}

@@ -11,8 +11,7 @@ import yaml
 from rairl_ray.config.load import dump_yaml, load_config
 from rairl_ray.runfolder import RunFolder, write_summary
 from rairl_ray.sweep.file import SweepFile
-from rairl_ray.sweep.points import Trial, trial_folder
-from rairl_ray.sweep.run import started_with
+from rairl_ray.sweep.points import Trial, started_with, trial_folder
 from tests.runs import ROOT
 
 DEMO = str(ROOT / "experiments/demo/airl.yaml")

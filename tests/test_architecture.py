@@ -36,7 +36,8 @@ SOLE_IMPORTERS = {
         "rairl_ray.engines.weight_transfer_vllm",
     },
     "mlflow": {"rairl_ray.mlflow_run"},
-    "ray.tune": {"rairl_ray.sweep.run", "rairl_ray.sweep.supervise"},
+    "ray.tune": {"rairl_ray.sweep.run", "rairl_ray.sweep.search", "rairl_ray.sweep.supervise"},
+    "optuna": {"rairl_ray.sweep.search"},
 }
 FORBIDDEN = {
     "types": {"torch", "ray", "transformers"},

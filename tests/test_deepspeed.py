@@ -16,6 +16,7 @@ from rairl_ray.config.schema import Optimizer
 from rairl_ray.engines.weights import checksum, exported_name
 from tests.deepspeed_rank import (
     CHUNK,
+    FORKED,
     SETTINGS,
     TOTAL_UPDATES,
     base_path,
@@ -61,18 +62,22 @@ OTHERS = [
     case("scalar", 0, "bf16", resume=True, dtype="bfloat16"),
     case("scalar", 3, "clamped", weight_clip=0.01),
 ]
+FORKS = [case("policy", stage, "forked", resume=True, forked=True) for stage in (0, 2, 3)]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    return folder, launch([*PLAIN, *OTHERS], folder, world=2)
+    return folder, launch([*PLAIN, *OTHERS, *FORKS], folder, world=2)
 
 
 def plain_loop(
-    kind: str, path: str, *, penalty: bool = False, steps: int = 3
+    kind: str, path: str, *, penalty: bool = False, steps: int = 3, forked: bool = False
 ) -> tuple[Any, list[float], list[float]]:
-    """The independent reference: (module, gradient norms, losses) of AdamW steps on the undivided batch."""
+    """The independent reference: (module, gradient norms, losses) of AdamW steps on the undivided batch.
+
+    `forked`: from the third update on with the settings FORKED.
+    """
     module = make_module(kind, path)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -87,12 +92,15 @@ def plain_loop(
     factors = [0.5, 1.0, 0.5 * (1 + math.cos(math.pi / 3)), 0.5 * (1 + math.cos(2 * math.pi / 3))]
     norms, losses = [], []
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = SETTINGS.learning_rate * factors[step]
+        settings = FORKED if forked and step >= 2 else SETTINGS
+        decays = (settings.weight_decay, 0.0)
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            rate = settings.learning_rate * factors[step]
+            group |= {"lr": rate, "betas": settings.betas, "weight_decay": decay}
         optimizer.zero_grad()
         loss = loss_of(module, kind, make_samples(step), penalty)
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, SETTINGS.clip_norm)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm)))
         losses.append(loss.item())
         optimizer.step()
     return module, norms, losses
@@ -200,6 +208,20 @@ def test_bfloat16_trains_close_to_float32(two_ranks: tuple[Path, dict[str, Any]]
     name = "model.layers.1.mlp.down_proj.weight"
     moved, wanted = found["state"][name].float() - start[name], expected[name] - start[name]
     assert torch.nn.functional.cosine_similarity(moved.flatten(), wanted.flatten(), dim=0) > 0.8
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_fork_goes_on_with_its_own_rates(stage: int, two_ranks: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = two_ranks
+    found = results[f"policy/{stage}/forked"]
+    module, norms, _ = plain_loop("policy", base_path(folder), steps=4, forked=True)
+    expected = {exported_name(n): p.detach() for n, p in module.named_parameters()}
+    for name, tensor in expected.items():
+        off = (found["state"][name] - tensor).abs()
+        assert off.max() < 1e-4 and off.mean() < 1e-6, (name, off.max(), off.mean())
+    torch.testing.assert_close([r["grad_norm"] for r in found["reports"]], norms[2:], rtol=1e-4, atol=1e-6)
+    other = max((found["straight"][name] - tensor).abs().max() for name, tensor in expected.items())
+    assert other > 1e-3, "with the rates of the checkpoint it would have gone elsewhere"
 
 
 def test_weight_clip_clamps_every_trained_weight(two_ranks: tuple[Path, dict[str, Any]]) -> None:

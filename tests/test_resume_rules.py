@@ -18,6 +18,7 @@ from rairl_ray.config.load import dump_yaml
 from rairl_ray.config.schema import Build, Model, RunConfig
 from rairl_ray.engines.sources import content_id, materialise
 from rairl_ray.errors import ResumeError
+from rairl_ray.trainer.fork import FORK_KEYS
 from rairl_ray.trainer.prepare import Prepared
 from rairl_ray.trainer.saving import check_references, references
 from rairl_ray.trainer.session import FREE_KEYS, Session, resumable
@@ -64,16 +65,15 @@ def test_any_other_difference_is_shown_key_by_key_and_refused(tmp_path: Path) ->
 
 
 def test_the_documented_table_is_the_code() -> None:
-    text = (ROOT / "docs" / "checkpoints.md").read_text()
-    rows = re.findall(
-        r"^\| `([\w.]+)(\*?)` \| (.*) \|$", text.split("## Keys that may change")[1], re.MULTILINE
-    )
-    assert {key: why for key, _, why in rows} == FREE_KEYS
-    assert all(key.endswith(".") == bool(star) for key, star, _ in rows)
+    text = (ROOT / "docs" / "checkpoints.md").read_text().split("## Keys that may change")[1]
+    for part, keys in zip(text.split("## Forks"), (FREE_KEYS, FORK_KEYS), strict=True):
+        rows = re.findall(r"^\| `([\w.]+)(\*?)` \| (.*) \|$", part, re.MULTILINE)
+        assert {key: why for key, _, why in rows} == keys
+        assert all(key.endswith(".") == bool(star) for key, star, _ in rows)
 
 
 def test_every_free_key_exists() -> None:
-    for key in FREE_KEYS:
+    for key in (*FREE_KEYS, *FORK_KEYS):
         part: Any = RunConfig()
         for name in key.rstrip(".").split("."):
             part = getattr(part, name)

@@ -18,7 +18,7 @@ from rairl_ray.config.load import load_config
 from rairl_ray.errors import ConfigError, ResumeError
 from rairl_ray.sweep import run
 from rairl_ray.sweep.file import load_sweep
-from rairl_ray.sweep.points import trial_id, trials
+from rairl_ray.sweep.points import examples, trial_id, trials
 from tests.runs import ROOT, TINY_AIRL
 from tests.sweeps import table, written
 
@@ -121,7 +121,7 @@ def test_ids_depend_on_values_and_seed_alone() -> None:
         ({"search": {"type": "random"}}, "needs trials: N"),
         ({"sedes": [1]}, "unknown key; a sweep file has name, base"),
         ({"base": "nothing.yaml"}, "no such experiment file"),
-        ({"search": {"type": "bayes"}}, "search.type: must be 'grid' or 'random'"),
+        ({"search": {"type": "bayes"}}, "search.type: must be 'grid', 'random' or 'optuna'"),
         ({"space": {"trainer.steps": {"randint": [1.5, 4]}}}, r"randint=\[1.5, 4\]: must be whole numbers"),
         ({"scheduler": {"type": "asha", "grace": 9, "longest": 3}}, "grace=9: must be at most longest=3"),
         ({"scheduler": {"type": "asha", "reduction": 1}}, "scheduler.reduction: must be greater than or equal"),
@@ -149,7 +149,8 @@ def test_each_bad_point_is_named(tmp_path: Path) -> None:
 
 def test_the_shipped_sweeps_have_only_good_points() -> None:
     for file in sorted((ROOT / "experiments/sweeps").glob("*.yaml")):
-        assert trials(load_sweep(str(file))), file
+        sweep = load_sweep(str(file))
+        assert examples(sweep) if sweep.search.type == "optuna" else trials(sweep), file
 
 
 def test_a_condition_is_met_only_by_what_counts(tmp_path: Path) -> None:

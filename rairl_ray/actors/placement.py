@@ -186,6 +186,12 @@ def check_against(plan: Plan, nodes: Sequence[Mapping[str, float]]) -> None:
             node[name] -= amount
 
 
+def room(plan: Plan, resources: Mapping[str, float]) -> int:
+    """How many such runs idle resources hold at once, by their sums."""
+    names = {name for bundle in plan.bundles for name, amount in bundle.items() if amount}
+    return min(int(resources.get(name, 0.0) / plan.total(name) + 1e-6) for name in names)
+
+
 def _fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> bool:
     return all(amount <= node.get(name, 0.0) + 1e-6 for name, amount in bundle.items())
 

@@ -182,6 +182,8 @@ class DeepSpeedEngine:
         )
         vectors = [p.numel() for p in module.parameters() if p.ndim <= 1]
         self._optimizer = optimizer
+        self._settings = settings
+        self._decays = [group["weight_decay"] for group in optimizer.param_groups]
         self._engine, _, _, self._scheduler = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -319,7 +321,26 @@ class DeepSpeedEngine:
         else:
             shards = folder / STATE_TAG
             self._load_cut(zero_shards.read(shards, facts["ranks"], facts["zero_stage"], facts["shapes"]))
+        self._apply_settings()
         return dict(facts["client"])
+
+    def _apply_settings(self) -> None:
+        """Rates, decay and clipping are the configuration's, where DeepSpeed restores a checkpoint's.
+
+        Without a fork both are the same bits.
+        """
+        settings, schedule = self._settings, self._scheduler
+        schedule.base_lrs = [settings.learning_rate] * len(schedule.base_lrs)
+        rates = [
+            base * factor(schedule.last_epoch)
+            for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        schedule._last_lr = rates
+        for group, rate, decay in zip(self._optimizer.param_groups, rates, self._decays, strict=True):
+            group |= {"lr": rate, "initial_lr": settings.learning_rate}
+            group |= {"betas": settings.betas, "weight_decay": decay}
+        if self._stage:
+            self._engine.optimizer.clip_grad = settings.clip_norm
 
     def _load_cut(self, saved: zero_shards.Saved) -> None:
         """Give DeepSpeed's optimizer this rank's pieces in its own format, as if it had saved them."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from rairl_ray.config.load import known_keys, nearest_key
+from rairl_ray.config.schema import RunConfig
 from rairl_ray.config.section import NonNegativeInt, Section
 from rairl_ray.config.yamlfile import Document, read_document
 from rairl_ray.errors import ConfigError
@@ -21,9 +22,10 @@ KINDS = ", ".join(LISTS + RANGES)
 
 
 class Search(Section):
-    type: Literal["grid", "random"] = "grid"
+    type: Literal["grid", "random", "optuna"] = "grid"
+    """`optuna`: TPE draws each point from what the points before it reached."""
     seed: NonNegativeInt = 0
-    """Keys what `random` draws."""
+    """Keys what `random` and `optuna` draw."""
 
 
 class Scheduler(Section):
@@ -65,7 +67,7 @@ class SweepFile(Section):
     """Of the final evaluation's summary (and of metrics.jsonl, for `asha`)."""
     mode: Literal["max", "min"] = "max"
     trials: PositiveInt | None = None
-    """`random`: points to draw."""
+    """`random`, `optuna`: points to draw."""
     max_concurrent: PositiveInt | None = None
     """None: as many as the cluster holds."""
     failures: Failures = Failures()
@@ -103,6 +105,14 @@ def load_sweep(path: str) -> SweepFile:
     if problems:
         raise ConfigError("\n".join(problems))
     return sweep
+
+
+def is_sweep(path: str) -> bool:
+    """Whether a YAML file is a sweep: it has keys of one, which no experiment has."""
+    if not Path(path).is_file():
+        return False
+    own = set(SweepFile.model_fields) - set(RunConfig.model_fields) - {"base"}
+    return bool(own & set(read_document(Path(path), path).data))
 
 
 def axes(sweep: SweepFile) -> list[Axis]:
@@ -170,7 +180,7 @@ def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
             continue
         if sweep.search.type == "grid" and axis.kind in RANGES:
             problems.append(
-                f"{place}: space.{key}: {axis.kind} has no grid; list values or use search.type=random"
+                f"{place}: space.{key}: {axis.kind} has no grid; list values, or search.type=random or optuna"
             )
         for condition, _ in axis.when:
             if condition == key or condition not in keys:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rairl_ray.config.load import load_config
+from rairl_ray.config.load import config_hash, load_config, warm_start_chain
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import ConfigError
+from rairl_ray.files import read_json_lines
 from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import EVAL_PASS_AT
-from rairl_ray.sweep.file import Axis, SweepFile, axes
+from rairl_ray.runfolder import RunFolder
+from rairl_ray.sweep.file import LISTS, Axis, SweepFile, axes
 
 SHOWN_ERRORS = 20
+EXAMPLES = 20
+"""Random points that are looked at before optuna draws one."""
+LARGE = 10_000
+"""Points of a space that nobody counts."""
 _NOT_PLAIN = re.compile("[\x7f-\x9f\u2028\u2029\ufeff]")
 """What JSON leaves as it is and a YAML reader folds or refuses."""
 
@@ -36,22 +43,65 @@ class Trial:
     config: RunConfig
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """One line of a sweep's `points.jsonl`: what optuna drew."""
+
+    values: dict[str, Any]
+    refused: str | None
+    """Why nothing runs there."""
+
+
 def trials(sweep: SweepFile) -> list[Trial]:
-    """All trials of a grid or random sweep. Raises ConfigError with one line for each bad point."""
-    made: list[Trial] = []
-    problems: list[str] = []
-    for values in _points(sweep):
-        for seed in sweep.seeds:
-            try:
-                made.append(trial(sweep, values, seed))
-            except ConfigError as error:
-                problems += [f"{_told(values)}: {line}" for line in str(error).splitlines()]
-                break
-    problems += dict.fromkeys(line for item in made for line in misfits(sweep, item.config))
+    """All trials of a grid or random sweep; of an optuna sweep those that were drawn so far.
+
+    Raises ConfigError with one line for each bad point.
+    """
+    made, problems = _good(sweep, _points(sweep))
     if problems:
         more = [f"and {len(problems) - SHOWN_ERRORS} more"] if len(problems) > SHOWN_ERRORS else []
         raise ConfigError("\n".join([*problems[:SHOWN_ERRORS], *more]))
     return made
+
+
+def examples(sweep: SweepFile) -> list[Trial]:
+    """Good trials at a few random points of a space that optuna searches.
+
+    Raises ConfigError where it has none, or fewer points than are asked for.
+    """
+    every, points = axes(sweep), _draws(axes(sweep), sweep, EXAMPLES)
+    if all(axis.kind in LISTS for axis in every) and math.prod(len(axis.values) for axis in every) < LARGE:
+        whole = list(_different(every, sweep, _grid(every)))
+        if len(whole) < (sweep.trials or 0):
+            raise ConfigError(
+                f"trials={sweep.trials}: the space has {len(whole)} different points; "
+                "ask for fewer, or use search.type=grid"
+            )
+    made, problems = _good(sweep, _different(every, sweep, points))
+    if not made:
+        raise ConfigError("\n".join(["space: no good point among those tried", *problems[:SHOWN_ERRORS]]))
+    return made
+
+
+def _good(sweep: SweepFile, points: Iterable[dict[str, Any]]) -> tuple[list[Trial], list[str]]:
+    """The good points' trials, and what is wrong with the others: a line each, said once."""
+    made: list[Trial] = []
+    problems: list[str] = []
+    for values in points:
+        try:
+            found = at_point(sweep, values)
+        except ConfigError as error:
+            problems += [f"{_told(values)}: {line}" for line in str(error).splitlines()]
+            continue
+        missing = [line for item in found for line in misfits(sweep, item.config)]
+        problems += [line for line in dict.fromkeys(missing) if line not in problems]
+        made += [] if missing else found
+    return made, problems
+
+
+def at_point(sweep: SweepFile, values: dict[str, Any]) -> list[Trial]:
+    """The trials of one point, one a seed. Raises ConfigError where their configuration contradicts itself."""
+    return [trial(sweep, values, seed) for seed in sweep.seeds]
 
 
 def trial(sweep: SweepFile, values: dict[str, Any], seed: int) -> Trial:
@@ -67,6 +117,25 @@ def override(key: str, value: Any) -> str:
     """`key=value` as `launch.py train` reads it back: the value in JSON, which is YAML too."""
     text = json.dumps(value, ensure_ascii=False)
     return f"{key}=" + _NOT_PLAIN.sub(lambda found: rf"\u{ord(found[0]):04x}", text)
+
+
+def warm_start(sweep: SweepFile, item: Trial) -> RunConfig | None:
+    """What a trial starts from, in a folder of the sweep that all trials with the same warm start share."""
+    if item.config.warm_start is None:
+        return None
+    earlier = warm_start_chain(item.config)[0]
+    name = f"{sweep.name}/warm_starts/{Path(item.config.warm_start).stem}-{config_hash(earlier)}"
+    return earlier.model_copy(update={"name": name})
+
+
+def started_with(sweep: SweepFile, item: Trial) -> tuple[str, ...]:
+    """The trial's overrides with its warm start as the policy to start from."""
+    earlier = warm_start(sweep, item)
+    if earlier is None:
+        return item.overrides
+    path = RunFolder(Path(earlier.output_dir) / earlier.name).final_policy
+    settings = {"warm_start": None, "model.policy.path": str(path), "model.policy.build": None}
+    return (*item.overrides, *(override(key, value) for key, value in settings.items()))
 
 
 def misfits(sweep: SweepFile, config: RunConfig) -> list[str]:
@@ -91,15 +160,34 @@ def trial_id(values: dict[str, Any], seed: int) -> str:
 
 
 def _points(sweep: SweepFile) -> Iterator[dict[str, Any]]:
-    """Different points, in the order of the file (grid) or of the draw (random)."""
+    """Different points, in the order of the file (grid) or of the draw."""
     every = axes(sweep)
+    if sweep.search.type == "optuna":
+        kept = (row.values for row in drawn(sweep) if row.refused is None)
+        yield from itertools.islice(kept, sweep.trials)
+    elif sweep.search.type == "grid":
+        yield from _different(every, sweep, _grid(every))
+    else:
+        yield from _different(every, sweep, _draws(every, sweep, sweep.trials or 0))
+
+
+def _different(
+    every: Sequence[Axis], sweep: SweepFile, found: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Each point once, without the axes that do not count in it."""
     seen: set[str] = set()
-    for values in _grid(every) if sweep.search.type == "grid" else _draws(every, sweep):
-        point = _that_count(every, values, sweep.overrides)
+    for values in found:
+        point = that_count(every, sweep.overrides, lambda axis, values=values: values[axis.key])  # type: ignore[misc]
         content = json.dumps(point, sort_keys=True, default=str)
         if content not in seen:
             seen.add(content)
             yield point
+
+
+def drawn(sweep: SweepFile) -> list[Drawn]:
+    """What optuna has drawn in this sweep, in order."""
+    file = drawn_file(sweep)
+    return [Drawn(**row) for row in read_json_lines(file)] if file.is_file() else []
 
 
 def _grid(every: Sequence[Axis]) -> Iterator[dict[str, Any]]:
@@ -108,8 +196,8 @@ def _grid(every: Sequence[Axis]) -> Iterator[dict[str, Any]]:
         yield dict(zip(keys, values, strict=True))
 
 
-def _draws(every: Sequence[Axis], sweep: SweepFile) -> Iterator[dict[str, Any]]:
-    for number in range(sweep.trials or 0):
+def _draws(every: Sequence[Axis], sweep: SweepFile, count: int) -> Iterator[dict[str, Any]]:
+    for number in range(count):
         random = keyed_random("sweep", sweep.search.seed, number)
         yield {axis.key: _drawn(axis, random) for axis in every}
 
@@ -125,23 +213,43 @@ def _drawn(axis: Axis, random: Any) -> Any:
     return float(random.uniform(low, high))
 
 
-def _that_count(every: Sequence[Axis], values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """The values whose conditions are met, by an override or by another axis that itself counts."""
-    by_key = {axis.key: axis for axis in every}
+def that_count(
+    every: Sequence[Axis], overrides: dict[str, Any], value_of: Callable[[Axis], Any]
+) -> dict[str, Any]:
+    """The values whose conditions are met, by an override or by another axis that itself counts.
 
-    def met(key: str, value: Any) -> bool:
+    Args:
+        value_of: asked once for each axis that counts, after those that its conditions name, and for no other.
+    """
+    by_key = {axis.key: axis for axis in every}
+    values: dict[str, Any] = {}
+
+    def value(axis: Axis) -> Any:
+        if axis.key not in values:
+            values[axis.key] = value_of(axis)
+        return values[axis.key]
+
+    def met(key: str, wanted: Any) -> bool:
         if key in by_key and counts(by_key[key]):
-            return bool(values[key] == value)
-        return key in overrides and bool(overrides[key] == value)
+            return bool(value(by_key[key]) == wanted)
+        return key in overrides and bool(overrides[key] == wanted)
 
     def counts(axis: Axis) -> bool:
-        return all(met(key, value) for key, value in axis.when)
+        return all(met(key, wanted) for key, wanted in axis.when)
 
-    return {axis.key: values[axis.key] for axis in every if counts(axis)}
+    return {axis.key: value(axis) for axis in every if counts(axis)}
 
 
 def _told(values: dict[str, Any]) -> str:
     return "point " + (", ".join(f"{key}={value}" for key, value in values.items()) or "(base)")
+
+
+def to_draw(sweep: SweepFile) -> int:
+    """How many trials optuna has still to draw."""
+    if sweep.search.type != "optuna":
+        return 0
+    kept = sum(row.refused is None for row in drawn(sweep))
+    return max(0, (sweep.trials or 0) - kept) * len(sweep.seeds)
 
 
 def sweep_folder(sweep: SweepFile) -> Path:
@@ -156,6 +264,11 @@ def trial_folder(sweep: SweepFile, name: str) -> Path:
 def trial_log(sweep: SweepFile, name: str) -> Path:
     """What a trial's processes printed, one after the other."""
     return sweep_folder(sweep) / "logs" / f"{name}.log"
+
+
+def drawn_file(sweep: SweepFile) -> Path:
+    """The points that optuna drew, a line each, in order."""
+    return sweep_folder(sweep) / "points.jsonl"
 
 
 def stop_mark(sweep: SweepFile, name: str) -> Path:

@@ -74,7 +74,7 @@ def conclude(file: SweepFile, planned: Sequence[Trial], display: Display) -> int
         value = row.get(file.metric, math.nan)
         return sign * value if math.isfinite(value) else -math.inf
 
-    best = max(rows, key=merit)
+    best = max(rows, key=merit, default={})
     if merit(best) == -math.inf:
         raise RunFailure(_without_best(file, rows))
     states = Counter(row["state"] for row in rows)

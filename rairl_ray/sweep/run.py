@@ -1,11 +1,12 @@
 """`launch.py sweep`: Ray Tune over the trials of a sweep file, resumable, with a table at its end.
 
 A resume gives Tune the trials that are neither finished nor stopped early. ASHA compares them among themselves:
-its rungs are not restored.
+its rungs are not restored. Optuna draws further points after them (`search.py`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from rairl_ray.config.load import config_hash, load_config, warm_start_chain
+from rairl_ray.actors.placement import room
+from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.display import Display
 from rairl_ray.errors import ConfigError, ResumeError
@@ -25,14 +27,19 @@ from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.points import (
     Trial,
-    override,
+    drawn_file,
+    examples,
+    started_with,
     stop_mark,
     sweep_folder,
+    to_draw,
     trial_folder,
     trial_log,
     trials,
+    warm_start,
 )
 from rairl_ray.sweep.result import DONE, conclude, last_line, trial_state
+from rairl_ray.sweep.search import Points
 from rairl_ray.sweep.supervise import ENDED, run_trial
 from rairl_ray.trainer.parts import cluster, place
 from rairl_ray.trainer.run import made_by, train, with_warm_start
@@ -53,11 +60,13 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
         RunFailure: no finished trial has the metric.
     """
     planned = trials(file)
+    samples = examples(file) if file.search.type == "optuna" else []
+    _refuse_other_warm_starts(file, samples)
     folder = sweep_folder(file)
     if resume and not (folder / SAVED).is_file():
         raise ResumeError(f"--resume: {folder} is no sweep; leave --resume out to start it")
     folder.mkdir(parents=True, exist_ok=True)
-    display = display or Display(file.name, len(planned))
+    display = display or Display(file.name, len(planned) + to_draw(file))
     with RunFolder(folder).lock():
         _refuse_other_sweep(file, folder, resume)
         for item in planned:
@@ -65,19 +74,36 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
         write_atomic(folder / SAVED, file.model_dump_json(indent=1) + "\n")
         display.note(f"sweep folder: {folder}")
         left = [item for item in planned if trial_state(file, item) not in DONE]
-        if left:
-            _run(file, left, display)
-        return conclude(file, planned, display)
+        if left or to_draw(file):
+            _run(file, left, [*left, *samples], display)
+        code = conclude(file, trials(file), display)
+        if missing := to_draw(file):
+            display.note(f"{missing} trials were not drawn; {drawn_file(file)} says what was refused")
+        return 1 if missing else code
 
 
-def _run(file: SweepFile, left: Sequence[Trial], display: Display) -> None:
-    with cluster(left[0].config):
-        room = _room(left[0].config)
-        concurrent = min(file.max_concurrent or room, room)
-        display.note(f"{len(left)} trials to run, {concurrent} at once (the cluster holds {room})")
-        for item in left:
+def _run(file: SweepFile, left: Sequence[Trial], samples: Sequence[Trial], display: Display) -> None:
+    """Args: samples: trials that tell the size of all, and their warm starts."""
+    with cluster(samples[0].config):
+        most = _room(samples[0].config)
+        concurrent = min(file.max_concurrent or most, most)
+        count = len(left) + to_draw(file)
+        display.note(f"{count} trials to run, {concurrent} at once (the cluster holds {most})")
+        for item in samples:
             train_warm_start(file, item, display)
         _tune(file, left, concurrent, display)
+
+
+def _refuse_other_warm_starts(file: SweepFile, samples: Sequence[Trial]) -> None:
+    """Warm starts are trained before the trials, so points that are not known yet must not bring their own."""
+    names: dict[int, str] = {}
+    for item in samples:
+        earlier = warm_start(file, item)
+        if earlier is not None and names.setdefault(item.seed, earlier.name) != earlier.name:
+            raise ConfigError(
+                f"space: its values change the warm start {item.config.warm_start}; search.type=optuna draws "
+                "while trials run: take out the axis that does, or use search.type=random"
+            )
 
 
 def _refuse_other_sweep(file: SweepFile, folder: Path, resume: bool) -> None:
@@ -98,10 +124,7 @@ def _refuse_other_sweep(file: SweepFile, folder: Path, resume: bool) -> None:
 
 def _room(config: RunConfig) -> int:
     """How many such runs the idle cluster holds at once. Raises PlacementError for none."""
-    plan = place(config)
-    total = ray.cluster_resources()
-    names = {name for bundle in plan.bundles for name, amount in bundle.items() if amount}
-    return max(1, min(int(total.get(name, 0.0) / plan.total(name) + 1e-6) for name in names))
+    return max(1, room(place(config), ray.cluster_resources()))
 
 
 def _refuse_other_run(file: SweepFile, item: Trial) -> None:
@@ -109,25 +132,6 @@ def _refuse_other_run(file: SweepFile, item: Trial) -> None:
     folder = trial_folder(file, item.id)
     if RunFolder(folder).config.is_file():
         resumable(load_config(file.base, started_with(file, item)), str(folder))
-
-
-def warm_start(file: SweepFile, item: Trial) -> RunConfig | None:
-    """What a trial starts from, in a folder of the sweep that all trials with the same warm start share."""
-    if item.config.warm_start is None:
-        return None
-    earlier = warm_start_chain(item.config)[0]
-    name = f"{file.name}/warm_starts/{Path(item.config.warm_start).stem}-{config_hash(earlier)}"
-    return earlier.model_copy(update={"name": name})
-
-
-def started_with(file: SweepFile, item: Trial) -> tuple[str, ...]:
-    """The trial's overrides with its warm start as the policy to start from."""
-    earlier = warm_start(file, item)
-    if earlier is None:
-        return item.overrides
-    path = RunFolder(Path(earlier.output_dir) / earlier.name).final_policy
-    settings = {"warm_start": None, "model.policy.path": str(path), "model.policy.build": None}
-    return (*item.overrides, *(override(key, value) for key, value in settings.items()))
 
 
 def train_warm_start(file: SweepFile, item: Trial, display: Display) -> None:
@@ -194,27 +198,20 @@ def _id(trial: Any) -> str:
 
 def _tune(file: SweepFile, left: Sequence[Trial], concurrent: int, display: Display) -> None:
     """Hand the trials to Ray Tune."""
-    specs = [
-        {
-            "folder": str(trial_folder(file, item.id)),
-            "log": str(trial_log(file, item.id)),
-            "base": file.base,
-            "overrides": list(started_with(file, item)),
-            "metric": file.metric,
-            "cwd": os.getcwd(),
-        }
-        for item in left
-    ]
+    searched = file.search.type == "optuna"
+    total = len(left) + to_draw(file)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # A trial's own process only watches. Tune takes no empty request, and a byte of memory is in nobody's way.
     trainable = tune.with_resources(_trainable, tune.PlacementGroupFactory([{"memory": 1}]))
     hours = file.budget.hours
     tuner = tune.Tuner(
         trainable,
-        param_space={"spec": tune.grid_search(specs)},
+        param_space={} if searched else {"spec": tune.grid_search([_spec(file, item) for item in left])},
         tune_config=tune.TuneConfig(
             metric=file.metric,
             mode=file.mode,
+            search_alg=Points(file, left, functools.partial(_spec, file)) if searched else None,
+            num_samples=total if searched else 1,
             scheduler=Asha(file) if file.scheduler.type == "asha" else None,
             max_concurrent_trials=concurrent,
             time_budget_s=None if hours is None else hours * 3600,
@@ -224,11 +221,23 @@ def _tune(file: SweepFile, left: Sequence[Trial], concurrent: int, display: Disp
             storage_path=str(sweep_folder(file)),
             failure_config=tune.FailureConfig(max_failures=file.failures.max_per_trial),
             verbose=0,
-            callbacks=[Progress(file, len(specs), display)],
+            callbacks=[Progress(file, total, display)],
         ),
     )
     with display:
         tuner.fit()
+
+
+def _spec(file: SweepFile, item: Trial) -> dict[str, Any]:
+    """What `run_trial` needs."""
+    return {
+        "folder": str(trial_folder(file, item.id)),
+        "log": str(trial_log(file, item.id)),
+        "base": file.base,
+        "overrides": list(started_with(file, item)),
+        "metric": file.metric,
+        "cwd": os.getcwd(),
+    }
 
 
 def _trainable(config: dict[str, Any]) -> None:

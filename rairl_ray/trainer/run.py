@@ -14,6 +14,7 @@ from rairl_ray.display import Display
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.tracking import Tracker
 from rairl_ray.trainer import adversarial, sft
+from rairl_ray.trainer.fork import Fork, take_over
 from rairl_ray.trainer.parts import cluster, place
 from rairl_ray.trainer.prepare import Prepared, check_machine, prepare
 from rairl_ray.trainer.saving import check_references, references
@@ -22,8 +23,12 @@ from rairl_ray.trainer.session import Session, open_folder, save_config
 ALGORITHMS = {"airl": adversarial.run, "grpo": adversarial.run, "sft": sft.run}
 
 
-def train(config: RunConfig, resume: str | None = None, display: Display | None = None) -> int:
+def train(
+    config: RunConfig, resume: str | None = None, display: Display | None = None, fork: Fork | None = None
+) -> int:
     """One run from its configuration to its final artifacts; returns the exit code.
+
+    With a `fork`, whose configuration it is, it starts from another run's checkpoint.
 
     Exit codes: 0 finished, 130 stopped by Ctrl-C or SIGTERM after a checkpoint. Failures raise.
     """
@@ -36,7 +41,9 @@ def train(config: RunConfig, resume: str | None = None, display: Display | None 
         folder = open_folder(config, resume, display)
         display.note(f"run folder: {folder.root}")
         with folder.lock():
-            return _train(prepared, plan, folder, resume is not None, display)
+            if fork is not None:
+                take_over(fork, folder)
+            return _train(prepared, plan, folder, resume is not None or fork is not None, display)
 
 
 def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, display: Display) -> int:
@@ -55,7 +62,11 @@ def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, dis
         folder.root,
         resumed,
         resume_run_id=saved.get("mlflow_run_id"),
-        tags={"rairl.config_hash": config_hash(config), "rairl.data_hash": prepared.task.data_hash},
+        tags={
+            "rairl.config_hash": config_hash(config),
+            "rairl.data_hash": prepared.task.data_hash,
+            **({"rairl.forked_from": saved["forked_from"]} if "forked_from" in saved else {}),
+        },
     )
     session = Session(prepared, plan, folder, store, tracker, display, resumed, frozen, newest)
     if prepared.start is not None:

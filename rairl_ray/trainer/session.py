@@ -222,13 +222,7 @@ def open_folder(config: RunConfig, resume: str | None, display: Display) -> RunF
 
 def resumable(config: RunConfig, resume: str) -> RunFolder:
     """The folder of the run to resume, given as a path or as a name below `output_dir`."""
-    candidates = [Path(resume), Path(config.output_dir) / resume]
-    root = next((path for path in candidates if (path / "config.yaml").is_file()), None)
-    if root is None:
-        raise ResumeError(
-            f"--resume {resume}: neither {candidates[0]} nor {candidates[1]} is a run folder with a "
-            "config.yaml; give the run's folder, or its name below output_dir"
-        )
+    root = run_root("--resume", resume, config.output_dir)
     saved = read_saved(root / "config.yaml")
     changed = [
         f"{key} (run: {old}, now: {new})"
@@ -241,6 +235,18 @@ def resumable(config: RunConfig, resume: str) -> RunFolder:
             "give the run's own values, or start a new run with another name="
         )
     return RunFolder(root)
+
+
+def run_root(option: str, run: str, output_dir: str) -> Path:
+    """A run's folder, given as a path or as a name below `output_dir`. Raises ResumeError."""
+    candidates = [Path(run), Path(output_dir) / run]
+    root = next((path for path in candidates if (path / "config.yaml").is_file()), None)
+    if root is None:
+        raise ResumeError(
+            f"{option} {run}: neither {candidates[0]} nor {candidates[1]} is a run folder with a "
+            "config.yaml; give the run's folder, or its name below output_dir"
+        )
+    return root
 
 
 def save_config(folder: RunFolder, config: RunConfig) -> None:

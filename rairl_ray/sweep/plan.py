@@ -1,0 +1,135 @@
+"""`plan SWEEP.yaml`: the trials, what each takes, how many run at once, and their sum; nothing is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device, room
+from rairl_ray.config.estimate import memory, work
+from rairl_ray.config.rules import check
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.plan import local_gpus, print_memory, print_placement
+from rairl_ray.sweep.file import SweepFile
+from rairl_ray.sweep.points import Trial, examples, to_draw, trials, warm_start
+
+
+def show_sweep_plan(
+    file: SweepFile,
+    console: Console,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    cpus: int | None = None,
+) -> None:
+    """Print every trial with its size, each different placement with its memory, and the sum of all.
+
+    Args:
+        gpus, cpus, nodes: of a hypothetical cluster, as for a run; None: what this machine has.
+
+    Raises:
+        UserError: bad points; a trial that the cluster can never hold.
+    """
+    planned, undrawn = trials(file), to_draw(file)
+    shown = [*planned, *(examples(file)[:1] if undrawn else [])]
+    gpus, cpus = local_gpus() if gpus is None else gpus, cpus or os.cpu_count() or 1
+    cluster = [{"CPU": float(cpus), "GPU": float(gpus)} for _ in range(nodes or 1)]
+    plans = [_placed(item.config, gpus) for item in shown]
+    for plan in plans:
+        check_against(plan, cluster)
+    whole = {name: amount * len(cluster) for name, amount in cluster[0].items()}
+    at_once = [room(plan, whole) for plan in plans]
+    title = f"{len(planned) + undrawn} trials" + (f", {len(planned)} of them drawn" if undrawn else "")
+    _print_trials(title, shown, plans, at_once, len(planned), console)
+    if undrawn:
+        console.print(
+            f"{undrawn} trials are drawn by optuna as results come; sizes of those are of an example",
+            highlight=False,
+        )
+    warm_starts = {w.name: w for item in shown if (w := warm_start(file, item)) is not None}
+    for name, earlier in warm_starts.items():
+        console.print(f"trained first: {name} ({earlier.trainer.steps} SFT steps)", markup=False)
+    most = min(file.max_concurrent or at_once[0], at_once[0], len(planned) + undrawn)
+    console.print(
+        f"{most} run at once on {len(cluster)} node(s) of {cpus} CPUs and {gpus} GPUs "
+        f"(max_concurrent: {file.max_concurrent or 'as many as fit'})",
+        highlight=False,
+    )
+    drawn = [shown[-1].config] * undrawn
+    _print_sum([item.config for item in planned] + drawn, list(warm_starts.values()), console)
+    _print_sizes(file, shown, plans, cluster, console)
+
+
+def _placed(config: RunConfig, gpus: int) -> Plan:
+    device = config.placement.device
+    device = resolve_device(gpus) if device == "auto" else device
+    check(config, f"on this cluster ({device})", device)
+    return bundles(config, device)
+
+
+def _print_trials(
+    title: str,
+    shown: Sequence[Trial],
+    plans: Sequence[Plan],
+    at_once: Sequence[int],
+    planned: int,
+    console: Console,
+) -> None:
+    table = Table(title=title)
+    table.add_column("trial", overflow="fold")
+    for heading in ("CPUs", "GPUs", "fit at once", "steps", "completion tokens, at most"):
+        table.add_column(heading, justify="right")
+    for number, (item, plan, fit) in enumerate(zip(shown, plans, at_once, strict=True)):
+        table.add_row(
+            item.id if number < planned else f"example: {item.id}",
+            f"{plan.total('CPU'):g}",
+            f"{plan.total('GPU'):g}",
+            str(fit),
+            f"{item.config.trainer.steps:,}",
+            f"{work(item.config).total_completion_tokens:,}",
+        )
+    console.print(table)
+
+
+def _print_sum(runs: Sequence[RunConfig], warm_starts: Sequence[RunConfig], console: Console) -> None:
+    """What all trials, and the warm starts that they share, do together."""
+    table = Table(title="work of the whole sweep (tokens at their upper limits)")
+    for heading in ("what", "trials", "warm starts"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    done = [[work(config) for config in part] for part in (runs, warm_starts)]
+    rows = {
+        "runs": [len(part) for part in done],
+        "policy optimizer steps": [sum(w.policy_updates for w in part) for part in done],
+        "discriminator optimizer steps, at most": [
+            sum(w.discriminator_updates_most for w in part) for part in done
+        ],
+        "samples (warm starts: demonstrations)": [sum(w.total_samples for w in part) for part in done],
+        "completion tokens": [sum(w.total_completion_tokens for w in part) for part in done],
+    }
+    for what, numbers in rows.items():
+        table.add_row(what, *(f"{number:,}" for number in numbers))
+    console.print(table)
+
+
+def _print_sizes(
+    file: SweepFile,
+    shown: Sequence[Trial],
+    plans: Sequence[Plan],
+    cluster: Sequence[dict[str, float]],
+    console: Console,
+) -> None:
+    """Placement and memory, once for all trials that are alike in both."""
+    groups: dict[str, list[int]] = {}
+    for number, (item, plan) in enumerate(zip(shown, plans, strict=True)):
+        earlier = warm_start(file, item)
+        estimates = memory(item.config, earlier.model.policy if earlier else None)
+        groups.setdefault(repr((plan, estimates)), []).append(number)
+    for numbers in groups.values():
+        item, plan = shown[numbers[0]], plans[numbers[0]]
+        earlier = warm_start(file, item)
+        if len(groups) > 1:
+            console.print(f"\n{len(numbers)} trials such as {item.id}:", markup=False, highlight=False)
+        print_placement(plan, cluster, console)
+        print_memory(memory(item.config, earlier.model.policy if earlier else None), plan, console)
