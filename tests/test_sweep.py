@@ -18,9 +18,12 @@ from rairl_ray.config.load import load_config
 from rairl_ray.errors import ConfigError, ResumeError
 from rairl_ray.sweep import run
 from rairl_ray.sweep.file import load_sweep
+from rairl_ray.sweep.ledger import PARENT
 from rairl_ray.sweep.points import trial_id, trials
 from tests.runs import ROOT, TINY_AIRL
 from tests.sweeps import table, written
+from tests.tracked import runs as mlflow_runs
+from tests.tracked import sqlite
 
 CIRCLE = {
     "reward.density.every": {"grid": [5], "when": {"trainer.steps": 9}},
@@ -207,7 +210,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_a_table(tmp_path: Path) -> None:
         text.split("=", 1) for text in [*TINY_AIRL, "eval.prompts=4", "discriminator.warmup_max_steps=2"]
     )
     overrides = {key: yaml.safe_load(value) for key, value in tiny.items()}
-    overrides |= {"warm_start": None, "tracking.uri": "none", "placement.cpus_per_actor": 0.25}
+    overrides |= {"warm_start": None, "placement.cpus_per_actor": 0.25}
     file = written(tmp_path, overrides=overrides, seeds=[0], metric="eval/rerank_at_1", max_concurrent=1)
     folder = tmp_path / "runs" / "sw"
     process = subprocess.Popen(command(file), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -238,4 +241,11 @@ def test_a_killed_sweep_goes_on_and_ends_with_a_table(tmp_path: Path) -> None:
     assert best["eval/rerank_at_1"] == max(float(row["eval/rerank_at_1"]) for row in rows)
     ready = load_config(folder / "best.yaml")
     assert ready.reward.density.type == best["reward.density.type"] and ready.trainer.steps == 2
+    client = sqlite(tmp_path / "runs")
+    (parent,) = (key for key in mlflow_runs(client) if PARENT not in client.get_run(key).data.tags)
+    assert sorted(mlflow_runs(client).values()) == ["FINISHED"] * 3, "a run was left open, or made twice"
+    below = [client.get_run(key).data for key in mlflow_runs(client) if key != parent]
+    assert {run.tags[PARENT] for run in below} == {parent}
+    assert {run.tags["rairl.density"] for run in below} == {"sparse", "dense"}
+    assert client.get_run(parent).data.metrics["eval/rerank_at_1"] == best["eval/rerank_at_1"]
     assert not list((folder / "trials").glob("*~1")), "an interrupted trial was started anew beside itself"

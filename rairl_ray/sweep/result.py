@@ -18,7 +18,7 @@ from rairl_ray.runfolder import RunFolder, read_summary
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.points import Trial, stop_mark, sweep_folder, trial_folder
 
-FINISHED, STOPPED = "finished", "stopped early"
+STATES = FINISHED, STOPPED, UNFINISHED, NOT_STARTED = "finished", "stopped early", "unfinished", "not started"
 DONE = (FINISHED, STOPPED)
 """States that a resume leaves as they are."""
 
@@ -38,7 +38,7 @@ def trial_state(file: SweepFile, item: Trial) -> str:
         return FINISHED
     if stop_mark(file, item.id).exists():
         return STOPPED
-    return "unfinished" if folder.config.is_file() else "not started"
+    return UNFINISHED if folder.config.is_file() else NOT_STARTED
 
 
 def final_values(folder: RunFolder) -> dict[str, float]:

@@ -23,6 +23,7 @@ from rairl_ray.errors import ConfigError, ResumeError
 from rairl_ray.files import write_atomic
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import SweepFile
+from rairl_ray.sweep.ledger import Ledger, below
 from rairl_ray.sweep.points import (
     Trial,
     override,
@@ -65,19 +66,23 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
         write_atomic(folder / SAVED, file.model_dump_json(indent=1) + "\n")
         display.note(f"sweep folder: {folder}")
         left = [item for item in planned if trial_state(file, item) not in DONE]
-        if left:
-            _run(file, left, display)
-        return conclude(file, planned, display)
+        ledger = Ledger(file, planned[0].config, display)
+        with ledger.open():
+            if left:
+                _run(file, left, ledger, display)
+            code = conclude(file, planned, display)
+            ledger.status = "FAILED" if code else "FINISHED"
+        return code
 
 
-def _run(file: SweepFile, left: Sequence[Trial], display: Display) -> None:
+def _run(file: SweepFile, left: Sequence[Trial], ledger: Ledger, display: Display) -> None:
     with cluster(left[0].config):
         room = _room(left[0].config)
         concurrent = min(file.max_concurrent or room, room)
         display.note(f"{len(left)} trials to run, {concurrent} at once (the cluster holds {room})")
         for item in left:
             train_warm_start(file, item, display)
-        _tune(file, left, concurrent, display)
+        _tune(file, left, concurrent, ledger.parent(), display)
 
 
 def _refuse_other_sweep(file: SweepFile, folder: Path, resume: bool) -> None:
@@ -192,19 +197,11 @@ def _id(trial: Any) -> str:
     return Path(trial.config["spec"]["folder"]).name
 
 
-def _tune(file: SweepFile, left: Sequence[Trial], concurrent: int, display: Display) -> None:
+def _tune(
+    file: SweepFile, left: Sequence[Trial], concurrent: int, parent: str | None, display: Display
+) -> None:
     """Hand the trials to Ray Tune."""
-    specs = [
-        {
-            "folder": str(trial_folder(file, item.id)),
-            "log": str(trial_log(file, item.id)),
-            "base": file.base,
-            "overrides": list(started_with(file, item)),
-            "metric": file.metric,
-            "cwd": os.getcwd(),
-        }
-        for item in left
-    ]
+    specs = [_spec(file, parent, item) for item in left]
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # A trial's own process only watches. Tune takes no empty request, and a byte of memory is in nobody's way.
     trainable = tune.with_resources(_trainable, tune.PlacementGroupFactory([{"memory": 1}]))
@@ -229,6 +226,18 @@ def _tune(file: SweepFile, left: Sequence[Trial], concurrent: int, display: Disp
     )
     with display:
         tuner.fit()
+
+
+def _spec(file: SweepFile, parent: str | None, item: Trial) -> dict[str, Any]:
+    """What `run_trial` needs. `parent`: MLflow's run of the sweep."""
+    return {
+        "folder": str(trial_folder(file, item.id)),
+        "log": str(trial_log(file, item.id)),
+        "base": file.base,
+        "overrides": [*started_with(file, item), below(file, item, parent)],
+        "metric": file.metric,
+        "cwd": os.getcwd(),
+    }
 
 
 def _trainable(config: dict[str, Any]) -> None:
