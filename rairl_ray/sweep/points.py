@@ -18,6 +18,8 @@ from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import EVAL_PASS_AT
 from rairl_ray.sweep.file import Axis, SweepFile, axes
 
+SAVED = "sweep.json"
+"""The sweep as it was started, in its folder."""
 SHOWN_ERRORS = 20
 _NOT_PLAIN = re.compile("[\x7f-\x9f\u2028\u2029\ufeff]")
 """What JSON leaves as it is and a YAML reader folds or refuses."""
@@ -142,6 +144,11 @@ def _that_count(every: Sequence[Axis], values: dict[str, Any], overrides: dict[s
 
 def _told(values: dict[str, Any]) -> str:
     return "point " + (", ".join(f"{key}={value}" for key, value in values.items()) or "(base)")
+
+
+def planned_ids(sweep: SweepFile) -> list[str]:
+    """Ids of all trials, without looking at their configurations."""
+    return [trial_id(values, seed) for values in _points(sweep) for seed in sweep.seeds]
 
 
 def sweep_folder(sweep: SweepFile) -> Path:

@@ -21,6 +21,8 @@ from rairl_ray.sweep.points import Trial, stop_mark, sweep_folder, trial_folder
 STATES = FINISHED, STOPPED, UNFINISHED, NOT_STARTED = "finished", "stopped early", "unfinished", "not started"
 DONE = (FINISHED, STOPPED)
 """States that a resume leaves as they are."""
+SHOWN_ROWS = 20
+"""Of the table at the end; table.csv has all."""
 
 
 def finished(folder: RunFolder) -> bool:
@@ -32,11 +34,15 @@ def finished(folder: RunFolder) -> bool:
 
 
 def trial_state(file: SweepFile, item: Trial) -> str:
-    """`finished`, `stopped early`, `unfinished` or `not started`."""
-    folder = RunFolder(trial_folder(file, item.id))
+    return state_of(file, item.id)
+
+
+def state_of(file: SweepFile, name: str) -> str:
+    """One of STATES, for a trial's id."""
+    folder = RunFolder(trial_folder(file, name))
     if finished(folder):
         return FINISHED
-    if stop_mark(file, item.id).exists():
+    if stop_mark(file, name).exists():
         return STOPPED
     return UNFINISHED if folder.config.is_file() else NOT_STARTED
 
@@ -85,7 +91,8 @@ def conclude(file: SweepFile, planned: Sequence[Trial], display: Display) -> int
     if lacking := sum(row["state"] == FINISHED and merit(row) == -math.inf for row in rows):
         display.note(f"{lacking} finished trials have no {file.metric}")
     ordered = sorted(rows, key=merit, reverse=True)
-    display.table(file.name, ordered, ["trial", "state", file.metric])
+    title = f"{file.name}, the best {SHOWN_ROWS} of {len(rows)}" if len(rows) > SHOWN_ROWS else file.name
+    display.table(title, ordered[:SHOWN_ROWS], ["trial", "state", file.metric])
     display.finish(
         [
             f"table: {folder / 'table.csv'}",

@@ -19,12 +19,13 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from rairl_ray.config.load import config_hash, load_config, warm_start_chain
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.display import Display
-from rairl_ray.errors import ConfigError, ResumeError
+from rairl_ray.errors import ConfigError, ResumeError, RunFailure
 from rairl_ray.files import write_atomic
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.ledger import Ledger, below
 from rairl_ray.sweep.points import (
+    SAVED,
     Trial,
     override,
     stop_mark,
@@ -34,12 +35,13 @@ from rairl_ray.sweep.points import (
     trials,
 )
 from rairl_ray.sweep.result import DONE, conclude, last_line, trial_state
+from rairl_ray.sweep.status import SweepDisplay
+from rairl_ray.sweep.stopping import WHOLE, forget_requests, listening, stop_request
 from rairl_ray.sweep.supervise import ENDED, run_trial
 from rairl_ray.trainer.parts import cluster, place
 from rairl_ray.trainer.run import made_by, train, with_warm_start
 from rairl_ray.trainer.session import resumable
 
-SAVED = "sweep.json"
 TUNE = "tune"
 REPEATABLE = {"seeds", "trials", "max_concurrent", "failures", "budget"}
 """Keys that a resume may change: they add trials or say how many run at once, never what one is."""
@@ -58,9 +60,10 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
     if resume and not (folder / SAVED).is_file():
         raise ResumeError(f"--resume: {folder} is no sweep; leave --resume out to start it")
     folder.mkdir(parents=True, exist_ok=True)
-    display = display or Display(file.name, len(planned))
+    display = display or SweepDisplay(file, len(planned))
     with RunFolder(folder).lock():
         _refuse_other_sweep(file, folder, resume)
+        forget_requests(file)
         for item in planned:
             _refuse_other_run(file, item)
         write_atomic(folder / SAVED, file.model_dump_json(indent=1) + "\n")
@@ -70,13 +73,29 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
         with ledger.open():
             if left:
                 _run(file, left, ledger, display)
-            code = conclude(file, planned, display)
-            ledger.status = "FAILED" if code else "FINISHED"
-        return code
+            return _ended(file, planned, ledger, display)
+
+
+def _ended(file: SweepFile, planned: Sequence[Trial], ledger: Ledger, display: Display) -> int:
+    """The end in the folder and in MLflow; the exit code."""
+    stopped = stop_request(file).exists()
+    try:
+        code = conclude(file, planned, display)
+    except RunFailure as failure:
+        if not stopped:
+            raise
+        display.note(str(failure))
+        code = 1
+    if stopped and code:
+        display.note(f"{file.name} was stopped; go on with --resume")
+        ledger.status = "KILLED"
+        return 130
+    ledger.status = "FAILED" if code else "FINISHED"
+    return code
 
 
 def _run(file: SweepFile, left: Sequence[Trial], ledger: Ledger, display: Display) -> None:
-    with cluster(left[0].config):
+    with cluster(left[0].config), listening(file, display):
         room = _room(left[0].config)
         concurrent = min(file.max_concurrent or room, room)
         display.note(f"{len(left)} trials to run, {concurrent} at once (the cluster holds {room})")
@@ -175,22 +194,44 @@ class Progress(tune.Callback):
 
     def __init__(self, file: SweepFile, total: int, display: Display | None) -> None:
         self._file, self._total, self._display, self._done = file, total, display, 0
+        self.running: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune keeps its callbacks on disk; a terminal cannot be kept."""
         return {**self.__dict__, "_display": None}
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.running.add(_id(trial))
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.running.discard(_id(trial))
+        if any(stop_request(self._file, name).exists() for name in (WHOLE, _id(trial))):
+            self._note(f"{_id(trial)}: stopped; --resume goes on with it")
+            return
         self._done += 1
         value = (trial.last_result or {}).get(self._file.metric, math.nan)
         self._note(f"{self._done}/{self._total} {_id(trial)}: {self._file.metric}={value:.4f}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.running.discard(_id(trial))
         self._note(f"{_id(trial)}: failed; {last_line(trial_log(self._file, _id(trial)))}")
 
     def _note(self, text: str) -> None:
         if self._display is not None:
             self._display.note(text)
+
+
+class Halt(tune.Stopper):
+    """Ends a sweep that was asked to stop once the trials that ran have left; no other one starts."""
+
+    def __init__(self, file: SweepFile, progress: Progress) -> None:
+        self._file, self._progress = file, progress
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return stop_request(self._file).exists() and not self._progress.running
 
 
 def _id(trial: Any) -> str:
@@ -203,9 +244,11 @@ def _tune(
     """Hand the trials to Ray Tune."""
     specs = [_spec(file, parent, item) for item in left]
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours lets trials save
     # A trial's own process only watches. Tune takes no empty request, and a byte of memory is in nobody's way.
     trainable = tune.with_resources(_trainable, tune.PlacementGroupFactory([{"memory": 1}]))
     hours = file.budget.hours
+    progress = Progress(file, len(specs), display)
     tuner = tune.Tuner(
         trainable,
         param_space={"spec": tune.grid_search(specs)},
@@ -221,7 +264,8 @@ def _tune(
             storage_path=str(sweep_folder(file)),
             failure_config=tune.FailureConfig(max_failures=file.failures.max_per_trial),
             verbose=0,
-            callbacks=[Progress(file, len(specs), display)],
+            stop=Halt(file, progress),
+            callbacks=[progress],
         ),
     )
     with display:
@@ -237,6 +281,7 @@ def _spec(file: SweepFile, parent: str | None, item: Trial) -> dict[str, Any]:
         "overrides": [*started_with(file, item), below(file, item, parent)],
         "metric": file.metric,
         "cwd": os.getcwd(),
+        "stops": [str(stop_request(file)), str(stop_request(file, item.id))],
     }
 
 
