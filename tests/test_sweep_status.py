@@ -21,7 +21,7 @@ from rairl_ray.errors import UserError
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep import run, status, supervise
 from rairl_ray.sweep.file import SweepFile, load_sweep
-from rairl_ray.sweep.points import SAVED, Trial, planned_ids, stop_mark, sweep_folder, trial_folder, trials
+from rairl_ray.sweep.points import SAVED, Trial, planned, stop_mark, sweep_folder, trial_folder, trials
 from rairl_ray.sweep.status import SweepDisplay, blocks, find_sweep, headline, look, show_status
 from rairl_ray.sweep.stopping import ask_to_stop, forget_requests, listening, stop_request
 from tests.runs import ROOT, launch
@@ -59,8 +59,8 @@ ALIVE = f"process {os.getpid()} on {socket.gethostname()}"
 
 def test_each_state_is_told_from_the_folders(tmp_path: Path) -> None:
     file = started(tmp_path, seeds=[0, 1, 2, 3], overrides={"warm_start": None, "trainer.steps": 9})
-    ended, runs, early, killed, failed, begins, _, asked = planned = trials(file)
-    assert planned_ids(file) == [item.id for item in planned]
+    ended, runs, early, killed, failed, begins, _, asked = made = trials(file)
+    assert list(planned(file)) == [item.id for item in made]
     end(file, ended, {"eval/pass_at_1": 0.5})
     warm = {"step": 0, "time/step": 900.0}
     begin(file, runs, warm, {"step": 4, "time/step": 20.0, "eval/pass_at_1": 0.7}, holder=ALIVE)
@@ -77,7 +77,7 @@ def test_each_state_is_told_from_the_folders(tmp_path: Path) -> None:
     with RunFolder(sweep_folder(file)).lock():
         seen = look(file)
         assert f"run by {ALIVE}" in told(file)
-    assert [item.trial for item in seen] == [item.id for item in planned]
+    assert [item.trial for item in seen] == [item.id for item in made]
     assert [item.state for item in seen] == [
         "finished", "running", "stopped early", "unfinished", "failed", "starting", "not started", "stopped",
     ]  # fmt: skip
@@ -100,21 +100,21 @@ def test_each_state_is_told_from_the_folders(tmp_path: Path) -> None:
 
 def test_five_hundred_trials_stay_readable(tmp_path: Path) -> None:
     file = started(tmp_path, space={"policy.learning_rate": [i * 1e-6 for i in range(1, 501)]}, seeds=[0])
-    planned = trials(file)
-    for index, item in enumerate(planned[:30]):
+    made = trials(file)
+    for index, item in enumerate(made[:30]):
         end(file, item, {"eval/pass_at_1": index / 100})
-    for item in planned[30:50]:
+    for item in made[30:50]:
         begin(file, item, {"step": 1}, holder=ALIVE)
-    for item in planned[50:60]:
+    for item in made[50:60]:
         begin(file, item).event("failed: no")
     with RunFolder(sweep_folder(file)).lock():
         text = told(file)
     lines = text.splitlines()
     assert lines[0] == "sw: 500 trials: 20 running, 30 finished, 10 failed, 440 not started"
     assert len(lines) < 50 and "running (16 of 20)" in text and "failed (5 of 10)" in text
-    best = [line for line in lines if "finished" in line and planned[29].id in line]
+    best = [line for line in lines if "finished" in line and made[29].id in line]
     assert "best so far (5 of 30)" in text and len(best) == 1 and "0.29" in best[0]
-    assert planned[24].id not in text and "\x1b" not in text
+    assert made[24].id not in text and "\x1b" not in text
 
 
 def test_a_long_metrics_file_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_a_sweep_is_found_by_file_folder_or_name(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     for text in ("sweep.yaml", "runs/deep/sw", "deep/sw"):
         found = find_sweep(text)
-        assert sweep_folder(found) == sweep_folder(file) and planned_ids(found) == planned_ids(file)
+        assert sweep_folder(found) == sweep_folder(file) and planned(found) == planned(file)
     with pytest.raises(UserError, match=r"^deep/sv: no such sweep; nearest: deep/sw$"):
         find_sweep("deep/sv")
     other = written(tmp_path, name="new")

@@ -146,9 +146,16 @@ def _told(values: dict[str, Any]) -> str:
     return "point " + (", ".join(f"{key}={value}" for key, value in values.items()) or "(base)")
 
 
-def planned_ids(sweep: SweepFile) -> list[str]:
-    """Ids of all trials, without looking at their configurations."""
-    return [trial_id(values, seed) for values in _points(sweep) for seed in sweep.seeds]
+def planned(sweep: SweepFile) -> dict[str, tuple[dict[str, Any], int]]:
+    """Id -> (values, seed) of all trials, without looking at their configurations."""
+    return {trial_id(values, seed): (values, seed) for values in _points(sweep) for seed in sweep.seeds}
+
+
+def read_sweep(folder: Path) -> SweepFile:
+    """The sweep that was started in a folder, which may have been moved since, or named from elsewhere."""
+    file = SweepFile.model_validate_json((folder / SAVED).read_text(encoding="utf-8"))
+    output = folder.absolute().parents[len(Path(file.name).parts) - 1]
+    return file.model_copy(update={"output_dir": str(output)})
 
 
 def sweep_folder(sweep: SweepFile) -> Path:

@@ -22,7 +22,7 @@ from rairl_ray.errors import UserError
 from rairl_ray.metrics import TIME_STEP
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import SweepFile, load_sweep
-from rairl_ray.sweep.points import SAVED, sweep_folder, trial_folder, trial_log
+from rairl_ray.sweep.points import SAVED, read_sweep, sweep_folder, trial_folder, trial_log
 from rairl_ray.sweep.result import FINISHED, NOT_STARTED, STOPPED, UNFINISHED, final_values, last_line, state_of
 from rairl_ray.sweep.stopping import stop_request, trial_ids
 
@@ -71,10 +71,8 @@ def find_sweep(text: str) -> SweepFile:
         found = [folder for folder in (path, Path("runs") / text) if (folder / SAVED).is_file()]
         if not found:
             raise UserError(f"{text}: no such sweep; {_near(text)}")
-        folder = found[0].absolute()
-    file = SweepFile.model_validate_json((folder / SAVED).read_text(encoding="utf-8"))
-    # The folder may have been named from elsewhere, or moved.
-    return file.model_copy(update={"output_dir": str(folder.parents[len(Path(file.name).parts) - 1])})
+        folder = found[0]
+    return read_sweep(folder)
 
 
 def _near(text: str) -> str:

@@ -20,7 +20,7 @@ from rairl_ray.display import Display
 from rairl_ray.errors import UserError
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import SweepFile
-from rairl_ray.sweep.points import planned_ids, sweep_folder
+from rairl_ray.sweep.points import planned, sweep_folder
 from rairl_ray.sweep.result import DONE, state_of
 
 WHOLE = "sweep"
@@ -59,7 +59,7 @@ def trial_ids(file: SweepFile) -> list[str]:
     """Trials that are planned, in order, then others that have a folder."""
     folder = sweep_folder(file) / "trials"
     there = [path.name for path in sorted(folder.glob("*")) if path.is_dir() and "~" not in path.name]
-    return list(dict.fromkeys([*planned_ids(file), *there]))
+    return list(dict.fromkeys([*planned(file), *there]))
 
 
 def _trial(file: SweepFile, text: str) -> str:
