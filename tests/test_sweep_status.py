@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from launch import main
 from rairl_ray.config.load import dump_yaml, load_config
 from rairl_ray.display import Display
 from rairl_ray.errors import UserError
@@ -24,7 +26,7 @@ from rairl_ray.sweep.file import SweepFile, load_sweep
 from rairl_ray.sweep.points import SAVED, Trial, planned, stop_mark, sweep_folder, trial_folder, trials
 from rairl_ray.sweep.status import SweepDisplay, blocks, find_sweep, headline, look, show_status
 from rairl_ray.sweep.stopping import ask_to_stop, forget_requests, listening, stop_request
-from tests.runs import ROOT, launch
+from tests.runs import ROOT
 from tests.sweeps import end, written
 from tests.test_sweep_folders import of_tune
 
@@ -185,15 +187,33 @@ def test_what_cannot_be_stopped_is_one_line(tmp_path: Path) -> None:
     assert not stop_request(file).parent.exists()
 
 
-def test_the_command_line_says_what_is_wrong(tmp_path: Path) -> None:
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of `launch.py sweep ARGUMENTS` in this process."""
+    monkeypatch.setattr(sys, "argv", ["launch.py", "sweep", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(str(ended.value.code))
+
+
+def test_the_command_line_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = written(tmp_path)
-    done = launch("sweep", "--status", "--trial", "x", file)
-    assert done.returncode == 2 and "--trial goes with --stop" in done.stderr and done.stderr.count("\n") == 1
-    done = launch("sweep", "--stop", file)
-    assert done.returncode == 2 and "has not been started" in done.stderr and done.stderr.count("\n") == 1
+    assert command(monkeypatch, "--status", "--trial", "x", file) == 2
+    said = capsys.readouterr().err
+    assert "--trial goes with --stop" in said and said.count("\n") == 1
+    assert command(monkeypatch, "--stop", file) == 2
+    said = capsys.readouterr().err
+    assert "has not been started" in said and said.count("\n") == 1
     started(tmp_path)
-    done = launch("sweep", "--status", file)
-    assert done.returncode == 0 and "sw: 4 trials: 4 not started" in done.stdout, done.stderr
+    assert command(monkeypatch, "--status", file) == 0
+    assert "sw: 4 trials: 4 not started" in capsys.readouterr().out
+
+
+def test_a_look_needs_no_heavy_library() -> None:
+    """It is asked again and again."""
+    code = "import sys, rairl_ray.sweep.status\nassert not {'torch', 'ray', 'mlflow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_watched_run_saves_and_leaves_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 
 from rairl_ray.config.load import dump_yaml, read_saved
 from rairl_ray.display import Display
-from rairl_ray.engines.artifacts import REWARD_FILE
 from rairl_ray.errors import RunFailure
-from rairl_ray.files import json_text, write_atomic
+from rairl_ray.files import REWARD_FILE, json_text, write_atomic
 from rairl_ray.runfolder import RunFolder, read_summary
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.points import Trial, stop_mark, sweep_folder, trial_folder
