@@ -109,22 +109,46 @@ def sweep(
     config: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="Base experiment, space, seeds, search.")],
     resume: Annotated[bool, typer.Option(help="Continue the sweep of this file.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show the trials; start nothing.")] = False,
+    status: Annotated[
+        bool, typer.Option("--status", help="Show how it stands; also by its name or folder, in any shell.")
+    ] = False,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="End it with checkpoints; also by its name, from any shell.")
+    ] = False,
+    trial: Annotated[str | None, typer.Option(metavar="ID", help="With --stop: this trial alone.")] = None,
 ) -> int:
     """Run an experiment at every point of a space, with every seed, by Ray Tune.
 
     \b
-    Example:
+    Examples:
       rairl sweep experiments/sweeps/demo.yaml
       rairl sweep experiments/sweeps/demo.yaml --resume
+      rairl sweep --status sweeps/demo
+      rairl sweep --stop sweeps/demo
     """
+    if resume + dry_run + status + stop > 1 or (trial is not None and not stop):
+        raise UserError(
+            "sweep: one of --resume, --dry-run, --status, --stop at a time; --trial goes with --stop"
+        )
+    if status or stop:
+        from rairl_ray.display import Display
+        from rairl_ray.sweep.status import find_sweep, show_status
+        from rairl_ray.sweep.stopping import ask_to_stop
+
+        found = find_sweep(config)
+        if stop:
+            print(ask_to_stop(found, trial))
+        else:
+            show_status(found, Display(found.name, 0))
+        return 0
     from rairl_ray.sweep.file import load_sweep
 
     loaded = load_sweep(config)
     if dry_run:
         from rairl_ray.sweep.points import examples, to_draw, trials
 
-        for trial in trials(loaded):
-            print(trial.id)
+        for item in trials(loaded):
+            print(item.id)
         if loaded.search.type == "optuna" and examples(loaded):
             print(f"{to_draw(loaded)} trials are drawn by optuna as results come")
         return 0

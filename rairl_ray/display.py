@@ -118,14 +118,7 @@ class Display:
     @_harmless
     def table(self, title: str, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
         """A result table: one line a row, the cells of `columns`; a missing cell stays empty."""
-        table = Table(
-            title=_clean(title), box=box.SIMPLE if self._terminal else box.ASCII2, title_justify="left"
-        )
-        for column in columns:
-            numeric = all(isinstance(row.get(column, 0.0), int | float) for row in rows)
-            table.add_column(Text(_clean(column)), justify="right" if numeric else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*(Text(_clean(_cell(row.get(column)))) for column in columns))
+        table = table_of(title, rows, columns, box.SIMPLE if self._terminal else box.ASCII2)
         if self._terminal:
             self._console.print(table)
             return
@@ -183,9 +176,7 @@ class Display:
         steps = self._done - self._first
         if steps <= 0:
             return "?"
-        seconds = (time.monotonic() - self._started) / steps * max(0, self._total - self._done)
-        hours, rest = divmod(round(seconds), 3600)
-        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+        return clock((time.monotonic() - self._started) / steps * max(0, self._total - self._done))
 
     def _on_broken_pipe(self) -> None:
         self._console.quiet = self.broken = True
@@ -197,6 +188,25 @@ class Display:
                 live.stop()
             except Exception:
                 self.broken = True
+
+
+def table_of(
+    title: str, rows: Sequence[Mapping[str, object]], columns: Sequence[str], lines: box.Box = box.SIMPLE
+) -> Table:
+    """A table to draw: one line a row, the cells of `columns`; a missing cell stays empty."""
+    table = Table(title=_clean(title), box=lines, title_justify="left")
+    for column in columns:
+        numeric = all(isinstance(row.get(column, 0.0), int | float) for row in rows)
+        table.add_column(Text(_clean(column)), justify="right" if numeric else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(_clean(_cell(row.get(column)))) for column in columns))
+    return table
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def _clean(text: str) -> str:

@@ -12,6 +12,9 @@ from typing import Any, TextIO
 
 from rairl_ray.errors import DataError
 
+REWARD_FILE = "reward.json"
+"""The settings in the folder of a saved reward model; light readers know a whole one by it."""
+
 
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` (created, renamed, removed) durable."""

@@ -10,6 +10,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,6 +82,18 @@ class RunFolder:
                 yield
             finally:
                 file.truncate(0)
+
+    @property
+    def holder(self) -> str | None:
+        """The process that has the folder (`lock`); None for one of this host that is no more."""
+        try:
+            text = (self.root / ".lock").read_text(encoding="utf-8")
+        except OSError:
+            return None
+        found = re.fullmatch(r"process (\d+) on (.*)", text)
+        if found is None or (found[2] == socket.gethostname() and not Path(f"/proc/{found[1]}").exists()):
+            return None
+        return text
 
     # --- metrics and events ----------------------------------------------------------------------
 

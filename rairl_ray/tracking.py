@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec
 
 import yaml
 
@@ -51,6 +51,14 @@ def _harmless(
     return call
 
 
+class Told(NamedTuple):
+    """What MLflow is told of a run: its name, and its parameters, which also are an artifact."""
+
+    name: str
+    file: str
+    values: dict[str, Any]
+
+
 class Tracker:
     """One run's line to MLflow. No method raises because of MLflow, a network or a full disk, or waits for
     them; only `finish` waits, `tracking.flush_seconds` at most."""
@@ -72,6 +80,13 @@ class Tracker:
         """MLflow's id of this run; None until a server gave one, and without tracking."""
         return self._carrier.spool.cursor["run_id"] if self._carrier else None
 
+    def id_within(self, seconds: float) -> str | None:
+        """The run's id, waiting so many seconds for it; None without one."""
+        if (carrier := self._carrier) is not None:
+            with carrier.spool.changed:
+                carrier.spool.changed.wait_for(carrier.run.exists, seconds)
+        return self.run_id
+
     @_harmless
     def start(
         self,
@@ -80,11 +95,13 @@ class Tracker:
         resumed: bool = False,
         resume_run_id: str | None = None,
         tags: dict[str, str] | None = None,
+        told: Told | None = None,
     ) -> None:
         """Open a new MLflow run, or go on with the one of this run folder, without waiting for it.
 
         A resumed run sends nothing before it has said what it goes back to (`forget_after`).
         `resume_run_id` is needed only where the run folder lost its cursor. `tags` takes what others know.
+        `told` stands for the configuration where it is not what the run is about.
         """
         output, folder = Path(config.output_dir).absolute(), Path(run_folder).absolute()
         uri = tracking_uri(config, output)
@@ -98,13 +115,13 @@ class Tracker:
         )
         self._read_history(carrier)
         carrier.spool.own()
-        values = config.model_dump(mode="json")
+        told = told or Told(config.name, "config.yaml", config.model_dump(mode="json"))
         experiment, tags = config.tracking.experiment, {**git_state(), **config.tracking.tags, **(tags or {})}
         put = carrier.spool.put
-        put({"kind": "start", "experiment": experiment, "run_name": config.name, **process})
-        put({"kind": "params", "params": _flatten(values), "tags": tags})
-        text = redact(yaml.safe_dump(values, sort_keys=False))
-        put({"kind": "text", "name": "config.yaml", "text": text})
+        put({"kind": "start", "experiment": experiment, "run_name": told.name, **process})
+        put({"kind": "params", "params": _flatten(told.values), "tags": tags})
+        text = redact(yaml.safe_dump(told.values, sort_keys=False))
+        put({"kind": "text", "name": told.file, "text": text})
         self._leftovers = Leftovers(output, folder)
         self._carrier = carrier
         if not resumed:
@@ -139,6 +156,11 @@ class Tracker:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         data = [[row.get(column) for column in columns] for row in rows]
         self._put({"kind": "table", "name": f"{metric_name(name)}.json", "columns": columns, "data": data})
+
+    @_harmless
+    def log_text(self, name: str, text: str) -> None:
+        """A text as the artifact NAME, without passwords in addresses, replacing one of that name."""
+        self._put({"kind": "text", "name": name, "text": redact(text)})
 
     @_harmless
     def log_artifacts(self, folder: str | Path) -> None:
@@ -247,4 +269,4 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-__all__ = ["SPOOL", "Tracker", "git_state", "metric_name"]
+__all__ = ["SPOOL", "Told", "Tracker", "git_state", "metric_name"]

@@ -16,7 +16,9 @@ FOREIGN = re.compile(r"\b(?:METHOD|DESIGN|RUNTIME)(?:\.md)?\b")
 
 
 def texts() -> list[Path]:
-    done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip("needs git and a checkout to know the project's own files")
     kinds = (".py", ".md", ".yaml", ".sh", ".toml")

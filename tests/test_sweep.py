@@ -16,11 +16,17 @@ import yaml
 
 from rairl_ray.config.load import load_config
 from rairl_ray.errors import ConfigError, ResumeError
+from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep import run
 from rairl_ray.sweep.file import load_sweep
+from rairl_ray.sweep.ledger import PARENT
 from rairl_ray.sweep.points import examples, trial_id, trials
+from rairl_ray.sweep.status import find_sweep, look
+from rairl_ray.sweep.stopping import ask_to_stop
 from tests.runs import ROOT, TINY_AIRL
 from tests.sweeps import table, written
+from tests.tracked import runs as mlflow_runs
+from tests.tracked import sqlite
 
 CIRCLE = {
     "reward.density.every": {"grid": [5], "when": {"trainer.steps": 9}},
@@ -202,13 +208,29 @@ def command(file: str, *options: str) -> list[str]:
     return [sys.executable, "launch.py", "sweep", file, *options]
 
 
+def stopped_from_another_shell(file: str, folder: Path) -> None:
+    """Resume the sweep, and stop it in its second trial: that one saves a checkpoint and leaves."""
+    second = folder / "trials" / trials(load_sweep(file))[1].id
+    process = subprocess.Popen(command(file, "--resume"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 400
+    while not list(second.glob("checkpoints/step-*1")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    found = find_sweep(str(folder))
+    assert [item.state for item in look(found)] == ["finished", "running"]
+    ask_to_stop(found, None)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 130 and "was stopped; go on with --resume" in said, said
+    assert [item.state for item in look(found)] == ["finished", "stopped"]
+    assert RunFolder(second).holder is None and not (second / "final").exists()
+
+
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_and_ends_with_a_table(tmp_path: Path) -> None:
-    tiny = dict(
-        text.split("=", 1) for text in [*TINY_AIRL, "eval.prompts=4", "discriminator.warmup_max_steps=2"]
-    )
+def test_a_sweep_that_is_killed_then_stopped_goes_on_and_ends_with_a_table(tmp_path: Path) -> None:
+    more = ["eval.prompts=4", "discriminator.warmup_max_steps=2", "trainer.steps=6"]
+    tiny = dict(text.split("=", 1) for text in [*TINY_AIRL, *more])
     overrides = {key: yaml.safe_load(value) for key, value in tiny.items()}
-    overrides |= {"warm_start": None, "tracking.uri": "none", "placement.cpus_per_actor": 0.25}
+    overrides |= {"warm_start": None, "placement.cpus_per_actor": 0.25}
     file = written(tmp_path, overrides=overrides, seeds=[0], metric="eval/rerank_at_1", max_concurrent=1)
     folder = tmp_path / "runs" / "sw"
     process = subprocess.Popen(command(file), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -229,6 +251,9 @@ def test_a_killed_sweep_goes_on_and_ends_with_a_table(tmp_path: Path) -> None:
             load_sweep(written(tmp_path, overrides=overrides, seeds=[0], metric="eval/pass_at_1")), resume=True
         )
     file = written(tmp_path, overrides=overrides, seeds=[0], metric="eval/rerank_at_1", max_concurrent=1)
+    stopped_from_another_shell(file, folder)
+    second = folder / "trials" / trials(load_sweep(file))[1].id
+    saved = json.loads((second / "tracking_cursor.json").read_text())["run_id"]
     done = subprocess.run(command(file, "--resume"), cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (first / "metrics.jsonl").read_bytes() == before, "a finished trial was run again"
@@ -238,5 +263,15 @@ def test_a_killed_sweep_goes_on_and_ends_with_a_table(tmp_path: Path) -> None:
     best = json.loads((folder / "summary.json").read_text())["best"]
     assert best["eval/rerank_at_1"] == max(float(row["eval/rerank_at_1"]) for row in rows)
     ready = load_config(folder / "best.yaml")
-    assert ready.reward.density.type == best["reward.density.type"] and ready.trainer.steps == 2
+    assert ready.reward.density.type == best["reward.density.type"] and ready.trainer.steps == 6
+    client = sqlite(tmp_path / "runs")
+    (parent,) = (key for key in mlflow_runs(client) if PARENT not in client.get_run(key).data.tags)
+    assert sorted(mlflow_runs(client).values()) == ["FINISHED"] * 3, "a run was left open, or made twice"
+    assert saved in mlflow_runs(client), "the stopped trial got another run"
+    steps = [row["step"] for row in RunFolder(second).read_metrics() if "policy/loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    below = [client.get_run(key).data for key in mlflow_runs(client) if key != parent]
+    assert {run.tags[PARENT] for run in below} == {parent}
+    assert {run.tags["rairl.density"] for run in below} == {"sparse", "dense"}
+    assert client.get_run(parent).data.metrics["eval/rerank_at_1"] == best["eval/rerank_at_1"]
     assert not list((folder / "trials").glob("*~1")), "an interrupted trial was started anew beside itself"

@@ -164,7 +164,9 @@ def test_the_log_lies_outside_the_run_folder(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(supervise, "_command", lambda spec, folder: [sys.executable, "-c", code])
     log = tmp_path / "logs" / "t.log"
     with pytest.raises(RuntimeError, match="exit code 3: False"):
-        supervise.run_trial({"folder": str(folder), "log": str(log), "metric": "m", "cwd": str(ROOT)})
+        supervise.run_trial(
+            {"folder": str(folder), "log": str(log), "metric": "m", "cwd": str(ROOT), "stops": []}
+        )
     assert log.read_text() == "False\n" and not folder.exists()
 
 

@@ -29,8 +29,8 @@ from rairl_ray.engines.models import DTYPES, adapter_config, load_causal_lm, loa
 from rairl_ray.engines.sources import atomic_folder
 from rairl_ray.engines.weights import checksum
 from rairl_ray.errors import ModelError
+from rairl_ray.files import REWARD_FILE
 
-REWARD_FILE = "reward.json"
 REFERENCE_FOLDER = "reference"
 REFERENCE_FIELDS = ("reference", "reference_checksum", "reference_revision")
 """Fields of RewardSettings that say what an implicit head is compared with."""

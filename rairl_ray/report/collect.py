@@ -18,6 +18,8 @@ from rairl_ray.evaluation.summary import summarise
 from rairl_ray.files import read_json_lines
 from rairl_ray.report.parts import Absent
 from rairl_ray.runfolder import RunFolder, Summary, read_summary
+from rairl_ray.sweep.file import SweepFile
+from rairl_ray.sweep.points import SAVED, read_sweep
 
 ROWS, SUMMARY, LOCALISATION, TRANSFER = "rows.jsonl", "summary.json", "localisation.jsonl", "transfer.json"
 
@@ -117,11 +119,22 @@ class Transfer:
     cells: dict[tuple[str, str], Summary]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep's settings and those of its trials that have a folder."""
+
+    path: Path
+    file: SweepFile
+    runs: dict[str, Run]
+    """Trial id -> its run."""
+
+
 @dataclass(kw_only=True)
 class Material:
     """All that one report is made of."""
 
     runs: list[Run] = field(default_factory=list)
+    sweeps: list[Sweep] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What was found and could not be read."""
@@ -152,7 +165,13 @@ def _folder(path: Path, material: Material) -> None:
         folders = sorted(p for p in trials.iterdir() if p.is_dir())
         runs = [folder for folder in folders if _is_run(folder)]
         material.notes += [f"{folder}: has no run yet" for folder in folders if folder not in runs]
-        material.runs += [_run(folder, folder.name, material.notes) for folder in runs]
+        found = {folder.name: _run(folder, folder.name, material.notes) for folder in runs}
+        material.runs += found.values()
+        if (path / SAVED).is_file():
+            try:
+                material.sweeps.append(Sweep(path=path, file=read_sweep(path), runs=found))
+            except ValueError as error:
+                material.notes.append(f"{path / SAVED}: cannot be read ({str(error).splitlines()[0]})")
         if not runs:
             raise DataError(f"{path}: a sweep whose trials/ holds no run folder; let a trial start first")
     elif _is_run(path):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from rairl_ray import metrics as names
+from rairl_ray.config.described import density_name
 from rairl_ray.config.load import NOT_HASHED, config_hash, differences
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.report.collect import Run
 from rairl_ray.report.labels import label_of, number_of
-from rairl_ray.report.overview import density_name
 from rairl_ray.report.parts import Absent, Cell, Figure, Number, Part, Table
 from rairl_ray.report.style import COLOURS, NEUTRAL, legend_below, new_figure, shortened
 from rairl_ray.runfolder import Summary

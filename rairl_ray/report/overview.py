@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rairl_ray import metrics as names
+from rairl_ray.config.described import density_name, model_name
 from rairl_ray.config.load import config_hash, dump_yaml
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.report.collect import Run
@@ -21,20 +22,12 @@ def what_was_run(run: Run) -> list[Part]:
     return [table, Listing(title="The whole configuration", text=dump_yaml(run.config))]
 
 
-def density_name(config: RunConfig) -> str:
-    """`interval 15`, `dense`, ..., or the verifier's name where no reward is learned."""
-    if config.algorithm.type != "airl":
-        return config.reward.type if config.algorithm.type == "grpo" else "none"
-    density = config.reward.density
-    return f"{density.type} {density.every}" if density.type == "interval" else density.type
-
-
 def _settings(config: RunConfig) -> dict[str, str]:
     learned = config.algorithm.type == "airl"
     settings = {
         "algorithm": config.algorithm.type,
         "task": config.data.task,
-        "policy": _model(config.model.policy),
+        "policy": model_name(config.model.policy),
         "seed": str(config.seed),
         "steps": str(config.trainer.steps),
         "prompts a step": str(config.trainer.prompts_per_step),
@@ -43,7 +36,7 @@ def _settings(config: RunConfig) -> dict[str, str]:
         clip = config.reward.clip
         perturbations = config.discriminator.perturbations
         settings |= {
-            "discriminator": _model(config.model.discriminator),
+            "discriminator": model_name(config.model.discriminator),
             "discriminator head": config.discriminator.head,
             "discriminator loss": f"{config.discriminator.loss.type}, a {config.discriminator.loss.level}",
             "reward density": density_name(config),
@@ -58,14 +51,6 @@ def _settings(config: RunConfig) -> dict[str, str]:
             "rollout engine": config.rollout.engine,
         }
     return settings | {"configuration hash": config_hash(config)}
-
-
-def _model(model: object) -> str:
-    """A path by its last folders, or what was built anew; an unset discriminator starts from the policy."""
-    path, build = getattr(model, "path", None), getattr(model, "build", None)
-    if path:
-        return str(path) if not str(path).startswith(("/", ".")) else "/".join(str(path).rsplit("/", 4)[1:])
-    return f"built: {build.layers} layers of {build.hidden_size}" if build is not None else "as the policy"
 
 
 def _measured(run: Run) -> list[tuple[str, Cell]]:

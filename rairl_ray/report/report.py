@@ -17,14 +17,17 @@ from rairl_ray.report import (
     calibration,
     categories,
     comparison,
+    coordinates,
     curves,
     heatmap,
     learning,
     localisation,
     overview,
     reranking,
+    sweeps,
+    tasks,
 )
-from rairl_ray.report.collect import Evaluation, Material, Run, collect
+from rairl_ray.report.collect import Evaluation, Material, Run, Sweep, collect
 from rairl_ray.report.page import slug, write_page
 from rairl_ray.report.parts import Figure, Missing, Part, Section, Table, attempt
 from rairl_ray.report.style import STYLE
@@ -82,8 +85,11 @@ def all_sections(material: Material) -> list[Section]:
     """Comparison first, then each run in full (of many runs the best), then the transfer matrices."""
     runs = material.runs
     sections: list[Section] = []
+    for sweep in material.sweeps:
+        sections += _named(_sweep_plan(sweep), sweep.file.name if len(material.sweeps) > 1 else "")
     if len(runs) > 1:
-        sections += _named(_comparison_plan(runs), "")
+        metric = material.sweeps[0].file.metric if material.sweeps else None
+        sections += _named(_comparison_plan(runs, metric), "")
     shown = runs if len(runs) <= DETAILED_RUNS else [_best(runs)]
     for run in shown:
         sections += _named(_run_plan(run, alone=len(runs) == 1), "" if len(runs) == 1 else run.label)
@@ -103,7 +109,16 @@ def _best(runs: Sequence[Run]) -> Run:
     return comparison.best_first([comparison.group_of([run]) for run in runs])[0].runs[0]
 
 
-def _comparison_plan(runs: Sequence[Run]) -> Plan:
+def _sweep_plan(sweep: Sweep) -> Plan:
+    return [
+        ("Best configuration", "Best configuration", lambda: sweeps.best_parts(sweep)),
+        ("Axes", "Effect of each axis", lambda: sweeps.effect_parts(sweep)),
+        ("Axes", "All points", lambda: coordinates.parallel_coordinates(sweep)),
+        ("Cost", "Cost of each trial", lambda: sweeps.cost_parts(sweep)),
+    ]
+
+
+def _comparison_plan(runs: Sequence[Run], metric: str | None) -> Plan:
     def families() -> list[learning.Family]:
         groups = comparison.grouped(runs)
         groups = comparison.best_first(groups) if len(groups) > learning.LINES else groups
@@ -113,6 +128,7 @@ def _comparison_plan(runs: Sequence[Run]) -> Plan:
         ("Comparison", "Every run", lambda: comparison.run_table(runs)),
         ("Comparison", "Runs over seeds", lambda: comparison.seed_table(runs)),
         ("Density", "Reward density", lambda: comparison.density_parts(runs)),
+        ("Density", "Density by dataset", lambda: tasks.density_by_task(runs, metric)),
         ("Ablation", "Ablation", lambda: comparison.ablation_parts(runs)),
         ("Learning curves", "Learning curves", lambda: learning.learning_curves(families())),
     ]

@@ -8,8 +8,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from rairl_ray.data.rows import is_hub_id
-from rairl_ray.engines.artifacts import REWARD_FILE
 from rairl_ray.errors import ModelError
+from rairl_ray.files import REWARD_FILE
 
 BELOW = (".", "reward_model", "final/reward_model")
 """Where a reward model may lie in the folder that a user names."""

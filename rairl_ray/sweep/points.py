@@ -21,6 +21,8 @@ from rairl_ray.metrics import EVAL_PASS_AT
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import LISTS, Axis, SweepFile, axes
 
+SAVED = "sweep.json"
+"""The sweep as it was started, in its folder."""
 SHOWN_ERRORS = 20
 EXAMPLES = 20
 """Random points that are looked at before optuna draws one."""
@@ -250,6 +252,18 @@ def to_draw(sweep: SweepFile) -> int:
         return 0
     kept = sum(row.refused is None for row in drawn(sweep))
     return max(0, (sweep.trials or 0) - kept) * len(sweep.seeds)
+
+
+def planned(sweep: SweepFile) -> dict[str, tuple[dict[str, Any], int]]:
+    """Id -> (values, seed) of all trials, without looking at their configurations."""
+    return {trial_id(values, seed): (values, seed) for values in _points(sweep) for seed in sweep.seeds}
+
+
+def read_sweep(folder: Path) -> SweepFile:
+    """The sweep that was started in a folder, which may have been moved since, or named from elsewhere."""
+    file = SweepFile.model_validate_json((folder / SAVED).read_text(encoding="utf-8"))
+    output = folder.absolute().parents[len(Path(file.name).parts) - 1]
+    return file.model_copy(update={"output_dir": str(output)})
 
 
 def sweep_folder(sweep: SweepFile) -> Path:

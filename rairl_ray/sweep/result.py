@@ -11,16 +11,17 @@ from typing import Any
 
 from rairl_ray.config.load import dump_yaml, read_saved
 from rairl_ray.display import Display
-from rairl_ray.engines.artifacts import REWARD_FILE
 from rairl_ray.errors import RunFailure
-from rairl_ray.files import json_text, write_atomic
+from rairl_ray.files import REWARD_FILE, json_text, write_atomic
 from rairl_ray.runfolder import RunFolder, read_summary
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.points import Trial, stop_mark, sweep_folder, trial_folder
 
-FINISHED, STOPPED = "finished", "stopped early"
+STATES = FINISHED, STOPPED, UNFINISHED, NOT_STARTED = "finished", "stopped early", "unfinished", "not started"
 DONE = (FINISHED, STOPPED)
 """States that a resume leaves as they are."""
+SHOWN_ROWS = 20
+"""Of the table at the end; table.csv has all."""
 
 
 def finished(folder: RunFolder) -> bool:
@@ -32,13 +33,17 @@ def finished(folder: RunFolder) -> bool:
 
 
 def trial_state(file: SweepFile, item: Trial) -> str:
-    """`finished`, `stopped early`, `unfinished` or `not started`."""
-    folder = RunFolder(trial_folder(file, item.id))
+    return state_of(file, item.id)
+
+
+def state_of(file: SweepFile, name: str) -> str:
+    """One of STATES, for a trial's id."""
+    folder = RunFolder(trial_folder(file, name))
     if finished(folder):
         return FINISHED
-    if stop_mark(file, item.id).exists():
+    if stop_mark(file, name).exists():
         return STOPPED
-    return "unfinished" if folder.config.is_file() else "not started"
+    return UNFINISHED if folder.config.is_file() else NOT_STARTED
 
 
 def final_values(folder: RunFolder) -> dict[str, float]:
@@ -85,7 +90,8 @@ def conclude(file: SweepFile, planned: Sequence[Trial], display: Display) -> int
     if lacking := sum(row["state"] == FINISHED and merit(row) == -math.inf for row in rows):
         display.note(f"{lacking} finished trials have no {file.metric}")
     ordered = sorted(rows, key=merit, reverse=True)
-    display.table(file.name, ordered, ["trial", "state", file.metric])
+    title = f"{file.name}, the best {SHOWN_ROWS} of {len(rows)}" if len(rows) > SHOWN_ROWS else file.name
+    display.table(title, ordered[:SHOWN_ROWS], ["trial", "state", file.metric])
     display.finish(
         [
             f"table: {folder / 'table.csv'}",

@@ -21,11 +21,13 @@ from rairl_ray.actors.placement import room
 from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.display import Display
-from rairl_ray.errors import ConfigError, ResumeError
+from rairl_ray.errors import ConfigError, ResumeError, RunFailure
 from rairl_ray.files import write_atomic
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import SweepFile
+from rairl_ray.sweep.ledger import Ledger, below
 from rairl_ray.sweep.points import (
+    SAVED,
     Trial,
     drawn_file,
     examples,
@@ -40,12 +42,13 @@ from rairl_ray.sweep.points import (
 )
 from rairl_ray.sweep.result import DONE, conclude, last_line, trial_state
 from rairl_ray.sweep.search import Points
+from rairl_ray.sweep.status import SweepDisplay
+from rairl_ray.sweep.stopping import WHOLE, forget_requests, listening, stop_request
 from rairl_ray.sweep.supervise import ENDED, run_trial
 from rairl_ray.trainer.parts import cluster, place
 from rairl_ray.trainer.run import made_by, train, with_warm_start
 from rairl_ray.trainer.session import resumable
 
-SAVED = "sweep.json"
 TUNE = "tune"
 REPEATABLE = {"seeds", "trials", "max_concurrent", "failures", "budget"}
 """Keys that a resume may change: they add trials or say how many run at once, never what one is."""
@@ -66,32 +69,56 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
     if resume and not (folder / SAVED).is_file():
         raise ResumeError(f"--resume: {folder} is no sweep; leave --resume out to start it")
     folder.mkdir(parents=True, exist_ok=True)
-    display = display or Display(file.name, len(planned) + to_draw(file))
+    display = display or SweepDisplay(file, len(planned) + to_draw(file))
     with RunFolder(folder).lock():
         _refuse_other_sweep(file, folder, resume)
+        forget_requests(file)
         for item in planned:
             _refuse_other_run(file, item)
         write_atomic(folder / SAVED, file.model_dump_json(indent=1) + "\n")
         display.note(f"sweep folder: {folder}")
         left = [item for item in planned if trial_state(file, item) not in DONE]
-        if left or to_draw(file):
-            _run(file, left, [*left, *samples], display)
+        ledger = Ledger(file, [*planned, *samples][0].config, display)
+        with ledger.open():
+            if left or to_draw(file):
+                _run(file, left, [*left, *samples], ledger, display)
+            return _ended(file, ledger, display)
+
+
+def _ended(file: SweepFile, ledger: Ledger, display: Display) -> int:
+    """The end in the folder and in MLflow; the exit code."""
+    stopped = stop_request(file).exists()
+    try:
         code = conclude(file, trials(file), display)
-        if missing := to_draw(file):
-            display.note(f"{missing} trials were not drawn; {drawn_file(file)} says what was refused")
-        return 1 if missing else code
+    except RunFailure as failure:
+        if not stopped:
+            raise
+        display.note(str(failure))
+        code = 1
+    missing = to_draw(file)
+    if stopped and (code or missing):
+        display.note(f"{file.name} was stopped; go on with --resume")
+        ledger.status = "KILLED"
+        return 130
+    if missing:
+        display.note(f"{missing} trials were not drawn; {drawn_file(file)} says what was refused")
+        code = 1
+    ledger.status = "FAILED" if code else "FINISHED"
+    return code
 
 
-def _run(file: SweepFile, left: Sequence[Trial], samples: Sequence[Trial], display: Display) -> None:
+def _run(
+    file: SweepFile, left: Sequence[Trial], samples: Sequence[Trial], ledger: Ledger, display: Display
+) -> None:
     """Args: samples: trials that tell the size of all, and their warm starts."""
-    with cluster(samples[0].config):
+    with cluster(samples[0].config), listening(file, display):
         most = _room(samples[0].config)
         concurrent = min(file.max_concurrent or most, most)
         count = len(left) + to_draw(file)
         display.note(f"{count} trials to run, {concurrent} at once (the cluster holds {most})")
         for item in samples:
             train_warm_start(file, item, display)
-        _tune(file, left, concurrent, display)
+        _tune(file, left, concurrent, ledger.parent(), display)
 
 
 def _refuse_other_warm_starts(file: SweepFile, samples: Sequence[Trial]) -> None:
@@ -174,17 +201,26 @@ class Progress(tune.Callback):
 
     def __init__(self, file: SweepFile, total: int, display: Display | None) -> None:
         self._file, self._total, self._display, self._done = file, total, display, 0
+        self.running: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune keeps its callbacks on disk; a terminal cannot be kept."""
         return {**self.__dict__, "_display": None}
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.running.add(_id(trial))
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.running.discard(_id(trial))
+        if any(stop_request(self._file, name).exists() for name in (WHOLE, _id(trial))):
+            self._note(f"{_id(trial)}: stopped; --resume goes on with it")
+            return
         self._done += 1
         value = (trial.last_result or {}).get(self._file.metric, math.nan)
         self._note(f"{self._done}/{self._total} {_id(trial)}: {self._file.metric}={value:.4f}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.running.discard(_id(trial))
         self._note(f"{_id(trial)}: failed; {last_line(trial_log(self._file, _id(trial)))}")
 
     def _note(self, text: str) -> None:
@@ -192,25 +228,43 @@ class Progress(tune.Callback):
             self._display.note(text)
 
 
+class Halt(tune.Stopper):
+    """Ends a sweep that was asked to stop once the trials that ran have left; no other one starts."""
+
+    def __init__(self, file: SweepFile, progress: Progress) -> None:
+        self._file, self._progress = file, progress
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return stop_request(self._file).exists() and not self._progress.running
+
+
 def _id(trial: Any) -> str:
     return Path(trial.config["spec"]["folder"]).name
 
 
-def _tune(file: SweepFile, left: Sequence[Trial], concurrent: int, display: Display) -> None:
+def _tune(
+    file: SweepFile, left: Sequence[Trial], concurrent: int, parent: str | None, display: Display
+) -> None:
     """Hand the trials to Ray Tune."""
     searched = file.search.type == "optuna"
     total = len(left) + to_draw(file)
+    spec = functools.partial(_spec, file, parent)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours lets trials save
     # A trial's own process only watches. Tune takes no empty request, and a byte of memory is in nobody's way.
     trainable = tune.with_resources(_trainable, tune.PlacementGroupFactory([{"memory": 1}]))
     hours = file.budget.hours
+    progress = Progress(file, total, display)
     tuner = tune.Tuner(
         trainable,
-        param_space={} if searched else {"spec": tune.grid_search([_spec(file, item) for item in left])},
+        param_space={} if searched else {"spec": tune.grid_search([spec(item) for item in left])},
         tune_config=tune.TuneConfig(
             metric=file.metric,
             mode=file.mode,
-            search_alg=Points(file, left, functools.partial(_spec, file)) if searched else None,
+            search_alg=Points(file, left, spec) if searched else None,
             num_samples=total if searched else 1,
             scheduler=Asha(file) if file.scheduler.type == "asha" else None,
             max_concurrent_trials=concurrent,
@@ -221,22 +275,24 @@ def _tune(file: SweepFile, left: Sequence[Trial], concurrent: int, display: Disp
             storage_path=str(sweep_folder(file)),
             failure_config=tune.FailureConfig(max_failures=file.failures.max_per_trial),
             verbose=0,
-            callbacks=[Progress(file, total, display)],
+            stop=Halt(file, progress),
+            callbacks=[progress],
         ),
     )
     with display:
         tuner.fit()
 
 
-def _spec(file: SweepFile, item: Trial) -> dict[str, Any]:
-    """What `run_trial` needs."""
+def _spec(file: SweepFile, parent: str | None, item: Trial) -> dict[str, Any]:
+    """What `run_trial` needs. `parent`: MLflow's run of the sweep."""
     return {
         "folder": str(trial_folder(file, item.id)),
         "log": str(trial_log(file, item.id)),
         "base": file.base,
-        "overrides": list(started_with(file, item)),
+        "overrides": [*started_with(file, item), below(file, item, parent)],
         "metric": file.metric,
         "cwd": os.getcwd(),
+        "stops": [str(stop_request(file)), str(stop_request(file, item.id))],
     }
 
 

@@ -23,6 +23,7 @@ from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import LISTS, Axis, SweepFile, axes
 from rairl_ray.sweep.points import Drawn, Trial, at_point, drawn, drawn_file, misfits, that_count, trial_folder
 from rairl_ray.sweep.result import FINISHED, STOPPED, final_values, trial_state
+from rairl_ray.sweep.stopping import stop_request
 
 REPEAT = "drawn before"
 MOST_REFUSED = 100
@@ -65,8 +66,10 @@ class Points(Searcher):
             if not self._open.get(number):
                 self._tell(number)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next trial. Draws a point where none waits."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial. Draws a point where none waits; nothing once the sweep was asked to stop."""
+        if stop_request(self._file).exists():
+            return None
         kept = sum(row.refused is None for row in self._drawn)
         if not self._waiting and kept < (self._file.trials or 0):
             self._draw()

@@ -28,7 +28,9 @@ from rairl_ray.sweep.result import final_values, finished, last_line
 
 POLL_SECONDS = 1.0
 STOP_SECONDS = 120.0
-"""How long a run that was told to stop may take for its checkpoint."""
+"""How long a run that Tune stops may take for its checkpoint."""
+ASKED_SECONDS = 1800.0
+"""The same for one that a person stops: the step is finished first."""
 ENDED = -1
 """`step` of a trial's last report, which holds its final evaluation."""
 _PR_SET_PDEATHSIG = 1
@@ -36,15 +38,16 @@ _KEPT = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
 
 
 def run_trial(spec: dict[str, Any]) -> None:
-    """Tune's function trainable. `spec`: folder, log, base, overrides, metric, cwd.
+    """Tune's function trainable. `spec`: folder, log, base, overrides, metric, cwd, stops.
 
-    A metric that the final evaluation lacks is reported as NaN; the sweep's end says so.
+    A metric that the final evaluation lacks is reported as NaN; the sweep's end says so. Where one of the files
+    `stops` exists (stopping.py), the run saves and leaves, or does not start.
 
     Raises:
         RuntimeError: the run failed (the last line that it printed).
     """
     folder = RunFolder(spec["folder"])
-    if not finished(folder):
+    if not finished(folder) and not _asked(spec):
         log = Path(spec["log"])
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
@@ -53,14 +56,14 @@ def run_trial(spec: dict[str, Any]) -> None:
                 env=_environment(), preexec_fn=_end_with_parent,
             )  # fmt: skip
             try:
-                for row in _rows(folder, process):
+                for row in _rows(folder, process, spec):
                     if spec["metric"] in row:
                         tune.report({spec["metric"]: row[spec["metric"]], "step": row["step"]})
             finally:
-                _end(process)
-        if process.returncode:
+                _end(process, ASKED_SECONDS if _asked(spec) else STOP_SECONDS)
+        if process.returncode and not _asked(spec):
             raise RuntimeError(f"exit code {process.returncode}: {last_line(log)}")
-    values = final_values(folder)
+    values = final_values(folder) if finished(folder) else {}
     tune.report({spec["metric"]: math.nan, **values, "step": ENDED})
 
 
@@ -86,25 +89,31 @@ def _environment() -> dict[str, str]:
     return ours
 
 
-def _rows(folder: RunFolder, process: subprocess.Popen[bytes]) -> Iterator[dict[str, float]]:
-    """New rows of metrics.jsonl while the run is on."""
+def _asked(spec: dict[str, Any]) -> bool:
+    return any(Path(stop).exists() for stop in spec["stops"])
+
+
+def _rows(
+    folder: RunFolder, process: subprocess.Popen[bytes], spec: dict[str, Any]
+) -> Iterator[dict[str, float]]:
+    """New rows of metrics.jsonl while the run is on and nobody asks for its end."""
     seen = len(folder.read_metrics())
     while True:
         ended = process.poll() is not None
         rows = folder.read_metrics()
         yield from rows[seen:]
         seen = len(rows)
-        if ended:
+        if ended or _asked(spec):
             return
         time.sleep(POLL_SECONDS)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
     """Ask a run that still is to save and leave; then end it."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(STOP_SECONDS)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

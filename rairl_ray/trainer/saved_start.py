@@ -15,9 +15,10 @@ from rairl_ray.algorithms.warmup import frozen
 from rairl_ray.config.rules import show
 from rairl_ray.config.schema import Density, RunConfig
 from rairl_ray.data.rows import is_hub_id
-from rairl_ray.engines.artifacts import REWARD_FILE, RewardSettings, read_settings
+from rairl_ray.engines.artifacts import RewardSettings, read_settings
 from rairl_ray.engines.sources import PYPI_PREFIX
 from rairl_ray.errors import ConfigError
+from rairl_ray.files import REWARD_FILE
 from rairl_ray.rewards.source import reward_folder
 
 LEARN_ON = "discriminator.updates_per_policy_step=1"

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rairl_ray.display import Display
-from rairl_ray.engines.artifacts import REWARD_FILE
 from rairl_ray.engines.sources import content_id
 from rairl_ray.errors import ConfigError
-from rairl_ray.files import json_text, name_beside, write_atomic
+from rairl_ray.files import REWARD_FILE, json_text, name_beside, write_atomic
 
 SETTINGS_FILE = "settings.json"
 

@@ -11,8 +11,8 @@ from rairl_ray.config import rules
 from rairl_ray.config.load import COMMAND_LINE, load_config
 from rairl_ray.config.schema import Lora, Model, RunConfig
 from rairl_ray.data.rows import is_hub_id
-from rairl_ray.engines.artifacts import REWARD_FILE
 from rairl_ray.errors import ModelError
+from rairl_ray.files import REWARD_FILE
 from rairl_ray.rewards.source import reward_folder
 from rairl_ray.runfolder import RunFolder
 
