@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from rairl_ray.config.load import load_config, warm_start_chain
 from rairl_ray.config.rules import check_files
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import RunFailure, UserError
-from rairl_ray.jobs.commands import Address, CaFile, jobs_app
+from rairl_ray.jobs.commands import Address, CaFile, jobs_app, wide_console
 from rairl_ray.jobs.secrets import open_sealed
 
 # Set before any library is imported: their progress bars and hardware guesses are no output of ours.
@@ -63,11 +62,9 @@ def plan(
     if is_sweep(config):
         from rairl_ray.sweep.plan import show_sweep_plan
 
-        if overrides:
-            raise UserError(f"{config}: a sweep takes no {overrides[0]}; write it into the file's overrides")
-        show_sweep_plan(load_sweep(config), _console(), gpus=gpus, nodes=nodes, cpus=cpus)
+        show_sweep_plan(load_sweep(config, overrides or []), wide_console(), gpus=gpus, nodes=nodes, cpus=cpus)
         return 0
-    show_plan(_load(config, overrides), _console(), gpus=gpus, nodes=nodes, cpus=cpus)
+    show_plan(_load(config, overrides), wide_console(), gpus=gpus, nodes=nodes, cpus=cpus)
     return 0
 
 
@@ -107,6 +104,7 @@ def train(
 @app.command()
 def sweep(
     config: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="Base experiment, space, seeds, search.")],
+    overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Continue the sweep of this file.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show the trials; start nothing.")] = False,
     status: Annotated[
@@ -143,14 +141,11 @@ def sweep(
         return 0
     from rairl_ray.sweep.file import load_sweep
 
-    loaded = load_sweep(config)
+    loaded = load_sweep(config, overrides or [])
     if dry_run:
-        from rairl_ray.sweep.points import examples, to_draw, trials
+        from rairl_ray.sweep.plan import list_trials
 
-        for item in trials(loaded):
-            print(item.id)
-        if loaded.search.type == "optuna" and examples(loaded):
-            print(f"{to_draw(loaded)} trials are drawn by optuna as results come")
+        list_trials(loaded)
         return 0
     from rairl_ray.sweep.run import sweep as run_sweep
 
@@ -214,7 +209,7 @@ def report(
     """
     from rairl_ray.report.report import make_report, show_report
 
-    show_report(*make_report(sources, output), _console())
+    show_report(*make_report(sources, output), wide_console())
     return 0
 
 
@@ -298,7 +293,7 @@ def doctor(
     """
     from rairl_ray.doctor import diagnose
 
-    return diagnose(_console(), address)
+    return diagnose(wide_console(), address)
 
 
 # --- jobs -------------------------------------------------------------------------------------------
@@ -342,9 +337,13 @@ def submit(
     from rairl_ray.jobs.secrets import take_secrets
     from rairl_ray.jobs.submit import Options
     from rairl_ray.jobs.submit import submit as submit_job
+    from rairl_ray.sweep.file import load_sweep
+    from rairl_ray.sweep.plan import as_run
 
     config = None
-    if arguments and Path(arguments[0]).suffix in (".yaml", ".yml"):
+    if verb == "sweep":
+        config = as_run(load_sweep(arguments[0], overrides_of(arguments)))
+    elif arguments and Path(arguments[0]).suffix in (".yaml", ".yml"):
         config = _load(arguments[0], overrides_of(arguments))
     options = Options(
         working_dir, image, python, "pip" if pip_lock else None,
@@ -352,7 +351,9 @@ def submit(
     )  # fmt: skip
     then = "describe" if dry_run else "follow" if follow else "leave"
     root = Path(__file__).resolve().parent
-    return submit_job(verb, arguments, config, root, Connection(address, ca_file), options, _console(), then)
+    return submit_job(
+        verb, arguments, config, root, Connection(address, ca_file), options, wide_console(), then
+    )
 
 
 def _load(path: str, overrides: list[str] | None) -> RunConfig:
@@ -364,11 +365,6 @@ def _load(path: str, overrides: list[str] | None) -> RunConfig:
         make_task(config.data)  # raises, naming the nearest task
     warm_start_chain(config)
     return config
-
-
-def _console() -> Console:
-    """Wide enough for tables where the output is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def _one_line(error: Exception | str) -> str:

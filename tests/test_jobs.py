@@ -23,6 +23,9 @@ from rairl_ray.jobs.pack import PackError, looks_secret, make_pack, write_zip
 from rairl_ray.jobs.secrets import SecretError, open_with, refuse_visible, seal, take_secrets
 from rairl_ray.jobs.submit import JobError, Options, attached, environment, placement
 from rairl_ray.jobs.verbs import Job, said
+from rairl_ray.sweep.file import load_sweep
+from rairl_ray.sweep.plan import as_run
+from rairl_ray.sweep.points import trials
 from tests.runs import ROOT, launch
 
 SFT = "experiments/demo/sft.yaml"
@@ -153,6 +156,18 @@ def test_a_run_is_named_by_its_name_and_joins_the_cluster() -> None:
     other = call("train", SFT, "output_dir=/shared/runs", "seed=4")
     assert other.job == made.job and other.fingerprint != made.fingerprint
     assert call("train", SFT, "output_dir=/s", "name=b/c=d").job == "train-b-c-d"
+
+
+def test_a_sweep_is_named_by_its_name_and_joins_the_cluster() -> None:
+    file, changes = "experiments/sweeps/demo.yaml", ["output_dir=/shared/runs", "trainer.steps=2"]
+    config = as_run(load_sweep(str(ROOT / file), changes))
+    places = Places(ROOT, frozenset({file}), here=False, packed=True)
+    made = prepare_call("sweep", [str(ROOT / file), *changes], config, places)
+    assert made.job == "sweep-sweeps-demo" and made.output == "/shared/runs/sweeps/demo"
+    assert made.arguments == (file, *changes, "address=auto")
+    inside = load_sweep(str(ROOT / made.arguments[0]), made.arguments[1:])
+    assert {item.config.cluster.address for item in trials(inside)} == {"auto"}
+    assert {item.config.trainer.steps for item in trials(inside)} == {2}
 
 
 def test_other_verbs_are_named_by_all_their_arguments() -> None:

@@ -140,6 +140,23 @@ def test_a_bad_file_is_one_line_a_fault(changes: dict[str, Any], said: str, tmp_
     assert "sweep.yaml" in str(error.value)
 
 
+def test_keys_of_the_command_line_stand_over_the_file(tmp_path: Path) -> None:
+    changes = ["trainer.steps=7", "seeds=[5]", "budget.hours=2", "address=auto", "output_dir=elsewhere"]
+    sweep = load_sweep(written(tmp_path, overrides={"warm_start": None, "trainer.steps": 3}), changes)
+    assert sweep.overrides == {"warm_start": None, "trainer.steps": 7}
+    assert (sweep.seeds, sweep.budget.hours, sweep.output_dir) == ((5,), 2.0, "elsewhere")
+    (first, _) = trials(sweep)
+    assert (first.config.trainer.steps, first.config.cluster.address) == (7, "auto")
+    for text, said in {
+        "trainer.step=3": "command line: trainer.step=3: unknown; nearest: trainer.steps",
+        "cluster.address=auto": "is the sweep's own; use address",
+        "seeds": "write section.key=value",
+        "space.trainer.steps=[]": "randint or|needs a list with at least one value",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            load_sweep(written(tmp_path), [text])
+
+
 def test_each_bad_point_is_named(tmp_path: Path) -> None:
     space = {
         "discriminator.loss.type": ["bce", "bradley_terry"],

@@ -247,8 +247,8 @@ def _file_layers(path: Path, name: str, above: tuple[Path, ...]) -> list[Documen
     return [*below.values(), layer]
 
 
-def _override(text: str) -> Document:
-    """`a.b=value` as a layer."""
+def read_override(text: str) -> tuple[str, Any]:
+    """(dotted key, value) of `a.b=value`. Raises ConfigError where it is none."""
     key, equals, value_text = text.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
@@ -258,6 +258,12 @@ def _override(text: str) -> Document:
     value = parse_scalar(value_text, f"{COMMAND_LINE}: {key}={value_text}")
     if key == "warm_start" and isinstance(value, str):
         value = os.path.abspath(value)
+    return key, value
+
+
+def _override(text: str) -> Document:
+    """`a.b=value` as a layer."""
+    key, value = read_override(text)
     nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}

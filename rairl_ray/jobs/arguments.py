@@ -130,7 +130,7 @@ def prepare_call(verb: str, arguments: Sequence[str], config: RunConfig | None, 
         if config is not None:
             words += _of_config(config, arguments, places)
         if config is None or config.cluster.address is None:
-            words.append("cluster.address=auto")
+            words.append("address=auto" if verb == "sweep" else "cluster.address=auto")
         output = output or _output(verb, arguments, config, places, words)
     name = config.name if config is not None and verb in NAMED_BY_RUN else ""
     first = next((word for word in arguments if not word.startswith("-")), "")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from rairl_ray.config.load import known_keys, nearest_key
+from rairl_ray.config.load import known_keys, nearest_key, read_override
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.config.section import NonNegativeInt, Section
 from rairl_ray.config.yamlfile import Document, read_document
@@ -55,6 +56,8 @@ class SweepFile(Section):
     base: str
     """Experiment file of every trial, relative to the sweep file."""
     output_dir: str = "runs"
+    address: str | None = None
+    """Ray cluster to join, as `cluster.address`; None: what `base` says."""
     space: dict[str, Any] = Field(default_factory=dict)
     """Dotted key -> a list of values, {grid|choice: [...]} or {uniform|loguniform|randint: [low, high]}; with
     `when: {key: value}` the axis counts only in trials with that value."""
@@ -86,13 +89,17 @@ class Axis:
     """(key, value) pairs that a trial must have for the axis to count."""
 
 
-def load_sweep(path: str) -> SweepFile:
+def load_sweep(path: str, changes: Sequence[str] = ()) -> SweepFile:
     """Read and check one sweep file; its `base` comes out as an absolute path.
+
+    Args:
+        changes: `key=value` texts that stand over the file: its own keys (`output_dir`, `budget.hours`), and
+            any key of an experiment for the section `overrides`.
 
     Raises:
         ConfigError: one line an error, with file, line, key and remedy.
     """
-    document = read_document(Path(path), path)
+    document = _changed(read_document(Path(path), path), changes)
     try:
         sweep = SweepFile.model_validate_json(json.dumps(document.data, default=str), strict=True)
     except ValidationError as error:
@@ -105,6 +112,23 @@ def load_sweep(path: str) -> SweepFile:
     if problems:
         raise ConfigError("\n".join(problems))
     return sweep
+
+
+def _changed(document: Document, changes: Sequence[str]) -> Document:
+    data, lines = copy.deepcopy(document.data), dict(document.lines)
+    for text in changes:
+        key, value = read_override(text)
+        first, _, rest = key.partition(".")
+        if first not in SweepFile.model_fields:
+            if key not in known_keys():
+                raise ConfigError(f"command line: {text}: unknown; nearest: {nearest_key(key)}")
+            first, rest = "overrides", key
+        if rest:
+            data[first] = {**(data.get(first) or {}), rest: value}
+        else:
+            data[first] = value
+        lines.pop(f"{first}.{rest}" if rest else first, None)
+    return Document(document.name, data, lines)
 
 
 def is_sweep(path: str) -> bool:
@@ -153,7 +177,7 @@ def _key_problems(document: Document, sweep: SweepFile) -> list[str]:
         for section, key in named
         if key not in known
     ]
-    owned = {"seed": "seeds", "name": "name", "output_dir": "output_dir", "cluster.address": "--address"}
+    owned = {"seed": "seeds", "name": "name", "output_dir": "output_dir", "cluster.address": "address"}
     return problems + [
         f"{document.origin(f'{section}.{key}')}: {section}.{key}: is the sweep's own; use {owned[key]}"
         for section, key in named

@@ -17,6 +17,20 @@ from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.points import Trial, examples, to_draw, trials, warm_start
 
 
+def list_trials(file: SweepFile) -> None:
+    """Print each trial's id, and how many more are drawn as results come."""
+    for item in trials(file):
+        print(item.id)
+    if file.search.type == "optuna" and examples(file):
+        print(f"{to_draw(file)} trials are drawn by optuna as results come")
+
+
+def as_run(file: SweepFile) -> RunConfig:
+    """A trial's configuration under the sweep's name: what a cluster has to hold, and where the sweep lies."""
+    item = (trials(file) or examples(file))[0]
+    return item.config.model_copy(update={"name": file.name})
+
+
 def show_sweep_plan(
     file: SweepFile,
     console: Console,

@@ -111,6 +111,7 @@ def trial(sweep: SweepFile, values: dict[str, Any], seed: int) -> Trial:
     name = trial_id(values, seed)
     settings = {**sweep.overrides, **values}
     settings |= {"seed": seed, "output_dir": sweep.output_dir, "name": f"{sweep.name}/trials/{name}"}
+    settings |= {} if sweep.address is None else {"cluster.address": sweep.address}
     overrides = tuple(override(key, value) for key, value in settings.items())
     return Trial(name, values, seed, overrides, load_config(sweep.base, overrides))
 

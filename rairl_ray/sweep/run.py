@@ -50,8 +50,8 @@ from rairl_ray.trainer.run import made_by, train, with_warm_start
 from rairl_ray.trainer.session import resumable
 
 TUNE = "tune"
-REPEATABLE = {"seeds", "trials", "max_concurrent", "failures", "budget"}
-"""Keys that a resume may change: they add trials or say how many run at once, never what one is."""
+REPEATABLE = {"seeds", "trials", "max_concurrent", "failures", "budget", "address"}
+"""Keys that a resume may change: they add trials or say how many run at once and where, never what one is."""
 
 
 def sweep(file: SweepFile, resume: bool = False, display: Display | None = None) -> int:
