@@ -69,18 +69,27 @@ def backfill(
     """
     if len(unit_values) == 0:
         raise ValueError("backfill: a trace without units has no reward")
-    token_count, unit_count = len(char_ends), len(unit_values)
+    return np.asarray(unit_values)[unit_of_tokens(unit_char_ends, char_ends, unit_tokens)]
+
+
+def unit_of_tokens(
+    unit_char_ends: np.ndarray, char_ends: Sequence[int], unit_tokens: np.ndarray | None = None
+) -> np.ndarray:
+    """[T] the unit that each token belongs to: the next one at or after it; arguments as in `backfill`.
+
+    The one mapping between two tokenizers: rewards go to tokens by it, log-probabilities of tokens to units.
+    """
     if unit_tokens is not None:
-        unit = np.searchsorted(unit_tokens, np.arange(token_count), side="left")
+        unit = np.searchsorted(unit_tokens, np.arange(len(char_ends)), side="left")
     else:
         ends = np.asarray(char_ends, dtype=np.int64)
         first = np.searchsorted(unit_char_ends, ends, side="left")
         after = np.searchsorted(unit_char_ends, ends, side="right")
-        rank = np.arange(token_count) - np.searchsorted(ends, ends, side="left")
+        rank = np.arange(len(char_ends)) - np.searchsorted(ends, ends, side="left")
         # Of several tokens with one end, the k-th takes the k-th unit with that end; once these are used up,
         # the rest are first bytes of the next character and take the next unit.
         unit = np.minimum(first + rank, after)
-    return np.asarray(unit_values)[np.minimum(unit, unit_count - 1)]
+    return np.minimum(unit, len(unit_char_ends) - 1)
 
 
 def step_ends(text: str) -> list[int]:
