@@ -193,17 +193,20 @@ class AirlStrategy:
     # --- rewards -------------------------------------------------------------------------------
 
     def score(self, traces: Sequence[Trace]) -> list[TraceScores]:
-        """Unit logits of any traces under the newest discriminator."""
+        """Unit logits of any traces under the newest discriminator; none for a trace without units."""
         reads = [self._reader.read(trace) for trace in traces]
-        logits, version = self._discriminator.score([sample_of(read) for read in reads])
+        logits, version = self._discriminator.score(
+            [sample_of(read) for read in reads if len(read.unit_tokens)]
+        )
+        answers = iter(logits)
         return [
             TraceScores(
-                logits=values,
+                logits=next(answers) if len(read.unit_tokens) else np.zeros(0, dtype=np.float32),
                 unit_tokens=read.unit_tokens,
                 unit_char_ends=read.unit_char_ends,
                 discriminator_version=version,
             )
-            for read, values in zip(reads, logits, strict=True)
+            for read in reads
         ]
 
     def _score_candidates(self, candidates: Sequence[Sequence[Candidate]]) -> list[TraceScores]:
@@ -215,7 +218,7 @@ class AirlStrategy:
         scores = iter(trace_scores)
         rewarded: list[list[RewardedTrace]] = []
         values: list[float] = []
-        clipped = units = 0
+        clipped = units = unscored = 0
         outcomes: list[float] = []
         for traces in candidates:
             rows = []
@@ -225,14 +228,16 @@ class AirlStrategy:
                 rows.append(row)
                 clipped += clipped_count(score.logits, self._config.reward)
                 units += len(score.logits)
-                if rollout is not None:
+                if rollout is not None and len(score.logits):
                     values.append(float(row.token_rewards.mean()))
+                unscored += rollout is not None and not len(score.logits)
             rewarded.append(rows)
         return rewarded, {
             names.REWARD_MEAN: mean(values),
             names.REWARD_STD: float(np.std(values)) if values else float("nan"),
             names.REWARD_CLIPPED_SHARE: clipped / max(units, 1),
             names.REWARD_OUTCOME: mean(outcomes),
+            names.REWARD_UNSCORED: float(unscored),
         }
 
     def _candidates(self, group: RolloutGroup) -> list[Candidate]:
@@ -260,7 +265,7 @@ class AirlStrategy:
             tokens=tokens,
             sampling_logprobs=None if rollout is None else np.asarray(rollout.logprobs, dtype=np.float32),
             token_rewards=backfill(scores.unit_char_ends, rewards, tokens.char_ends, unit_tokens),
-            last_unit_reward=float(rewards[-1]),
+            last_unit_reward=float(rewards[-1]) if len(rewards) else float("nan"),
             policy_version=-1 if rollout is None else rollout.policy_version,
             discriminator_version=scores.discriminator_version,
             expert=rollout is None,
@@ -281,7 +286,7 @@ def _drift(before: Sequence[TraceScores], after: Sequence[TraceScores], config: 
         np.abs(unit_rewards(new.logits, config, None) - unit_rewards(old.logits, config, None))
         for old, new in zip(before, after, strict=True)
     ]
-    return float(np.concatenate(changes).mean()) if changes else float("nan")
+    return float(np.concatenate(changes).mean()) if sum(map(len, changes)) else float("nan")
 
 
 def _expert_trace(demonstration: Demonstration) -> Trace:

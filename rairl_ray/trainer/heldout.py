@@ -90,7 +90,9 @@ class HeldOut:
                 discriminator_version=None if score is None else score.discriminator_version,
                 unit_scores=None if rewards is None else [float(value) for value in rewards],
                 unit_char_ends=None if score is None else [int(end) for end in score.unit_char_ends],
-                score=None if rewards is None else selected_score(rewards, self._config.eval),
+                score=None
+                if rewards is None or not len(rewards)
+                else selected_score(rewards, self._config.eval),
                 metadata=group.prompt.metadata,
             )
             rows.append(row)
@@ -100,7 +102,8 @@ class HeldOut:
         """AUROC of the reward between right and wrong samples of these held-out groups (the gate's signal)."""
         rows = self.rows(groups)
         correct = np.asarray([row.correct for row in rows])
-        return auroc(correct, np.asarray([row.score for row in rows], dtype=np.float64))
+        scores = [float("nan") if row.score is None else row.score for row in rows]
+        return auroc(correct, np.asarray(scores, dtype=np.float64))
 
     def localisation(self) -> Summary:
         """Step accuracy of the largest downward step on held-out expert traces with one injected error."""
