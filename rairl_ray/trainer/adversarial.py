@@ -26,9 +26,6 @@ from rairl_ray.trainer.saving import Saving
 from rairl_ray.trainer.session import Session
 from rairl_ray.types import Demonstration, RolloutGroup
 
-GATE_EVERY = 25
-"""Warm-up updates between two measurements of the gate's AUROC."""
-
 
 def run(session: Session) -> bool:
     """The whole run; True when it finished, False when it was asked to stop (its state is saved)."""
@@ -151,7 +148,7 @@ class Run:
         display = self.session.display
         display.phase("discriminator warm-up", gate.max_steps, self.progress.warmup)
         pool = WarmupPool(self)
-        auroc = self._separation(pool)
+        auroc = self._separation(pool) if gate.measures(self.progress.warmup) else None
         ready, reason = gate.ready(self.progress.warmup, auroc)
         while not ready:
             update = self.progress.warmup + 1
@@ -163,8 +160,8 @@ class Run:
             if self.config.trainer.checkpoint_every and update % self.config.trainer.checkpoint_every == 0:
                 with timer.phase(names.TIME_CHECKPOINT):
                     self._save()
-            if update % GATE_EVERY == 0:
-                auroc = self._separation(pool)
+            auroc = self._separation(pool) if gate.measures(update) else None
+            if auroc is not None:
                 metrics[names.DISCRIMINATOR_AUROC] = auroc
             # Warm-up rows lie before step 1, one number each: -(max - 1) .. 0.
             step = update - gate.max_steps
@@ -178,7 +175,7 @@ class Run:
         self._save()
         self.session.event(
             f"discriminator warm-up ended after {self.progress.warmup} updates ({reason}), "
-            f"AUROC on held-out right/wrong samples {auroc:.3f}"
+            f"AUROC on held-out right/wrong samples {float('nan') if auroc is None else auroc:.3f}"
         )
         return True
 
