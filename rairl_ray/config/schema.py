@@ -154,7 +154,7 @@ class Reward(Section):
     clip: tuple[float, float] | None = None
     """(lower, upper) bound of a unit's reward, after the temperature."""
     outcome_weight: NonNegativeFloat = 0.0
-    """Weight of the task's correctness mixed into the last unit's reward; 0 learns from experts alone."""
+    """What a right trace gets on top of every unit's reward, so of its mean; 0 learns from experts alone."""
     rescore: bool = False
     """Score samples on arrival too, before the discriminator learns from them, and log how rewards drifted."""
 

@@ -236,8 +236,8 @@ class AirlStrategy:
             names.REWARD_MEAN: mean(values),
             names.REWARD_STD: float(np.std(values)) if values else float("nan"),
             names.REWARD_CLIPPED_SHARE: clipped / max(units, 1),
-            names.REWARD_OUTCOME: mean(outcomes),
             names.REWARD_UNSCORED: float(unscored),
+            **({names.REWARD_OUTCOME: mean(outcomes)} if outcomes else {}),
         }
 
     def _candidates(self, group: RolloutGroup) -> list[Candidate]:
