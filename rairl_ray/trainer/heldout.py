@@ -5,7 +5,7 @@ The same rows, graders and metric functions serve the final table, the warm-up g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,12 +30,19 @@ class HeldOut:
     """Evaluates whatever policy the rollout workers serve, and the reward where there is one."""
 
     def __init__(
-        self, config: RunConfig, task: Task, rollouts: RolloutWorkers, strategy: AirlStrategy | None
+        self,
+        config: RunConfig,
+        task: Task,
+        rollouts: RolloutWorkers,
+        strategy: AirlStrategy | None,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
+        """`stop`: asked while samples are awaited; once it says True, that ends in Interrupted."""
         self._config = config
         self._task = task
         self._rollouts = rollouts
         self._strategy = strategy
+        self._stop = stop
         self._prompts = [item.prompt for item in task.eval[: config.eval.prompts]]
 
     def sample(self, stream: str) -> list[RolloutGroup]:
@@ -46,7 +53,7 @@ class HeldOut:
             max_tokens=self._config.rollout.max_completion_tokens,
         )
         return self._rollouts.generate(
-            self._prompts, f"eval/{stream}", self._config.eval.samples_per_prompt, settings
+            self._prompts, f"eval/{stream}", self._config.eval.samples_per_prompt, settings, self._stop
         )
 
     def evaluate(self, stream: str = "heldout") -> tuple[Summary, list[EvalRow]]:

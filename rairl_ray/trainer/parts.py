@@ -15,7 +15,7 @@ from rairl_ray.actors.discriminator import DiscriminatorActor, DiscriminatorWork
 from rairl_ray.actors.group import RankActor, create_members, reserve, start_members
 from rairl_ray.actors.joining import join
 from rairl_ray.actors.learner import learner_environment
-from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device
+from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device, this_machine
 from rairl_ray.actors.policy import PolicyActor, PolicyWorkers
 from rairl_ray.actors.rollout import RolloutActor, RolloutWorkers, rollout_environment
 from rairl_ray.actors.roster import Roster
@@ -53,7 +53,21 @@ def place(config: RunConfig) -> Plan:
     Raises:
         PlacementError: when the cluster can never serve it, even when idle.
     """
-    nodes = present_or_promised(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    return _placed(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def check_room(config: RunConfig) -> None:
+    """Refuse a run that this machine can never place, before anything is made or trained for it.
+
+    Raises:
+        PlacementError: as `place`. A cluster that somebody else runs is asked when it is joined.
+    """
+    if config.cluster.address is None and not ray.is_initialized():
+        _placed(config, [this_machine()])
+
+
+def _placed(config: RunConfig, alive: list[dict[str, float]]) -> Plan:
+    nodes = present_or_promised(config, alive)
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     device = resolve_device(gpus) if config.placement.device == "auto" else config.placement.device
     plan = bundles(config, device)

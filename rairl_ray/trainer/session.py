@@ -229,6 +229,10 @@ def resumable(config: RunConfig, resume: str) -> RunFolder:
             f"--resume {resume}: neither {candidates[0]} nor {candidates[1]} is a run folder with a "
             "config.yaml; give the run's folder, or its name below output_dir"
         )
+    if not RunFolder(root).checkpoints.is_dir():
+        raise ResumeError(
+            f"--resume {resume}: {root} is no training run (it has no folder checkpoints); name one that is"
+        )
     saved = read_saved(root / "config.yaml")
     changed = [
         f"{key} (run: {old}, now: {new})"
