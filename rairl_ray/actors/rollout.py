@@ -22,6 +22,7 @@ from rairl_ray.engines.rollout_engine import (
     SyncReport,
     engine_options,
 )
+from rairl_ray.engines.sources import end_tokens
 from rairl_ray.engines.weights import whole
 from rairl_ray.keys import key_seed
 from rairl_ray.types import Prompt, Rollout, RolloutGroup
@@ -110,7 +111,14 @@ class RolloutActor(RankActor):
 def open_engine(config: RunConfig, policy_path: str, device: Literal["cpu", "cuda"]) -> RolloutEngine:
     """The engine that `rollout.engine` names; each heavy library is imported only where it is used."""
     renderer = Renderer(load_tokenizer(policy_path, config.model.policy), "")
-    options = engine_options(config, model_path=policy_path, eos_id=renderer.eos_id, device=device)
+    stops = {*renderer.stop_ids, *end_tokens(policy_path, config.model.policy.revision)}
+    options = engine_options(
+        config,
+        model_path=policy_path,
+        eos_id=renderer.eos_id,
+        stop_ids=tuple(sorted(stops - {renderer.eos_id})),
+        device=device,
+    )
     if config.rollout.engine == "vllm":
         from rairl_ray.engines.vllm_engine import VllmEngine
 

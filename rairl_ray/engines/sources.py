@@ -89,6 +89,15 @@ def content_id(path: str, revision: str | None = None) -> str:
     return f"sha256:{files_digest(folder, ('config.json', 'adapter_config.json', '*.safetensors', '*.bin'))}"
 
 
+def end_tokens(path: str, revision: str | None = None) -> tuple[int, ...]:
+    """What ends a completion according to the model's own generation config, where it has one."""
+    try:
+        known = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+    except (OSError, ValueError):
+        return ()
+    return tuple(known) if isinstance(known, list) else () if known is None else (known,)
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that replaces it when the block ends well, and vanishes otherwise."""
