@@ -139,6 +139,23 @@ def test_a_run_that_fits_on_no_machine_like_this_one_is_refused_before_its_warm_
         run.train(load_config(DEMO, [f"output_dir={tmp_path}", "placement.cpus_per_actor=0.5"]))
 
 
+def test_a_temporary_folder_too_long_for_rays_sockets_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_start(monkeypatch)
+    monkeypatch.setattr(
+        parts, "get_default_ray_temp_dir", lambda: "/scratch/slurm_jobdir/1355700/tmp.node0016/ray"
+    )
+    with pytest.raises(
+        PlacementError, match=r"TMPDIR: .* set RAY_TMPDIR to a folder of at most (\d+)"
+    ) as refused:
+        run.train(load_config(DEMO, [f"output_dir={tmp_path}", "placement.cpus_per_actor=0.1"]))
+    most = int(str(refused.value).split("at most ")[1].split()[0])
+    parts.check_sockets("/" + "x" * (most - 1) + "/ray")
+    with pytest.raises(PlacementError):
+        parts.check_sockets("/" + "x" * most + "/ray")
+
+
 @pytest.mark.parametrize(
     ("visible", "gpus"), [(None, 2), ("", 0), ("-1", 0), ("1", 1), ("0,1", 2), ("GPU-a,GPU-b,GPU-c", 2)]
 )
