@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device
+from rairl_ray.actors.placement import Plan, bundles, check_against, local_gpus, resolve_device
 from rairl_ray.config.estimate import Memory, memory, work
 from rairl_ray.config.load import config_hash, dump_yaml, warm_start_chain
 from rairl_ray.config.rules import check
@@ -52,11 +52,6 @@ def show_plan(
     print_placement(plan, cluster, console)
     _print_work(config, console)
     print_memory(memory(config, chain[0].model.policy if chain else None), plan, console)
-
-
-def local_gpus() -> int:
-    """NVIDIA devices of this machine, without loading any driver library."""
-    return sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
 
 
 def hypothetical_nodes(

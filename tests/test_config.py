@@ -228,6 +228,24 @@ def test_grpo_is_rewarded_by_correctness_unless_a_layer_contradicts(file: Path) 
     assert "reward.type=correctness" in message(file, "algorithm.type=grpo", "reward.type=discriminator")
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("End with #### and the number", "End with #### and the number"),
+        ("#3", "#3"),
+        ("sweep #3", "sweep #3"),
+        ("a\t#b", "a\t#b"),
+        ("it's #1: the first", "it's #1: the first"),
+        ("'quoted #1'", "quoted #1"),
+        ('"quoted #1"', "quoted #1"),
+        ("C#", "C#"),
+    ],
+)
+def test_a_hash_in_an_override_is_a_character(file: Path, written: str, meant: str) -> None:
+    assert load_config(file, [f"data.system_prompt={written}"]).data.system_prompt == meant
+    assert load_config(file, ["tracking.tags={note: 'a #b'}"]).tracking.tags == {"note": "a #b"}
+
+
 # --- messages -------------------------------------------------------------------------------------
 
 
@@ -268,6 +286,9 @@ def test_grpo_is_rewarded_by_correctness_unless_a_layer_contradicts(file: Path) 
         ("a..b=3", "'a..b=3' is not an override"),
         ("data.path=", "data.path= has no value; write data.path=null"),
         ("seed=[1", "seed=[1: malformed YAML"),
+        ("eval.k=[1, 4] # two", "eval.k=[1, 4] # two: malformed YAML: opens with [ and does not end with ]"),
+        ("eval.k=[1 #, 4]", "eval.k=[1 #, 4]: malformed YAML"),
+        ("trainer.steps=5 # few", "trainer.steps=5 # few: must be a whole number"),
         ("reward.density.every=3", "reward.density.every=3: only `interval` has one"),
     ],
 )  # fmt: skip

@@ -270,6 +270,8 @@ ALLOWED: list[dict[str, Any]] = [
     {"tracking.uri": "http://host:5000"},
     {"tracking.uri": "sqlite:////data/mlflow.db"},
     {"tracking.uri": "databricks://profile"},
+    {"tracking.uri": "databricks"},
+    {"tracking.uri": "databricks-uc"},
     {"name": "demo/airl-1.5_b"},
     {"learner.replicas": 16, "algorithm.type": "sft"},
 ]

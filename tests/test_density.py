@@ -150,6 +150,5 @@ def test_tokens_after_the_last_unit_take_its_value() -> None:
     assert backfill(np.array([2, 4]), np.array([1.0, -1.0]), [1, 2, 3, 9, 9]).tolist() == [1, 1, -1, -1, -1]
 
 
-def test_a_trace_without_units_is_an_error_not_a_zero() -> None:
-    with pytest.raises(ValueError, match="without units"):
-        backfill(np.zeros(0), np.zeros(0), [1, 2])
+def test_a_trace_without_units_has_no_reward_and_not_zero() -> None:
+    assert np.isnan(backfill(np.zeros(0), np.zeros(0), [1, 2])).tolist() == [True, True]

@@ -227,7 +227,7 @@ def test_the_gap_compares_the_learner_before_the_update_with_what_sampled() -> N
         assert metrics.ROLLOUT_GAP_TOKENS not in means
     # an update that no longer sees the sampling policy counts for every metric but this one
     _, later = contribution([row], Policy(importance_cap=None), [row], old=False)
-    both = {name: float(sums[name]) + float(later[name]) for name in sums}
+    both = {name: float(sums[name]) + float(later[name]) for name in later}
     for name in (metrics.ROLLOUT_LOGPROB_GAP, metrics.ROLLOUT_GAP_TOKENS):
         both[name] = float(sums[name])
     assert mean_metrics(both)[metrics.ROLLOUT_LOGPROB_GAP] == pytest.approx(expected, rel=1e-5)
@@ -243,6 +243,25 @@ def test_k3_is_unbiased_for_the_kl() -> None:
     p, q = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.3, 0.5])
     exact = float((p * (p / q).log()).sum())
     assert float((p * k3(p.log(), q.log())).sum()) == pytest.approx(exact, rel=1e-5)
+
+
+def test_k3_has_the_gradient_of_the_other_kl() -> None:
+    """As its docstring says, over all outcomes of a small distribution, by autograd."""
+    logits, q = torch.tensor([0.5, -0.2, 0.9], requires_grad=True), torch.tensor([0.2, 0.3, 0.5])
+    p = torch.softmax(logits, 0)
+    (estimated,) = torch.autograd.grad((p.detach() * k3(p.log(), q.log())).sum(), logits, retain_graph=True)
+    (backward,) = torch.autograd.grad((q * (q / p).log()).sum(), logits, retain_graph=True)
+    (forward,) = torch.autograd.grad((p * (p / q).log()).sum(), logits)
+    torch.testing.assert_close(estimated, backward)
+    assert not torch.allclose(estimated, forward, rtol=0.05)
+
+
+def test_what_nobody_measured_is_absent_and_not_zero() -> None:
+    row = Row([-1.0, -2.0], [-1.5, -2.5], [-1.4, -2.8], [0.0, 0.0], [1.0, 1.0])
+    _, sums = contribution([row], Policy(kl_coefficient=0.0, importance_cap=None), [row])
+    assert {metrics.POLICY_KL, metrics.POLICY_IMPORTANCE_WEIGHT}.isdisjoint(mean_metrics(sums))
+    _, sums = contribution([row], Policy(kl_coefficient=0.1, importance_cap=2.0), [row])
+    assert {metrics.POLICY_KL, metrics.POLICY_IMPORTANCE_WEIGHT} <= mean_metrics(sums).keys()
 
 
 def test_one_absurd_token_does_not_make_the_loss_infinite() -> None:

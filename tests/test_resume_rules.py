@@ -13,11 +13,13 @@ from typing import Any, cast
 import pytest
 
 from rairl_ray import checkpoint
+from rairl_ray.actors import placement
 from rairl_ray.checkpoint import CheckpointStore, Identity
-from rairl_ray.config.load import dump_yaml
+from rairl_ray.config.load import dump_yaml, load_config
 from rairl_ray.config.schema import Build, Model, RunConfig
 from rairl_ray.engines.sources import content_id, materialise
-from rairl_ray.errors import ResumeError
+from rairl_ray.errors import PlacementError, ResumeError
+from rairl_ray.trainer import parts, run
 from rairl_ray.trainer.fork import FORK_KEYS
 from rairl_ray.trainer.prepare import Prepared
 from rairl_ray.trainer.saving import check_references, references
@@ -30,7 +32,7 @@ LEARNER = {"replicas": 2, "discriminator_replicas": 1, "zero_stage": 3}
 
 def saved_run(root: Path) -> RunConfig:
     config = RunConfig(name="a", output_dir=str(root))
-    (root / "a").mkdir()
+    (root / "a" / "checkpoints").mkdir(parents=True)
     (root / "a" / "config.yaml").write_text(dump_yaml(config))
     return config
 
@@ -70,6 +72,99 @@ def test_the_documented_table_is_the_code() -> None:
         rows = re.findall(r"^\| `([\w.]+)(\*?)` \| (.*) \|$", part, re.MULTILINE)
         assert {key: why for key, _, why in rows} == keys
         assert all(key.endswith(".") == bool(star) for key, star, _ in rows)
+
+
+def test_a_folder_of_another_kind_is_no_run(tmp_path: Path) -> None:
+    config = saved_run(tmp_path)
+    (tmp_path / "a" / "checkpoints").rmdir()
+    with pytest.raises(ResumeError, match="is no training run"):
+        resumable(config, "a")
+
+
+class Started(Exception):
+    pass
+
+
+def refuse_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a run takes or makes is the end of the test: models, data, Ray, a warm start's own training."""
+    for name in ("with_warm_start", "prepare", "cluster", "place"):
+        monkeypatch.setattr(run, name, lambda *_, name=name: (_ for _ in ()).throw(Started(name)))
+
+
+DEMO = ROOT / "experiments" / "demo" / "airl.yaml"
+
+
+@pytest.mark.parametrize(
+    ("saved", "why"),
+    [(None, "neither"), ({"steps": 7}, "trainer.steps"), ({}, "is no training run")],
+)
+def test_all_about_resume_is_checked_before_anything_is_made_or_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: dict[str, Any] | None, why: str
+) -> None:
+    """Also for a run with a warm start that is not there yet and would be trained first."""
+    refuse_to_start(monkeypatch)
+    config = load_config(DEMO, [f"output_dir={tmp_path}", "name=r"])
+    if saved is not None:
+        earlier = changed(run.filled_in(config), trainer=saved)
+        (tmp_path / "r").mkdir()
+        (tmp_path / "r" / "config.yaml").write_text(dump_yaml(earlier))
+        if saved:
+            (tmp_path / "r" / "checkpoints").mkdir()
+    with pytest.raises(ResumeError, match=why):
+        run.train(config, resume="r")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_the_runs_own_configuration_is_accepted_before_its_warm_start_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_start(monkeypatch)
+    monkeypatch.setattr(run, "check_room", lambda config: None)
+    config = load_config(DEMO, [f"output_dir={tmp_path}", "name=r"])
+    (tmp_path / "r" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "r" / "config.yaml").write_text(dump_yaml(run.filled_in(config)))
+    with pytest.raises(Started, match="with_warm_start"):
+        run.train(config, resume="r")
+
+
+def test_a_run_that_fits_on_no_machine_like_this_one_is_refused_before_its_warm_start_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_start(monkeypatch)
+    monkeypatch.setattr(parts, "this_machine", lambda: {"CPU": 2.0, "GPU": 0.0})
+    wanted = [f"output_dir={tmp_path}", "placement.cpus_per_actor=2.5", "placement.device=cpu"]
+    with pytest.raises(PlacementError, match=r"needs 7\.5 CPUs and the cluster has 2"):
+        run.train(load_config(DEMO, wanted))
+    with pytest.raises(Started, match="with_warm_start"):
+        run.train(load_config(DEMO, [f"output_dir={tmp_path}", "placement.cpus_per_actor=0.5"]))
+
+
+def test_a_temporary_folder_too_long_for_rays_sockets_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_start(monkeypatch)
+    monkeypatch.setattr(
+        parts, "get_default_ray_temp_dir", lambda: "/scratch/slurm_jobdir/1355700/tmp.node0016/ray"
+    )
+    with pytest.raises(
+        PlacementError, match=r"TMPDIR: .* set RAY_TMPDIR to a folder of at most (\d+)"
+    ) as refused:
+        run.train(load_config(DEMO, [f"output_dir={tmp_path}", "placement.cpus_per_actor=0.1"]))
+    most = int(str(refused.value).split("at most ")[1].split()[0])
+    parts.check_sockets("/" + "x" * (most - 1) + "/ray")
+    with pytest.raises(PlacementError):
+        parts.check_sockets("/" + "x" * most + "/ray")
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"), [(None, 2), ("", 0), ("-1", 0), ("1", 1), ("0,1", 2), ("GPU-a,GPU-b,GPU-c", 2)]
+)
+def test_hidden_gpus_do_not_count(monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: int) -> None:
+    monkeypatch.setattr(placement, "local_gpus", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert placement.this_machine()["GPU"] == gpus
 
 
 def test_every_free_key_exists() -> None:

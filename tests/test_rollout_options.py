@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from rairl_ray.actors.rollout import first_samples, sampling_seed
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.engines.hf_engine import draw
 from rairl_ray.engines.rollout_engine import EngineOptions, SamplingSettings, check_adapter, engine_options
@@ -67,3 +68,18 @@ def test_draw_inverts_the_distribution() -> None:
     torch.testing.assert_close(logprobs.exp(), expected[drawn])
     edges = draw(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), SAMPLING)[0]
     assert edges.tolist() == [0, 4]
+
+
+def test_a_problem_that_is_drawn_twice_in_a_step_has_other_seeds_the_second_time() -> None:
+    drawn = ["a", "b", "a", "c", "a"]
+    firsts = first_samples(drawn, 4)
+    assert firsts == [0, 0, 4, 0, 8]
+    seeds = [
+        sampling_seed(0, "train/1", p, first + i)
+        for p, first in zip(drawn, firsts, strict=True)
+        for i in range(4)
+    ]
+    assert len(set(seeds)) == 20
+    assert seeds[:4] == [sampling_seed(0, "train/1", "a", i) for i in range(4)], (
+        "the first time nothing changes"
+    )

@@ -22,6 +22,9 @@ from rairl_ray.actors.placement import Plan
 from rairl_ray.actors.roster import FAULTS, Member, Roster
 from rairl_ray.errors import PlacementError, RunFailure, UserError
 
+LOOK_SECONDS = 0.5
+"""Between two looks at whether a wait is still wanted."""
+
 LAST_LOOK_SECONDS = 1.0
 """Least time that a wait gives to answers which came while the driver was busy elsewhere."""
 
@@ -60,6 +63,10 @@ class Pending:
     """Still without an answer."""
     submitted: float
     results: dict[int, Any] = field(default_factory=dict)
+
+
+class Interrupted(Exception):
+    """A wait was given up because a stop was asked for; the actors are still at work on the call."""
 
 
 class RankActor:
@@ -126,29 +133,38 @@ class ActorGroup:
         self._queue.append(pending)
         return pending
 
-    def wait(self, pending: Pending) -> list[Any]:
+    def wait(self, pending: Pending, unless: Callable[[], bool] | None = None) -> list[Any]:
         """The results of a call in rank order. Calls submitted earlier are waited for first and keep theirs.
+
+        Args:
+            unless: asked while nothing has come; the wait is given up once it says True.
 
         Raises:
             GroupFailure: at the first rank that fails, or for the ranks that are silent at the deadline.
             UserError: raised inside an actor comes out as itself.
+            Interrupted: the wait was given up.
         """
         started = pending.submitted
         while pending in self._queue:
             first = self._queue[0]
             try:
-                self._finish(first, max(started, first.submitted))
+                self._finish(first, max(started, first.submitted), unless)
             finally:
                 self._queue.remove(first)  # a failure is told once
             started = time.monotonic()
         return [pending.results[rank] for rank in sorted(pending.results)]
 
-    def _finish(self, pending: Pending, started: float) -> None:
+    def _finish(self, pending: Pending, started: float, unless: Callable[[], bool] | None) -> None:
         """Wait until every rank has answered this one call, whose clock started at `started`."""
         deadline = max(started + pending.deadline_seconds, time.monotonic() + LAST_LOOK_SECONDS)
         while pending.refs:
+            if unless is not None and unless():
+                raise Interrupted(f"{self.role}: no longer waited for in phase {pending.phase}")
             left = max(0.0, deadline - time.monotonic())
-            done, _ = ray.wait(list(pending.refs), num_returns=1, timeout=left)
+            look = left if unless is None else min(left, LOOK_SECONDS)
+            done, _ = ray.wait(list(pending.refs), num_returns=1, timeout=look)
+            if not done and look < left:
+                continue
             if not done:
                 raise self._silence(pending, started)
             member = pending.refs[done[0]]

@@ -12,8 +12,10 @@ A bundle holds at most one rank of a role, and a whole GPU: NCCL refuses two ran
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rairl_ray.config.schema import RunConfig
@@ -51,6 +53,19 @@ class Plan:
 def resolve_device(gpus: int) -> Device:
     """The answer to `placement.device: auto` on a cluster with so many GPUs."""
     return "gpu" if gpus > 0 else "cpu"
+
+
+def local_gpus() -> int:
+    """NVIDIA devices of this machine, without loading any driver library."""
+    return sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
+def this_machine() -> dict[str, float]:
+    """The resources of a private cluster on this machine."""
+    gpus, visible = local_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = min(gpus, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)}
 
 
 def bundles(config: RunConfig, device: str | None = None) -> Plan:

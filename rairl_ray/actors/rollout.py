@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rairl_ray.actors.group import ActorGroup, GroupFailure, Member, Pending, RankActor
+from rairl_ray.actors.group import ActorGroup, GroupFailure, Interrupted, Member, Pending, RankActor
 from rairl_ray.actors.weight_sync import WeightUpdate, fetched
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import balance
@@ -21,6 +22,7 @@ from rairl_ray.engines.rollout_engine import (
     SyncReport,
     engine_options,
 )
+from rairl_ray.engines.sources import end_tokens
 from rairl_ray.engines.weights import whole
 from rairl_ray.keys import key_seed
 from rairl_ray.types import Prompt, Rollout, RolloutGroup
@@ -109,7 +111,14 @@ class RolloutActor(RankActor):
 def open_engine(config: RunConfig, policy_path: str, device: Literal["cpu", "cuda"]) -> RolloutEngine:
     """The engine that `rollout.engine` names; each heavy library is imported only where it is used."""
     renderer = Renderer(load_tokenizer(policy_path, config.model.policy), "")
-    options = engine_options(config, model_path=policy_path, eos_id=renderer.eos_id, device=device)
+    stops = {*renderer.stop_ids, *end_tokens(policy_path, config.model.policy.revision)}
+    options = engine_options(
+        config,
+        model_path=policy_path,
+        eos_id=renderer.eos_id,
+        stop_ids=tuple(sorted(stops - {renderer.eos_id})),
+        device=device,
+    )
     if config.rollout.engine == "vllm":
         from rairl_ray.engines.vllm_engine import VllmEngine
 
@@ -156,6 +165,8 @@ class RolloutWorkers(ActorGroup):
         super().__init__("rollout", members)
         self._config = config
         self._renderer = renderer
+        self._busy = False
+        """Whether the engines still sample what nobody waits for."""
 
     def open(self) -> None:
         self.call("open", self._config.timeouts.start_seconds, lambda actor, _rank: actor.open.remote())
@@ -171,9 +182,14 @@ class RolloutWorkers(ActorGroup):
         stream: str,
         samples_per_prompt: int | None = None,
         sampling: SamplingSettings | None = None,
+        unless: Callable[[], bool] | None = None,
     ) -> list[RolloutGroup]:
-        """Sample every prompt; the seed of each request is keyed by (run seed, stream, prompt, sample)."""
-        return self.collect(self.start(prompts, stream, samples_per_prompt, sampling)).groups
+        """Sample every prompt; the seed of each request is keyed by (run seed, stream, prompt, sample).
+
+        Raises:
+            Interrupted: `unless` said True before all was sampled; then only `close` is left to call.
+        """
+        return self.collect(self.start(prompts, stream, samples_per_prompt, sampling), unless).groups
 
     def start(
         self,
@@ -193,12 +209,13 @@ class RolloutWorkers(ActorGroup):
             max_tokens=self._config.rollout.max_completion_tokens,
         )
         prompt_ids = [self._renderer.prompt_ids(prompt) for prompt in prompts]
+        firsts = first_samples([prompt.id for prompt in prompts], count)
         shares = balance([len(ids) + settings.max_tokens for ids in prompt_ids], len(self))
         requests = [
             [
                 GenerationRequest(
                     prompt_ids=prompt_ids[i],
-                    seed=sampling_seed(self._config.seed, stream, prompts[i].id, sample),
+                    seed=sampling_seed(self._config.seed, stream, prompts[i].id, firsts[i] + sample),
                 )
                 for i in share
                 for sample in range(count)
@@ -212,9 +229,13 @@ class RolloutWorkers(ActorGroup):
         )
         return PendingGroups(tuple(prompts), count, shares, requests, pending)
 
-    def collect(self, started: PendingGroups) -> Sampled:
-        """Wait for what `start` began."""
-        answers = self.wait(started.pending)
+    def collect(self, started: PendingGroups, unless: Callable[[], bool] | None = None) -> Sampled:
+        """Wait for what `start` began; `unless` as in `generate`."""
+        try:
+            answers = self.wait(started.pending, unless)
+        except Interrupted:
+            self._busy = True
+            raise
         groups: dict[int, RolloutGroup] = {}
         seconds = 0.0
         for share, asked, answer in zip(started.shares, started.requests, answers, strict=True):
@@ -281,13 +302,23 @@ class RolloutWorkers(ActorGroup):
         return self._renderer
 
     def close(self) -> None:
-        if self.members:
+        if self.members and not self._busy:
             self.forget()
             # A dead or hung engine cannot be closed politely; the kill below ends it.
             with contextlib.suppress(GroupFailure):
                 deadline = self._config.timeouts.teardown_seconds
                 self.call("close", deadline, lambda actor, _rank: actor.close.remote())
         super().close()
+
+
+def first_samples(prompt_ids: Sequence[str], count: int) -> list[int]:
+    """The number of each prompt's first sample, for its seed: a problem drawn twice goes on counting."""
+    seen: Counter[str] = Counter()
+    firsts = []
+    for prompt_id in prompt_ids:
+        firsts.append(count * seen[prompt_id])
+        seen[prompt_id] += 1
+    return firsts
 
 
 def sampling_seed(run_seed: int, stream: str, prompt_id: str, sample: int) -> int:

@@ -29,19 +29,24 @@ def advantages(
     - loo (PRIME, arXiv 2502.01456, eq. 5): a_t = r_t - mean_{j != i} R_j; A_t as in `discounted`; no std.
     gamma = 0 keeps each token's own a_t. std is the unbiased one (n - 1), as in TRL's GRPO, and 0 for a group
     of one. `normalise: false` subtracts nothing, `scale: false` divides by nothing (`loo` knows neither).
+    A trace without tokens, or without a reward (NaN: the discriminator had no unit to score), is in no mean and
+    no std and has advantage 0: whatever else it got would be an invented reward.
     """
     rewards = [np.asarray(r, dtype=np.float64) for r in token_rewards]
-    group = [i for i, r in enumerate(rewards) if len(r) > 0]  # an empty completion has no reward to compare
+    group = [i for i, r in enumerate(rewards) if len(r) > 0 and not np.isnan(r).any()]
     means = np.array([rewards[i].mean() for i in group])
+    result = [np.zeros(len(r)) for r in rewards]
     if config.type == "sequence":
         mean, scale = _mean_and_scale(means, config)
-        result = [np.full(len(r), (r.mean() - mean) / scale) if len(r) else r for r in rewards]
+        for i, own in zip(group, means, strict=True):
+            result[i] = np.full(len(rewards[i]), (own - mean) / scale)
     elif config.type == "discounted":
         mean, scale = _mean_and_scale(np.asarray(last_unit_rewards, dtype=np.float64)[group], config)
-        result = [discounted_sums((r - mean) / scale, config.gamma) for r in rewards]
+        for i in group:
+            result[i] = discounted_sums((rewards[i] - mean) / scale, config.gamma)
     else:  # loo
-        others = dict(zip(group, _mean_of_the_others(means), strict=True))
-        result = [discounted_sums(r - others.get(i, 0.0), config.gamma) for i, r in enumerate(rewards)]
+        for i, others in zip(group, _mean_of_the_others(means), strict=True):
+            result[i] = discounted_sums(rewards[i] - others, config.gamma)
     return [a.astype(np.float32) for a in result]
 
 

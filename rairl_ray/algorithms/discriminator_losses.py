@@ -150,7 +150,10 @@ def airl(
 ) -> Tensor:
     """Logits [B, U] = f_u - log pi(segment_u), f_u = g_u + gamma h_{u+1} - h_u (AIRL, arXiv 1710.11248).
 
-    The potential after a trace's last unit is 0; log pi is detached. Units are left-aligned in their row.
+    log pi is detached; units are left-aligned in their row. The potential after a trace's last unit is 0, also
+    after that of a truncated trace: the length limit ends the episode, for nothing behind it is ever rewarded.
+    To read h there instead would be no bootstrap but a hole: no trace goes on from the limit, so no other term
+    would hold that h, and g of a truncated trace's last unit could be anything that gamma h makes up for.
     """
     f_BU = outputs.values.float()
     if outputs.shaping is not None:

@@ -33,7 +33,8 @@ def policy_loss(
     """Contribution to the loss, and metric SUMS over the policy's own tokens (see `mean_metrics`).
 
     All [B, T] float except mask_BT (True on completion tokens); expert_B [B] marks expert traces. Everything
-    but logprobs_BT is a constant. Per token: min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
+    but logprobs_BT is a constant. Per token: min(r A, clip(r, 1 - clip_low, 1 + clip_high) A). A sum of what
+    nobody measured (KL without a reference, weights without a cap) is absent.
 
     - importance_cap None: r = pi / pi_sampling, straight to the rollout engine's log-probabilities.
     - importance_cap c: r = pi / pi_old with the learner's own pi_old before the update, and the token's loss
@@ -55,9 +56,11 @@ def policy_loss(
     unclipped_gain, clipped_gain = ratio * advantage, clipped * advantage
     token_losses = -weight * torch.minimum(unclipped_gain, clipped_gain)
 
-    kl = torch.zeros_like(logprobs)
+    measured: dict[str, Tensor] = (
+        {} if config.importance_cap is None else {metrics.POLICY_IMPORTANCE_WEIGHT: weight}
+    )
     if reference_logprobs_BT is not None:
-        kl = k3(logprobs, torch.where(mask, reference_logprobs_BT.float(), 0.0))
+        measured[metrics.POLICY_KL] = kl = k3(logprobs, torch.where(mask, reference_logprobs_BT.float(), 0.0))
         token_losses = token_losses + config.kl_coefficient * kl
 
     loss = _aggregate(token_losses, mask, config, total_tokens, total_samples, max_completion_tokens)
@@ -65,19 +68,22 @@ def policy_loss(
     sums = {
         metrics.POLICY_TOKENS: own.sum(),
         metrics.POLICY_LOSS: loss.detach(),
-        metrics.POLICY_KL: kl.detach()[own].sum(),
         metrics.POLICY_RATIO_MEAN: ratio.detach()[own].sum(),
         metrics.POLICY_CLIP_SHARE: (clipped_gain < unclipped_gain)[own].sum(),
-        metrics.POLICY_IMPORTANCE_WEIGHT: weight[own].sum(),
         metrics.POLICY_ENTROPY: -logprobs.detach()[own].sum(),
         metrics.ROLLOUT_LOGPROB_GAP: (old - sampling).abs()[own].sum(),
         metrics.ROLLOUT_GAP_TOKENS: own.sum(),
     }
-    return loss, sums
+    return loss, sums | {name: values.detach()[own].sum() for name, values in measured.items()}
 
 
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference) a token: e^d - d - 1, d = log ref - log pi; never negative."""
+    """Estimate of KL(policy || reference) a token: e^d - d - 1, d = log ref - log pi; never negative.
+
+    Under samples of pi its mean is KL(pi || ref), with less variance than -d. Its gradient is another's: it is
+    (1 - ref/pi) grad log pi, whose mean is that of KL(ref || pi), the direction that covers what the reference
+    does. Both agree to first order at pi = ref. Nothing here differentiates through the sampling itself.
+    """
     difference = reference_logprobs - logprobs
     return _exp(difference) - difference - 1
 

@@ -13,18 +13,18 @@ Selector = Literal["mean", "sum", "last", "min", "discounted", "tail"]
 
 
 def unit_rewards(logits_U: np.ndarray, config: Reward, outcome: float | None = None) -> np.ndarray:
-    """Rewards of one trace's units: logit / temperature, clipped, plus the outcome on the last unit.
+    """Rewards of one trace's units: logit / temperature, clipped, plus outcome_weight * outcome on each.
 
     outcome: the task's own correctness of this trace (0 or 1), for training with `reward.outcome_weight` > 0.
-    None gives the learned reward alone: evaluation and reranking must never see the gold answer.
-    Returns [U] float32.
+    None gives the learned reward alone: evaluation and reranking must never see the gold answer. Every unit has
+    it, as every token has GRPO's: a trace's mean token reward and its last unit's then move by the same
+    outcome_weight * outcome, however many tokens and units there are. On the last unit alone it would weigh by
+    that unit's share of the tokens. Returns [U] float32.
     """
     rewards = np.asarray(logits_U, dtype=np.float32) / np.float32(config.temperature)
     if config.clip is not None:
         rewards = np.clip(rewards, *config.clip).astype(np.float32)
-    if outcome is not None and len(rewards) > 0:
-        rewards[-1] += np.float32(config.outcome_weight * outcome)
-    return rewards
+    return rewards if outcome is None else rewards + np.float32(config.outcome_weight * outcome)
 
 
 def clipped_count(logits_U: np.ndarray, config: Reward) -> int:

@@ -8,6 +8,9 @@ from rairl_ray.config.schema import Discriminator
 
 Reason = Literal["waiting", "steps", "gate", "gave up"]
 
+MEASURED_EVERY = 25
+"""Warm-up updates between two measurements of the AUROC."""
+
 
 def frozen(config: Discriminator) -> bool:
     """Whether the discriminator never learns: it scores as the model that it starts from."""
@@ -28,8 +31,16 @@ class WarmupGate:
         limit = 4 * config.warmup_steps if config.warmup_max_steps is None else config.warmup_max_steps
         self.max_steps = max(limit, config.warmup_steps)
 
+    def measures(self, step: int) -> bool:
+        """Whether the AUROC is measured after so many updates.
+
+        It depends on their number alone, so that a resumed warm-up opens its gate where an uninterrupted one
+        does.
+        """
+        return step in (self.min_steps, self.max_steps) or (step > 0 and step % MEASURED_EVERY == 0)
+
     def ready(self, step: int, auroc: float | None) -> tuple[bool, Reason]:
-        """step: discriminator updates done so far. auroc: the newest; None or NaN passes no gate."""
+        """step: discriminator updates done so far. auroc: of this very step; None or NaN passes no gate."""
         if step < self.min_steps:
             return False, "waiting"
         if self.gate is None:

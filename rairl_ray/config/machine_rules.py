@@ -32,7 +32,7 @@ def tracking(config: RunConfig) -> Problems:
     uri = config.tracking.uri
     if not config.tracking.experiment.strip():
         yield "tracking.experiment", "is empty; name the MLflow experiment"
-    if uri is None or uri == "none":
+    if uri is None or uri in ("none", "databricks", "databricks-uc"):  # MLflow's own words
         return
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https") and "@" in urlsplit(uri).netloc:
@@ -45,7 +45,7 @@ def tracking(config: RunConfig) -> Problems:
     elif not uri or scheme in ("", "file"):
         yield (
             "tracking.uri",
-            "MLflow's file store is gone; write sqlite:///path/mlflow.db, a server's URL, or none",
+            "MLflow's file store is gone; write sqlite:///path/mlflow.db, a server's URL, databricks, or none",
         )
 
 

@@ -20,7 +20,7 @@ from rairl_ray.config.machine_schema import (
     Tracking,
     Trainer,
 )
-from rairl_ray.config.section import BelowOne, Fraction, NonNegativeFloat, NonNegativeInt, Section
+from rairl_ray.config.section import BelowOne, FilePath, Fraction, NonNegativeFloat, NonNegativeInt, Section
 
 # --- what runs -----------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ class Build(Section):
 
 
 class Model(Section):
-    path: str | None = None
+    path: FilePath | None = None
     """Hub id or local folder; None: the model of `build` (policy), or the policy's (discriminator). For the
     discriminator also a saved reward (docs/transfer.md): a run, its final/reward_model or a copy of that."""
     build: Build | None = None
@@ -65,7 +65,7 @@ class Model(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     export: Literal["adapter", "merged"] = "adapter"
     """What LoRA leaves in final/policy: a PEFT adapter folder, or base and adapter merged."""
-    chat_template: str | None = None
+    chat_template: FilePath | None = None
     """File with a Jinja chat template, for a tokenizer that ships none."""
     trust_remote_code: bool = False
 
@@ -108,13 +108,13 @@ class Fields(Section):
 
 class Data(Section):
     task: str = "arithmetic"
-    path: str | None = None
+    path: FilePath | None = None
     """Folder or file (jsonl, json, parquet, csv) or hub id; None: the task's own hub id or generator. A single
     file is split (one in ten held out); of a task for evaluation only (aime, math500) it is all held out."""
     config_name: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
-    demonstrations: str | None = None
+    demonstrations: FilePath | None = None
     """File of expert chains of thought that replace the task's own, matched by `fields.id` or prompt."""
     expert_error_rate: Fraction = 0.0
     """Share of the training demonstrations that are made wrong on purpose by a perturbation: the same examples
@@ -154,7 +154,7 @@ class Reward(Section):
     clip: tuple[float, float] | None = None
     """(lower, upper) bound of a unit's reward, after the temperature."""
     outcome_weight: NonNegativeFloat = 0.0
-    """Weight of the task's correctness mixed into the last unit's reward; 0 learns from experts alone."""
+    """What a right trace gets on top of every unit's reward, so of its mean; 0 learns from experts alone."""
     rescore: bool = False
     """Score samples on arrival too, before the discriminator learns from them, and log how rewards drifted."""
 
@@ -262,7 +262,7 @@ class RunConfig(Section):
     name: str = "run"
     """Run folder below `output_dir`; slashes make subfolders."""
     seed: NonNegativeInt = 0
-    output_dir: str = "runs"
+    output_dir: FilePath = "runs"
     warm_start: str | None = None
     """An SFT experiment file, trained first where its final policy does not exist yet; its policy is ours."""
     algorithm: Algorithm = Algorithm()

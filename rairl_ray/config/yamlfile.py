@@ -86,11 +86,16 @@ def read_document(path: Path, name: str) -> Document:
 def parse_scalar(text: str, name: str) -> Any:
     """The value of an override, read as YAML: `1e-4`, `null`, `[a, b]`, `{}`, `text`.
 
-    Lists and mappings need their brackets, so that a prompt such as `Think: then answer` stays text.
+    Lists and mappings need their brackets, so that a prompt such as `Think: then answer` stays text. There
+    are no comments: `#` is a character like any other.
     """
     text = text.strip()
-    if text[0] not in "[{'\"" and (": " in text or text.endswith(":") or text.startswith("- ")):
-        return text
+    closing = {"[": "]", "{": "}", "'": "'", '"': '"'}.get(text[0])
+    if closing is None:
+        marks = (": " in text, text.endswith(":"), text.startswith(("- ", "#")), " #" in text, "\t#" in text)
+        return text if any(marks) else _parse(text, name)[0]
+    if not text.endswith(closing):
+        raise ConfigError(f"{name}: malformed YAML: opens with {text[0]} and does not end with {closing}")
     return _parse(text, name)[0]
 
 

@@ -16,18 +16,23 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rairl_ray.config.schema import Model
+from rairl_ray.data.completion_format import TAGS
 from rairl_ray.errors import ModelError
 from rairl_ray.types import Prompt, TokenizedTrace, Trace
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _PROBE = "system-role-probe"
+
+PROMPT_DAY = datetime(2024, 7, 26)
+"""Today, in templates that write a date: no prompt may differ from day to day, or from run to resume."""
 
 
 def load_tokenizer(path: str, model: Model, *, role: str = "policy") -> PreTrainedTokenizerBase:
@@ -49,7 +54,7 @@ def load_tokenizer(path: str, model: Model, *, role: str = "policy") -> PreTrain
         file = Path(model.chat_template)
         if not file.is_file():
             raise ModelError(f"model.{role}.chat_template={file}: no such file; give a Jinja chat template")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
     if not tokenizer.chat_template:
         raise ModelError(
             f"model.{role}.path={path}: the tokenizer has no chat template; "
@@ -77,11 +82,22 @@ class Renderer:
     ) -> None:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
-        self.eos_id: int = tokenizer.eos_token_id
-        self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._wants_parts = False
+        self._check_template()
         self.system_role = self._detected_role() if system_role == "auto" else system_role
+        self.eos_id: int = self._turn_end()
+        """What ends an expert's turn: the token that the template itself writes there."""
+        self.stop_ids: tuple[int, ...] = tuple(sorted({self.eos_id, tokenizer.eos_token_id}))
+        """What ends a sample; the model's generation config may know more."""
+        self.pad_id: int = self.eos_id
+        """Padding is masked everywhere; a tokenizer's own pad token may lie outside of the embedding."""
         self.fingerprint = _fingerprint(tokenizer)
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._special = _special_ids(tokenizer)
+        added = tokenizer.get_added_vocab()
+        self._tags = {tag: added[tag] for tag in TAGS if added.get(tag) in self._special}
+        """Format tags that are special tokens: they are text here."""
+        self._special -= frozenset(self._tags.values())
+        self._lead = self._lead_ids()
         self._pieces: dict[int, bytes] = {}
         self._decoder = _decoder_kind(tokenizer)
 
@@ -119,8 +135,11 @@ class Renderer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of completion tokens, special tokens skipped."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Text of completion tokens, special tokens skipped, but for format tags."""
+        kept = [token for token in ids if token not in self._special] if self._tags else list(ids)
+        return self.tokenizer.decode(
+            kept, skip_special_tokens=not self._tags, clean_up_tokenization_spaces=False
+        )
 
     def char_ends(self, ids: Sequence[int]) -> list[int]:
         """[T] complete characters of `decode(ids)` after each token; a closing end of sequence has one more.
@@ -129,7 +148,7 @@ class Renderer:
         """
         text = self.decode(ids)
         ends = self._ends_by_pieces(ids, text) or self._ends_by_prefixes(ids, text)
-        if len(ids) and ids[-1] == self.eos_id:
+        if len(ids) and ids[-1] in self.stop_ids:
             ends[-1] = len(text) + 1
         return ends
 
@@ -140,26 +159,94 @@ class Renderer:
             return "user"
         return "system" if _PROBE in text else "user"
 
-    def _rendered(self, messages: list[dict[str, str]]) -> str:
+    def _check_template(self) -> None:
+        """Find out whether the template takes a message as text or as a list of parts.
+
+        Raises:
+            ModelError: either way the question is not in the prompt.
+        """
+        question = [{"role": "user", "content": _PROBE}]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            name = self.tokenizer.name_or_path or "the tokenizer"
+            if _PROBE in self._rendered(question):
+                return
+        except ModelError:
+            return  # it may want a system message too; `prompt_text` tells
+        self._wants_parts = True
+        if _PROBE not in self._rendered(question):
             raise ModelError(
-                f"{name}: its chat template cannot render {[m['role'] for m in messages]} ({error}); "
-                f"set data.system_role=user or another chat_template"
+                f"{self._name}: its chat template drops or alters the question; "
+                "set model.policy.chat_template (or model.discriminator's) to a file with another one"
+            )
+
+    def _turn_end(self) -> int:
+        """The special token that the template writes behind an assistant's text, or else the tokenizer's."""
+        own: int = self.tokenizer.eos_token_id
+        try:
+            turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+            _, _, tail = self._rendered(turn, generation=False).rpartition(_PROBE)
+        except ModelError:
+            return own
+        ids = self.tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"] if tail.strip() else []
+        return ids[0] if ids and ids[0] in _special_ids(self.tokenizer) else own
+
+    def _lead_ids(self) -> tuple[int, ...]:
+        """Ids of a line end where the tokenizer begins every text with a space of its own; else none.
+
+        A completion goes on after a prompt. Encoded behind a line end it begins as the policy's samples do.
+        """
+        alone, lead, behind = (self._ids(text) for text in ("x", "\n", "\nx"))
+        spaced = bool(alone) and str(self.tokenizer.convert_ids_to_tokens(alone[0])).startswith("▁")
+        return tuple(lead) if spaced and behind[: len(lead)] == lead and len(behind) > len(lead) else ()
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    @property
+    def _name(self) -> str:
+        return self.tokenizer.name_or_path or "the tokenizer"
+
+    def _rendered(self, messages: list[dict[str, str]], generation: bool = True) -> str:
+        chat: list[dict[str, Any]] = list(messages)
+        if self._wants_parts:
+            chat = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=generation, strftime_now=PROMPT_DAY.strftime
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ModelError(
+                f"{self._name}: its chat template cannot render {[m['role'] for m in messages]} "
+                f"({' '.join(str(error).split())[:200]}); set data.system_role=user or another chat_template"
             ) from error
 
     def _encoded(self, text: str) -> tuple[list[int], list[int]]:
+        if not self._tags:
+            return self._encoded_piece(text)
+        ids: list[int] = []
+        ends: list[int] = []
+        at = 0
+        for piece in re.split(f"({'|'.join(map(re.escape, self._tags))})", text):
+            if piece in self._tags:
+                ids, ends = [*ids, self._tags[piece]], [*ends, at + len(piece)]
+            elif piece:
+                own, own_ends = self._encoded_piece(piece)
+                ids, ends = ids + own, ends + [at + end for end in own_ends]
+            at += len(piece)
+        return ids, ends
+
+    def _encoded_piece(self, text: str) -> tuple[list[int], list[int]]:
+        lead = "\n" if self._lead else ""
         encoding = self.tokenizer(
-            text,
+            lead + text,
             add_special_tokens=False,
             split_special_tokens=True,
             return_offsets_mapping=self.tokenizer.is_fast,
         )
-        ids = list(encoding["input_ids"])
+        ids = list(encoding["input_ids"])[len(self._lead) :]
         if self.tokenizer.is_fast and self.decode(ids) != text:  # it normalises: decoded offsets would drift
-            return ids, _ends_by_offsets(encoding["offset_mapping"], len(text))
+            spans = encoding["offset_mapping"][len(self._lead) :]
+            moved = [(max(0, start - len(lead)), max(0, stop - len(lead))) for start, stop in spans]
+            return ids, _ends_by_offsets(moved, len(text))
         return ids, [min(end, len(text)) for end in self.char_ends(ids)]
 
     def _ends_by_pieces(self, ids: Sequence[int], text: str) -> list[int] | None:
@@ -224,6 +311,11 @@ def _ends_by_offsets(offsets: Iterable[tuple[int, int]], length: int) -> list[in
     if ends:
         ends[-1] = length
     return ends
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
 
 
 def _decoder_kind(tokenizer: PreTrainedTokenizerBase) -> Literal["bytes", "sentencepiece", "plain"]:

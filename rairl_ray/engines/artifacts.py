@@ -7,6 +7,7 @@ or the adapter (and a scalar head) under PEFT names.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from rairl_ray.config.schema import Model, RunConfig
 from rairl_ray.data.batching import DiscriminatorTensors
 from rairl_ray.data.rendering import load_tokenizer
 from rairl_ray.data.tasks import task_rules
+from rairl_ray.engines.adapters import save_model
 from rairl_ray.engines.heads import ImplicitModel, ScalarModel
 from rairl_ray.engines.models import DTYPES, adapter_config, load_causal_lm, load_token_classifier
 from rairl_ray.engines.sources import atomic_folder
@@ -80,12 +82,15 @@ def save_policy(
     tokenizer = load_tokenizer(base, model)
     with atomic_folder(folder) as temporary:
         if model.lora.rank is not None and model.export == "adapter":
-            config = {**adapter_config(module), "base_model_name_or_path": base}
+            # Where the base lies, wherever the adapter is used from; a hub id with its revision.
+            where = os.path.abspath(base) if Path(base).is_dir() else base
+            revision = None if Path(base).is_dir() else model.revision
+            config = {**adapter_config(module), "base_model_name_or_path": where, "revision": revision}
             (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
             tensors = {name: tensor.contiguous() for name, tensor in state.items()}
             save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         else:
-            _restored(load_causal_lm(base, _quiet(model)), state).save_pretrained(temporary)
+            save_model(_restored(load_causal_lm(base, _quiet(model)), state), temporary)
         tokenizer.save_pretrained(temporary)
 
 
@@ -111,7 +116,7 @@ def save_reward_model(
             outputs = next(tensor.shape[0] for name, tensor in state.items() if name.endswith("score.weight"))
             merged = _restored(load_token_classifier(base, _quiet(model), outputs=outputs), state)
             _keep_reward(merged)
-        merged.save_pretrained(temporary)
+        save_model(merged, temporary)
         load_tokenizer(base, model).save_pretrained(temporary)
         loss = config.discriminator.loss
         # A frozen reward keeps the loss that made it, and a saved one goes on to read questions as it did.
@@ -233,7 +238,7 @@ def _save_reference(target: Path, base: str, model: Model) -> dict[str, str | No
         local = name == REFERENCE_FOLDER or saved.dtype != model.dtype
     if local:
         name, revision = REFERENCE_FOLDER, None
-        reference.save_pretrained(target / REFERENCE_FOLDER)
+        save_model(reference, target / REFERENCE_FOLDER)
     return dict(zip(REFERENCE_FIELDS, (name, checksum(reference.state_dict()), revision), strict=True))
 
 

@@ -53,6 +53,7 @@ class HfEngine:
             dtype=getattr(torch, options.dtype),
         )
         self._base.to(options.device).eval().requires_grad_(False)
+        self._stops = sorted({options.eos_id, *options.stop_ids})
         self._adapted: Any = None  # the PEFT model around _base while an adapter is loaded
 
     @property
@@ -86,6 +87,7 @@ class HfEngine:
         rows = torch.arange(len(requests), device=device)  # [B] request of each running row
         alive_B = torch.ones(len(requests), dtype=torch.bool, device=device)
         traces = _Traces(len(requests))
+        stops = torch.tensor(self._stops, device=device)
         cache = DynamicCache()
         positions = (mask_BL.cumsum(-1) - 1).clamp(min=0)
         for step in range(sampling.max_tokens):
@@ -99,7 +101,7 @@ class HfEngine:
             ).logits[:, -1]
             tokens_B, logprobs_B = draw(logits, uniforms[rows, step], sampling)
             traces.add(rows, alive_B, tokens_B, logprobs_B)
-            alive_B = alive_B & (tokens_B != self._options.eos_id)
+            alive_B = alive_B & ~torch.isin(tokens_B, stops)
             running = int(alive_B.sum())
             if running == 0:
                 break
@@ -118,7 +120,7 @@ class HfEngine:
             token_ids=tuple(ids),
             logprobs=tuple(logprobs),
             text=self._decode(ids),
-            finish_reason="stop" if ids[-1] == self._options.eos_id else "length",
+            finish_reason="stop" if ids[-1] in self._stops else "length",
         )
 
     @torch.inference_mode()

@@ -1,28 +1,26 @@
 """Loading models for training: a causal language model or a token classifier, full or with LoRA.
 
-The files that import transformers and peft are this one, heads.py, sources.py, artifacts.py and hf_engine.py.
+The files that import transformers and peft are this one, heads.py, sources.py, adapters.py, artifacts.py and
+hf_engine.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, BitsAndBytesConfig
 
 from rairl_ray.config.schema import Model
+from rairl_ray.engines.adapters import one_line_errors
 from rairl_ray.engines.sources import materialise
 from rairl_ray.errors import ModelError
 from rairl_ray.keys import key_seed
 
 __all__ = ["adapter_config", "load_causal_lm", "load_token_classifier", "materialise"]
-
-T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -105,15 +103,6 @@ def _from_pretrained(kind: Any, path: str, model: Model, device: str, **extra: A
             **extra,
         ),
     )
-
-
-def one_line_errors(path: str, load: Callable[[], T]) -> T:
-    """Run `load`, turning the library's long errors into one line that names the model."""
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{path}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 def _quantised(model: Model, device: str) -> dict[str, Any]:

@@ -43,9 +43,11 @@ class EngineOptions:
     model_path: str
     """Folder or hub id of the weights it starts from."""
     eos_id: int
-    """The one token that ends a completion."""
+    """The token that ends a turn."""
     max_prompt_tokens: int
     max_completion_tokens: int
+    stop_ids: tuple[int, ...] = ()
+    """Other tokens that end a completion too."""
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -152,13 +154,19 @@ class RolloutEngine(Protocol):
 
 
 def engine_options(
-    config: RunConfig, *, model_path: str, eos_id: int, device: Literal["cpu", "cuda"]
+    config: RunConfig,
+    *,
+    model_path: str,
+    eos_id: int,
+    stop_ids: tuple[int, ...] = (),
+    device: Literal["cpu", "cuda"],
 ) -> EngineOptions:
     """The rollout engine of a run. `model_path` is where `model.policy` lies by now (engines.models)."""
     policy, rollout = config.model.policy, config.rollout
     return EngineOptions(
         model_path=model_path,
         eos_id=eos_id,
+        stop_ids=stop_ids,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_completion_tokens=rollout.max_completion_tokens,
         revision=policy.revision if model_path == policy.path else None,

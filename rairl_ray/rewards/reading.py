@@ -25,6 +25,8 @@ class ReadTrace:
     """[U]"""
     unit_starts: np.ndarray
     """[U]"""
+    policy_tokens: bool = False
+    """Whether `tokens` are the policy's own: both models share one tokenizer."""
 
     @property
     def unit_char_ends(self) -> np.ndarray:
@@ -43,7 +45,13 @@ class TraceReader:
     def read(self, trace: Trace) -> ReadTrace:
         tokens = self.renderer.tokenize(trace, same_tokenizer=self.same_tokenizer)
         units = unit_tokens(trace.text, tokens.char_ends, self.density)
-        return ReadTrace(trace=trace, tokens=tokens, unit_tokens=units, unit_starts=unit_starts(units))
+        return ReadTrace(
+            trace=trace,
+            tokens=tokens,
+            unit_tokens=units,
+            unit_starts=unit_starts(units),
+            policy_tokens=self.same_tokenizer,
+        )
 
 
 def sample_of(read: ReadTrace, *, positive: bool = False, pair_id: int = 0) -> DiscriminatorSample:

@@ -5,11 +5,14 @@ A failed actor group ends the attempt; `attempts.py` starts the next one from th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from rairl_ray import metrics as names
+from rairl_ray.actors.group import Interrupted
 from rairl_ray.actors.learner import LearnerWorkers
 from rairl_ray.algorithms.warmup import WarmupGate
 from rairl_ray.data.cursor import Cursor
@@ -26,9 +29,6 @@ from rairl_ray.trainer.saving import Saving
 from rairl_ray.trainer.session import Session
 from rairl_ray.types import Demonstration, RolloutGroup
 
-GATE_EVERY = 25
-"""Warm-up updates between two measurements of the gate's AUROC."""
-
 
 def run(session: Session) -> bool:
     """The whole run; True when it finished, False when it was asked to stop (its state is saved)."""
@@ -44,6 +44,8 @@ class Progress:
     warmup: int = 0
     """Finished warm-up updates of the discriminator."""
     warmed_up: bool = False
+    unevaluated: dict[str, float] | None = None
+    """The row of `step` while its evaluation is not done; where a stop cuts that off, the resume does it."""
 
 
 class Run:
@@ -71,28 +73,48 @@ class Run:
         strategy = self.airl or GrpoStrategy(prepared.task, prepared.policy_renderer, config.reward)
         self.strategy = strategy
         self.loop = Loop(config, self.feed, parts.rollouts, parts.policy, strategy)
-        self.heldout = HeldOut(config, prepared.task, parts.rollouts, self.airl)
+        self.heldout = HeldOut(config, prepared.task, parts.rollouts, self.airl, lambda: bool(session.stop))
 
     def run(self, resume: bool, ready: Callable[[], None]) -> bool:
         """One attempt from start or checkpoint; `ready` is called once it can go on where it should."""
-        session, config = self.session, self.config
+        config = self.config
         self._open()
         restored = self._restore() if resume else False
         self.loop.sync()
         ready()
         if config.eval.at_start and not restored:
-            self._evaluate("start")
-        if not self._warm_up():
+            self.progress.unevaluated = {}
+        try:
+            summary = self._to_the_end()
+        except Interrupted:
+            summary = None
+        if summary is None:
             return self._stopped()
+        self.saving.require()
+        self._export(summary)
+        return True
+
+    def _to_the_end(self) -> Summary | None:
+        """From where the run stands to its final evaluation; None when asked to stop.
+
+        Raises:
+            Interrupted: asked to stop while samples were awaited that no step trains on.
+        """
+        config, session = self.config, self.session
+        if (row := self.progress.unevaluated) is not None:
+            self._log_evaluation(self._evaluate(), row)
+        if not self._warm_up():
+            return None
         session.display.phase("training", config.trainer.steps, self.progress.step)
         for step in range(self.progress.step + 1, config.trainer.steps + 1):
             self._step(step)
             if session.stop and step < config.trainer.steps:
-                return self._stopped()
-        summary = self._evaluate("final") if config.eval.at_end else {}
-        self.saving.require()
-        self._export(summary)
-        return True
+                return None
+        if not config.eval.at_end:
+            return {}
+        summary = self._evaluate("final")
+        self._log_evaluation(summary)
+        return summary
 
     # --- the parts of a run ------------------------------------------------------------------------
 
@@ -113,15 +135,18 @@ class Run:
         metrics, groups = self.loop.step(step, timer)
         self.progress.step = step
         self.parts.finished(step)
+        metrics |= self.session.prepared.facts
         if config.eval.every and step % config.eval.every == 0 and step < config.trainer.steps:
-            with timer.phase(names.TIME_EVALUATION):
-                metrics |= values_of(self._evaluate(f"step-{step:06d}", log=False))
+            self.progress.unevaluated = dict(metrics)
+            with suppress(Interrupted), timer.phase(names.TIME_EVALUATION):
+                metrics |= values_of(self._evaluate())
         with timer.phase(names.TIME_CHECKPOINT):
             self.saving.poll()
             if self._checkpoint_due(step):
                 self._save()
-        metrics |= {**self.session.prepared.facts, **self.saving.take_metrics(), **timer.finish()}
-        self.session.log(step, metrics)
+        metrics |= {**self.saving.take_metrics(), **timer.finish()}
+        if self.progress.unevaluated is None:
+            self.session.log(step, metrics)
         self.session.log_rollouts(step, groups)
         self.session.display.step(step, metrics)
 
@@ -130,16 +155,20 @@ class Run:
         stopping = bool(self.session.stop)
         return stopping or step == self.config.trainer.steps or bool(every and step % every == 0)
 
-    def _evaluate(self, name: str, log: bool = True) -> Summary:
-        """Evaluate on held-out problems, write rows and summary, log the numbers at the current step."""
+    def _evaluate(self, name: str | None = None) -> Summary:
+        """Evaluate on held-out problems, write rows and summary; the name is otherwise the current step's."""
+        name = name or (f"step-{self.progress.step:06d}" if self.progress.step else "start")
         self.session.display.phase(f"evaluating ({name})")
         self.loop.ahead.settle()
         summary, rows = self.heldout.evaluate()
         self.session.write_evaluation(name, summary, rows)
-        if log:
-            self.session.log(self.progress.step, values_of(summary))
-            self.session.display.show(values_of(summary))
+        self.progress.unevaluated = None
         return summary
+
+    def _log_evaluation(self, summary: Summary, row: Mapping[str, float] = MappingProxyType({})) -> None:
+        """The numbers at the current step, with the rest of its row where that waited for them."""
+        self.session.log(self.progress.step, {**row, **values_of(summary)})
+        self.session.display.show(values_of(summary))
 
     # --- warm-up -----------------------------------------------------------------------------------
 
@@ -151,7 +180,7 @@ class Run:
         display = self.session.display
         display.phase("discriminator warm-up", gate.max_steps, self.progress.warmup)
         pool = WarmupPool(self)
-        auroc = self._separation(pool)
+        auroc = self._separation(pool) if gate.measures(self.progress.warmup) else None
         ready, reason = gate.ready(self.progress.warmup, auroc)
         while not ready:
             update = self.progress.warmup + 1
@@ -163,8 +192,8 @@ class Run:
             if self.config.trainer.checkpoint_every and update % self.config.trainer.checkpoint_every == 0:
                 with timer.phase(names.TIME_CHECKPOINT):
                     self._save()
-            if update % GATE_EVERY == 0:
-                auroc = self._separation(pool)
+            auroc = self._separation(pool) if gate.measures(update) else None
+            if auroc is not None:
                 metrics[names.DISCRIMINATOR_AUROC] = auroc
             # Warm-up rows lie before step 1, one number each: -(max - 1) .. 0.
             step = update - gate.max_steps
@@ -178,7 +207,7 @@ class Run:
         self._save()
         self.session.event(
             f"discriminator warm-up ended after {self.progress.warmup} updates ({reason}), "
-            f"AUROC on held-out right/wrong samples {auroc:.3f}"
+            f"AUROC on held-out right/wrong samples {float('nan') if auroc is None else auroc:.3f}"
         )
         return True
 
@@ -285,5 +314,6 @@ class WarmupPool:
             [item.prompt for item in demonstrations],
             stream,
             self._run.config.discriminator.warmup_samples_per_prompt,
+            unless=lambda: bool(self._run.session.stop),
         )
         return list(zip(groups, demonstrations, strict=True))

@@ -118,7 +118,6 @@ class AirlStrategy:
         config = self._config.discriminator
         pair_ids = {group.prompt.id: index for index, group in enumerate(groups)}
         labelled: list[Labelled] = []
-        logprobs: list[tuple[ReadTrace, Rollout | None]] = []
         dropped = 0
         for demonstration in demonstrations:
             pair = pair_ids.setdefault(demonstration.prompt.id, len(pair_ids))
@@ -127,16 +126,16 @@ class AirlStrategy:
             for index, trace in enumerate([_expert_trace(demonstration), *copies]):
                 read = self._reader.read(trace)
                 labelled.append(Labelled(read=read, positive=index == 0, pair_id=pair))
-                logprobs.append((read, None))
-        for trace, sampled in self._policy_traces(groups, epoch):
+        for trace in self._policy_traces(groups, epoch):
             read = self._reader.read(trace)
             positive = (
                 config.positives == "expert_and_correct" and self._task.grade(trace.prompt, trace.text).correct
             )
             pair = pair_ids.setdefault(trace.prompt.id, len(pair_ids))
             labelled.append(Labelled(read=read, positive=positive, pair_id=pair))
-            logprobs.append((read, sampled))
-        policy_logprobs = self._segment_logprobs(logprobs) if config.loss.type == "airl" else None
+        policy_logprobs = None
+        if config.loss.type == "airl":
+            policy_logprobs = self._segment_logprobs([item.read for item in labelled])
         from_edit = config.perturbations.label == "from_edit"
         return labelled_batch(labelled, from_edit, policy_logprobs), dropped
 
@@ -151,26 +150,31 @@ class AirlStrategy:
         ]
         return traces, dropped
 
-    def _policy_traces(self, groups: Sequence[RolloutGroup], epoch: str) -> list[tuple[Trace, Rollout | None]]:
-        """The groups' own samples, with a share replaced by replayed ones of earlier policies ."""
-        fresh: list[tuple[Trace, Rollout | None]] = []
+    def _policy_traces(self, groups: Sequence[RolloutGroup], epoch: str) -> list[Trace]:
+        """The groups' own samples, with a share replaced by replayed ones of earlier policies."""
+        fresh: list[Trace] = []
         for group in groups:
             chosen = list(group.rollouts)
             limit = self._config.discriminator.negatives_per_prompt
             if limit is not None and limit < len(chosen):
                 key = (self._config.seed, "negatives", epoch, group.prompt.id)
                 chosen = keyed_random(*key).sample(chosen, limit)
-            fresh += [(trace_of(group.prompt, rollout), rollout) for rollout in chosen]
+            fresh += [trace_of(group.prompt, rollout) for rollout in chosen]
         count = round(self._config.discriminator.replay.share * len(fresh))
         replayed = self._replay.sample(count, (epoch,)) if count else []
         if replayed:
             keyed_random(self._config.seed, "replay-keep", epoch).shuffle(fresh)
             fresh = fresh[: len(fresh) - len(replayed)]
-        return fresh + [(trace, None) for trace in replayed]
+        return fresh + replayed
 
-    def _segment_logprobs(self, items: Sequence[tuple[ReadTrace, Rollout | None]]) -> list[np.ndarray]:
-        """[U] per trace: log pi of each segment; samples bring theirs, expert texts ask the policy."""
-        tokens = [self._renderer.tokenize(read.trace, same_tokenizer=True) for read, _ in items]
+    def _segment_logprobs(self, reads: Sequence[ReadTrace]) -> list[np.ndarray]:
+        """[U] per trace: log pi of each segment.
+
+        Of every trace under the learner's newest policy, at the rollouts' temperature, over the whole
+        vocabulary: the loss compares experts with samples, so a second policy (a stale sample's) or a second
+        distribution (the engine's, renormalised over the nucleus) on one side would tell the labels apart.
+        """
+        tokens = [self._renderer.tokenize(read.trace, same_tokenizer=True) for read in reads]
         asked = [
             PolicySample(
                 prompt_ids=token.prompt_ids,
@@ -178,31 +182,31 @@ class AirlStrategy:
                 advantages=np.zeros(len(token.completion_ids), dtype=np.float32),
                 sampling_logprobs=None,
             )
-            for token, (_, rollout) in zip(tokens, items, strict=True)
-            if rollout is None
+            for token in tokens
         ]
-        answers = iter(self._policy.logprobs(asked))
+        answers = self._policy.logprobs(asked)
         return [
-            segment_logprobs(
-                read, token.char_ends, next(answers) if rollout is None else np.asarray(rollout.logprobs)
-            )
-            for token, (read, rollout) in zip(tokens, items, strict=True)
+            segment_logprobs(read, token.char_ends, values)
+            for read, token, values in zip(reads, tokens, answers, strict=True)
         ]
 
     # --- rewards -------------------------------------------------------------------------------
 
     def score(self, traces: Sequence[Trace]) -> list[TraceScores]:
-        """Unit logits of any traces under the newest discriminator."""
+        """Unit logits of any traces under the newest discriminator; none for a trace without units."""
         reads = [self._reader.read(trace) for trace in traces]
-        logits, version = self._discriminator.score([sample_of(read) for read in reads])
+        logits, version = self._discriminator.score(
+            [sample_of(read) for read in reads if len(read.unit_tokens)]
+        )
+        answers = iter(logits)
         return [
             TraceScores(
-                logits=values,
+                logits=next(answers) if len(read.unit_tokens) else np.zeros(0, dtype=np.float32),
                 unit_tokens=read.unit_tokens,
                 unit_char_ends=read.unit_char_ends,
                 discriminator_version=version,
             )
-            for read, values in zip(reads, logits, strict=True)
+            for read in reads
         ]
 
     def _score_candidates(self, candidates: Sequence[Sequence[Candidate]]) -> list[TraceScores]:
@@ -214,7 +218,7 @@ class AirlStrategy:
         scores = iter(trace_scores)
         rewarded: list[list[RewardedTrace]] = []
         values: list[float] = []
-        clipped = units = 0
+        clipped = units = unscored = 0
         outcomes: list[float] = []
         for traces in candidates:
             rows = []
@@ -224,14 +228,16 @@ class AirlStrategy:
                 rows.append(row)
                 clipped += clipped_count(score.logits, self._config.reward)
                 units += len(score.logits)
-                if rollout is not None:
+                if rollout is not None and len(score.logits):
                     values.append(float(row.token_rewards.mean()))
+                unscored += rollout is not None and not len(score.logits)
             rewarded.append(rows)
         return rewarded, {
             names.REWARD_MEAN: mean(values),
             names.REWARD_STD: float(np.std(values)) if values else float("nan"),
             names.REWARD_CLIPPED_SHARE: clipped / max(units, 1),
-            names.REWARD_OUTCOME: mean(outcomes),
+            names.REWARD_UNSCORED: float(unscored),
+            **({names.REWARD_OUTCOME: mean(outcomes)} if outcomes else {}),
         }
 
     def _candidates(self, group: RolloutGroup) -> list[Candidate]:
@@ -259,7 +265,7 @@ class AirlStrategy:
             tokens=tokens,
             sampling_logprobs=None if rollout is None else np.asarray(rollout.logprobs, dtype=np.float32),
             token_rewards=backfill(scores.unit_char_ends, rewards, tokens.char_ends, unit_tokens),
-            last_unit_reward=float(rewards[-1]),
+            last_unit_reward=float(rewards[-1]) if len(rewards) else float("nan"),
             policy_version=-1 if rollout is None else rollout.policy_version,
             discriminator_version=scores.discriminator_version,
             expert=rollout is None,
@@ -280,7 +286,7 @@ def _drift(before: Sequence[TraceScores], after: Sequence[TraceScores], config: 
         np.abs(unit_rewards(new.logits, config, None) - unit_rewards(old.logits, config, None))
         for old, new in zip(before, after, strict=True)
     ]
-    return float(np.concatenate(changes).mean()) if changes else float("nan")
+    return float(np.concatenate(changes).mean()) if sum(map(len, changes)) else float("nan")
 
 
 def _expert_trace(demonstration: Demonstration) -> Trace:

@@ -5,7 +5,7 @@ The same rows, graders and metric functions serve the final table, the warm-up g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,12 +30,19 @@ class HeldOut:
     """Evaluates whatever policy the rollout workers serve, and the reward where there is one."""
 
     def __init__(
-        self, config: RunConfig, task: Task, rollouts: RolloutWorkers, strategy: AirlStrategy | None
+        self,
+        config: RunConfig,
+        task: Task,
+        rollouts: RolloutWorkers,
+        strategy: AirlStrategy | None,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
+        """`stop`: asked while samples are awaited; once it says True, that ends in Interrupted."""
         self._config = config
         self._task = task
         self._rollouts = rollouts
         self._strategy = strategy
+        self._stop = stop
         self._prompts = [item.prompt for item in task.eval[: config.eval.prompts]]
 
     def sample(self, stream: str) -> list[RolloutGroup]:
@@ -46,7 +53,7 @@ class HeldOut:
             max_tokens=self._config.rollout.max_completion_tokens,
         )
         return self._rollouts.generate(
-            self._prompts, f"eval/{stream}", self._config.eval.samples_per_prompt, settings
+            self._prompts, f"eval/{stream}", self._config.eval.samples_per_prompt, settings, self._stop
         )
 
     def evaluate(self, stream: str = "heldout") -> tuple[Summary, list[EvalRow]]:
@@ -90,7 +97,9 @@ class HeldOut:
                 discriminator_version=None if score is None else score.discriminator_version,
                 unit_scores=None if rewards is None else [float(value) for value in rewards],
                 unit_char_ends=None if score is None else [int(end) for end in score.unit_char_ends],
-                score=None if rewards is None else selected_score(rewards, self._config.eval),
+                score=None
+                if rewards is None or not len(rewards)
+                else selected_score(rewards, self._config.eval),
                 metadata=group.prompt.metadata,
             )
             rows.append(row)
@@ -100,7 +109,8 @@ class HeldOut:
         """AUROC of the reward between right and wrong samples of these held-out groups (the gate's signal)."""
         rows = self.rows(groups)
         correct = np.asarray([row.correct for row in rows])
-        return auroc(correct, np.asarray([row.score for row in rows], dtype=np.float64))
+        scores = [float("nan") if row.score is None else row.score for row in rows]
+        return auroc(correct, np.asarray(scores, dtype=np.float64))
 
     def localisation(self) -> Summary:
         """Step accuracy of the largest downward step on held-out expert traces with one injected error."""

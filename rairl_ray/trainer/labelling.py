@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rairl_ray.algorithms.density import unit_of_tokens
 from rairl_ray.rewards.reading import ReadTrace
 from rairl_ray.types import DiscriminatorBatch, DiscriminatorSample
 
@@ -72,14 +73,17 @@ def batch_of(samples: Sequence[DiscriminatorSample]) -> DiscriminatorBatch:
 def segment_logprobs(
     read: ReadTrace, char_ends: Sequence[int], logprobs: Sequence[float] | np.ndarray
 ) -> np.ndarray:
-    """[U] sum of the policy's token log-probabilities in each unit's segment, mapped by characters.
+    """[U] log pi of each unit's segment: the sum over the policy's tokens that belong to it.
+
+    With one tokenizer these are the unit's own tokens, by index; with two, tokens are given to units as rewards
+    are given to tokens (`density.unit_of_tokens`). Every token counts exactly once.
 
     Args:
         char_ends: [T] character ends of the POLICY's tokens of the same text.
         logprobs: [T]
     """
-    unit_of_token = np.searchsorted(read.unit_char_ends, np.asarray(char_ends), side="left")
-    unit_of_token = np.minimum(unit_of_token, len(read.unit_tokens) - 1)
-    sums = np.zeros(len(read.unit_tokens), dtype=np.float32)
-    np.add.at(sums, unit_of_token, np.asarray(logprobs, dtype=np.float32))
-    return sums
+    sums = np.zeros(len(read.unit_tokens))
+    if len(sums):
+        units = unit_of_tokens(read.unit_char_ends, char_ends, read.unit_tokens if read.policy_tokens else None)
+        np.add.at(sums, units, np.asarray(logprobs, dtype=np.float64))
+    return sums.astype(np.float32)

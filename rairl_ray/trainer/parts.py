@@ -10,17 +10,22 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 
 from rairl_ray.actors.discriminator import DiscriminatorActor, DiscriminatorWorkers
 from rairl_ray.actors.group import RankActor, create_members, reserve, start_members
 from rairl_ray.actors.joining import join
 from rairl_ray.actors.learner import learner_environment
-from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device
+from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device, this_machine
 from rairl_ray.actors.policy import PolicyActor, PolicyWorkers
 from rairl_ray.actors.rollout import RolloutActor, RolloutWorkers, rollout_environment
 from rairl_ray.actors.roster import Roster
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.errors import PlacementError
 from rairl_ray.trainer.prepare import Prepared
+
+SOCKET_BYTES = 107
+"""Longest path of a Unix socket."""
 
 
 @contextmanager
@@ -53,7 +58,33 @@ def place(config: RunConfig) -> Plan:
     Raises:
         PlacementError: when the cluster can never serve it, even when idle.
     """
-    nodes = present_or_promised(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    return _placed(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def check_room(config: RunConfig) -> None:
+    """Refuse a run that this machine can never place, before anything is made or trained for it.
+
+    Raises:
+        PlacementError: as `place`. A cluster that somebody else runs is asked when it is joined.
+    """
+    if config.cluster.address is None and not ray.is_initialized():
+        check_sockets(get_default_ray_temp_dir())
+        _placed(config, [this_machine()])
+
+
+def check_sockets(folder: str) -> None:
+    """Refuse a temporary folder below which Ray cannot make its sockets. Raises PlacementError."""
+    longest = f"{folder}/session_2000-01-01_00-00-00_000000_{2**22}/sockets/plasma_store"
+    if len(os.fsencode(longest)) > SOCKET_BYTES:
+        spare = SOCKET_BYTES - len(longest) + len(folder) - len("/ray")
+        raise PlacementError(
+            f"TMPDIR: {folder} is too long for Ray's sockets, which end at {SOCKET_BYTES} characters; set "
+            f"RAY_TMPDIR to a folder of at most {spare} characters, such as /tmp"
+        )
+
+
+def _placed(config: RunConfig, alive: list[dict[str, float]]) -> Plan:
+    nodes = present_or_promised(config, alive)
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     device = resolve_device(gpus) if config.placement.device == "auto" else config.placement.device
     plan = bundles(config, device)

@@ -9,16 +9,17 @@ from typing import Literal
 from rairl_ray.actors.placement import Plan
 from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.config.load import config_hash, read_saved, warm_start_chain
+from rairl_ray.config.rules import check
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.display import Display
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.tracking import Tracker
 from rairl_ray.trainer import adversarial, sft
 from rairl_ray.trainer.fork import Fork, take_over
-from rairl_ray.trainer.parts import cluster, place
+from rairl_ray.trainer.parts import check_room, cluster, place
 from rairl_ray.trainer.prepare import Prepared, check_machine, prepare
 from rairl_ray.trainer.saving import check_references, references
-from rairl_ray.trainer.session import Session, open_folder, save_config
+from rairl_ray.trainer.session import Session, open_folder, resumable, save_config
 
 ALGORITHMS = {"airl": adversarial.run, "grpo": adversarial.run, "sft": sft.run}
 
@@ -33,6 +34,10 @@ def train(
     Exit codes: 0 finished, 130 stopped by Ctrl-C or SIGTERM after a checkpoint. Failures raise.
     """
     display = display or Display(config.name, config.trainer.steps)
+    check(config)
+    if resume is not None:
+        resumable(filled_in(config), resume)
+    check_room(config)
     config = with_warm_start(config, display)
     prepared = prepare(config)
     with cluster(config):
@@ -98,11 +103,23 @@ def with_warm_start(config: RunConfig, display: Display) -> RunConfig:
     earlier = with_warm_start(earlier, display)
     folder = RunFolder(Path(earlier.output_dir) / earlier.name)
     if not made_by(folder, earlier):
+        if config.cluster.address is not None:
+            with cluster(config):
+                place(config)
         display.note(f"warm start: {config.warm_start} is trained first, into {folder.root}")
         code = train(earlier)
         if code:
             raise KeyboardInterrupt
-    policy = config.model.policy.model_copy(update={"path": str(folder.final_policy), "build": None})
+    return filled_in(config)
+
+
+def filled_in(config: RunConfig) -> RunConfig:
+    """The configuration as its run saves it: the policy's path is what its warm start leaves or will leave."""
+    if config.warm_start is None:
+        return config
+    earlier = warm_start_chain(config)[0]
+    path = RunFolder(Path(earlier.output_dir) / earlier.name).final_policy
+    policy = config.model.policy.model_copy(update={"path": str(path), "build": None})
     return config.model_copy(update={"model": config.model.model_copy(update={"policy": policy})})
 
 

@@ -223,6 +223,10 @@ def open_folder(config: RunConfig, resume: str | None, display: Display) -> RunF
 def resumable(config: RunConfig, resume: str) -> RunFolder:
     """The folder of the run to resume, given as a path or as a name below `output_dir`."""
     root = run_root("--resume", resume, config.output_dir)
+    if not RunFolder(root).checkpoints.is_dir():
+        raise ResumeError(
+            f"--resume {resume}: {root} is no training run (it has no folder checkpoints); name one that is"
+        )
     saved = read_saved(root / "config.yaml")
     changed = [
         f"{key} (run: {old}, now: {new})"

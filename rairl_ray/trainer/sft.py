@@ -25,7 +25,7 @@ from collections.abc import Callable
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rairl_ray.actors.group import GroupFailure, blamed
+from rairl_ray.actors.group import GroupFailure, Interrupted, blamed
 from rairl_ray.actors.learner import learner_environment
 from rairl_ray.actors.roster import ANY_RANK, GONE, Member
 from rairl_ray.actors.weight_sync import put_update
@@ -50,9 +50,17 @@ def run(session: Session) -> bool:
 
 
 def _attempt(session: Session, parts: Parts, resume: bool, ready: Callable[[], None]) -> bool:
+    try:
+        return _to_the_end(session, parts, resume, ready)
+    except Interrupted:
+        session.event(f"stopped inside an evaluation; go on with --resume {session.config.name}")
+        return False
+
+
+def _to_the_end(session: Session, parts: Parts, resume: bool, ready: Callable[[], None]) -> bool:
     config = session.config
     parts.rollouts.open()
-    heldout = HeldOut(config, session.prepared.task, parts.rollouts, None)
+    heldout = HeldOut(config, session.prepared.task, parts.rollouts, None, lambda: bool(session.stop))
     if not resume or session.store.latest_valid() is None:
         session.forget_after(-1)
         if config.eval.at_start:

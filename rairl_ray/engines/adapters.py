@@ -1,0 +1,159 @@
+"""Adapter folders, as other trainers write them too, and what each of them stands on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import hf_hub_download
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from rairl_ray.errors import ModelError
+
+T = TypeVar("T")
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A folder with an adapter, and the base model that it was trained on."""
+
+    folder: Path
+    base: str
+    """A folder, absolute, or a hub id."""
+    revision: str | None
+    """Of a hub id."""
+
+    @classmethod
+    def read(cls, key: str, folder: Path) -> Adapter:
+        """What `adapter_config.json` says. A relative base is looked for here and beside the adapter.
+
+        Raises:
+            ModelError: no weights, no base, or a base that is gone: one line with the remedy.
+        """
+        if not any((folder / name).is_file() for name in WEIGHTS):
+            raise ModelError(f"{key}={folder}: {WEIGHTS[0]} is missing beside adapter_config.json")
+        file = folder / "adapter_config.json"
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            base, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+        except (ValueError, AttributeError) as error:
+            raise ModelError(f"{file}: not the file of a PEFT adapter ({error}); restore it") from None
+        if not base:
+            raise ModelError(
+                f"{file}: base_model_name_or_path is missing; write the adapter's base model there"
+            )
+        expanded = Path(base).expanduser()
+        for place in (Path(os.path.abspath(expanded)), folder / expanded, folder.parent / expanded):
+            if (place / "config.json").is_file():
+                return cls(folder=folder, base=os.path.abspath(place), revision=None)
+        if not HUB_ID.fullmatch(str(base)):
+            raise ModelError(
+                f"{file}: base_model_name_or_path={base}: no such model folder (was it moved?); "
+                "write its path or hub id there"
+            )
+        return cls(folder=folder, base=str(base), revision=revision)
+
+    def digest(self) -> str:
+        """16 hex digits of everything that the merged model depends on."""
+        own = files_digest(self.folder, ("*.json", "*.jinja", "*.model", "*.txt", *WEIGHTS))
+        names = ("*.json", "*.safetensors", "*.bin", "*.model")
+        if Path(self.base).is_dir():
+            base = files_digest(Path(self.base), names)
+        else:
+            # The hub's cache keeps each commit in a folder of its name.
+            config = one_line_errors(
+                self.base, lambda: hf_hub_download(self.base, "config.json", revision=self.revision)
+            )
+            base = f"{self.base}@{Path(config).parent.name}"
+        return hashlib.sha256(f"{own} {base}".encode()).hexdigest()[:16]
+
+    def merged(self) -> Any:
+        """The base with the adapter in its weights, in the base's dtype. Raises ModelError."""
+
+        def load() -> Any:
+            base: Any = AutoModelForCausalLM.from_pretrained(self.base, revision=self.revision, dtype="auto")
+            rows = self._embedding_rows(base)
+            if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:
+                base.resize_token_embeddings(rows, mean_resizing=False)
+            return PeftModel.from_pretrained(base, str(self.folder)).merge_and_unload()
+
+        return one_line_errors(str(self.folder), load)
+
+    def tokenizer(self) -> Any:
+        """The one beside the adapter, or else its base's. Raises ModelError."""
+        if has_tokenizer(self.folder):
+            return one_line_errors(str(self.folder), lambda: AutoTokenizer.from_pretrained(self.folder))
+        return one_line_errors(
+            self.base, lambda: AutoTokenizer.from_pretrained(self.base, revision=self.revision)
+        )
+
+    def _embedding_rows(self, base: Any) -> int | None:
+        """Rows of the embedding that the adapter brings along, for tokens that were added; None for none."""
+        embedding = base.get_input_embeddings()
+        (name,) = (name for name, module in base.named_modules() if module is embedding)
+        shapes = {key: shape for key, shape in self._shapes().items() if f".{name}." in f".{key}"}
+        whole = [shape[0] for key, shape in shapes.items() if "lora_" not in key and len(shape) == 2]
+        return max(whole, default=None)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        file = self.folder / WEIGHTS[0]
+        if file.is_file():
+            with safe_open(file, framework="pt") as tensors:
+                return {key: tuple(tensors.get_slice(key).get_shape()) for key in list(tensors.keys())}
+        state = torch.load(self.folder / WEIGHTS[1], map_location="meta", weights_only=True)
+        return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """`save_pretrained`, also where the model came with generation settings that transformers will not write.
+
+    Of those that contradict each other only the special tokens are kept: they alone are read here.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is not None:
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            model.generation_config = GenerationConfig(
+                bos_token_id=settings.bos_token_id,
+                eos_token_id=settings.eos_token_id,
+                pad_token_id=settings.pad_token_id,
+            )
+    model.save_pretrained(folder)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def files_digest(folder: Path, names: Sequence[str]) -> str:
+    """sha256 over the names and contents of the files that match."""
+    digest = hashlib.sha256()
+    for path in sorted({path for name in names for path in folder.glob(name)}):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def one_line_errors(path: str, load: Callable[[], T]) -> T:
+    """Run `load`, turning the library's long errors into one line that names the model."""
+    try:
+        return load()
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{path}: cannot be loaded ({type(error).__name__}: {reason})") from error
