@@ -1,6 +1,6 @@
 """Keyed randomness: every draw is a function of (run seed, stream, ids, step), never of process state.
 
-A resumed, resharded or restarted run therefore repeats itself (DESIGN 6, decision 7).
+A resumed, resharded or restarted run therefore repeats itself (AGENTS.md, principles).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The run folder (DESIGN 4): where everything of a run lies, and the only writer of its small files.
+"""The run folder (README.md): where everything of a run lies, and the only writer of its small files.
 
 It alone is enough to resume, evaluate and report. All appends survive a kill: a torn last line is
 ignored by readers. One process writes to it at a time (`lock`); any number may read.

@@ -1,4 +1,4 @@
-"""MLflow tracking that can never hurt a run (DESIGN 6, decision 8).
+"""MLflow tracking that can never hurt a run (docs/architecture.md 13).
 
     Session ──log, log_table, ...──> RUN/tracking_spool.jsonl ──lanes (threads)──> MLflow
                   one line                                        carrier.py        mlflow_run.py

@@ -1,4 +1,4 @@
-"""Advantages of a group (METHOD 4) against plain loops."""
+"""Advantages of a group (docs/method.md 4) against plain loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks: generated problems and their experts, GSM8K, tables, and grading of each (METHOD 8, defect 17)."""
+"""Tasks: generated problems and experts, GSM8K, tables, grading of each (docs/method.md 8, defect 17)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Densities (METHOD 2): one mask for training, scoring, reranking; and backfill across tokenizers."""
+"""Densities (docs/method.md 2): one mask for training, scoring, reranking; and backfill across tokenizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Discriminator losses (METHOD 3) against plain loops, and their independence of how a batch is split."""
+"""Discriminator losses (docs/method.md 3) against plain loops, however a batch is split."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def unit_logits(row: Row, config: DiscriminatorLoss) -> list[float]:
 
 
 def naive_loss(rows: list[Row], config: DiscriminatorLoss) -> float:
-    """METHOD 3, word by word."""
+    """docs/method.md 3, word by word."""
     logits = [unit_logits(row, config) for row in rows]
     if config.type == "bradley_terry":
         score = [sum(x) if config.level == "trace" else sum(x) / len(x) for x in logits]

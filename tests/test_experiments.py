@@ -39,7 +39,7 @@ SMALLER = {
     "llama-3.2-3b": "meta-llama/Llama-3.2-1B-Instruct",
     "llama-3.1-8b": "meta-llama/Llama-3.2-1B-Instruct",
 }
-"""Discriminators of the first version (METHOD 5)."""
+"""Discriminators of the first version (docs/method.md 5)."""
 
 ROW = "gsm8k/qwen2.5-3b_partial"
 WGAN = {"discriminator.loss.type": "wgan", "discriminator.loss.weight_clip": 0.01}

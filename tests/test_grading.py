@@ -1,4 +1,4 @@
-"""Grading: extraction, notation, hedges, hostile text (METHOD 8, defects 15 and 17)."""
+"""Grading: extraction, notation, hedges, hostile text (docs/method.md 8, defects 15 and 17)."""
 
 from __future__ import annotations
 

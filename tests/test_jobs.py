@@ -58,7 +58,7 @@ def test_only_tracked_needed_files_are_packed(tmp_path: Path) -> None:
         tmp_path / "repo",
         {
             "launch.py": "x", "rairl_ray/data/rows.py": "x", "tests/test_a.py": "x", "data/rows.jsonl": "x",
-            "runs/demo/config.yaml": "x", "docs/a.md": "x", ".env": "KEY=1", "conf/id_rsa": "k", "a/b.pem": "k",
+            "runs/demo/config.yaml": "x", "docs/a": "x", ".env": "KEY=1", "conf/id_rsa": "k", "a/b.pem": "k",
         },
     )  # fmt: skip
     (root / "weights.bin").write_text("ignored")

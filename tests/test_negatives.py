@@ -1,4 +1,4 @@
-"""Perturbed expert traces: always wrong, never a no-op, keyed (METHOD 3)."""
+"""Perturbed expert traces: always wrong, never a no-op, keyed (docs/method.md 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 17 defects of the official code (METHOD 8), each as a test that fails where ours has it.
+"""The 17 defects of the official code (docs/method.md 8), each as a test that fails where ours has it.
 
 The learners' and engines' parts in the step are replaced by a notebook here: what the strategy sends to the
 discriminator is looked at, and nothing is learned.

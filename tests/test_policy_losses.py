@@ -1,4 +1,4 @@
-"""The policy loss (METHOD 4) against loops written from the published formulas, values and gradients."""
+"""The policy loss (docs/method.md 4) against loops from the published formulas, values and gradients."""
 
 from __future__ import annotations
 

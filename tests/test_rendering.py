@@ -1,4 +1,4 @@
-"""Chat templates, masks, end-of-sequence tokens and character offsets (METHOD 8, defects 7, 11 and 13)."""
+"""Chat templates, masks, end tokens and character offsets (docs/method.md 8, defects 7, 11 and 13)."""
 
 from __future__ import annotations
 

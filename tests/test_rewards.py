@@ -1,4 +1,4 @@
-"""Rewards from logits (METHOD 2)."""
+"""Rewards from logits (docs/method.md 2)."""
 
 from __future__ import annotations
 

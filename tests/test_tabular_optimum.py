@@ -1,4 +1,4 @@
-"""What the losses converge to, on problems small enough to know the answer (METHOD 3), with no model at all.
+"""What the losses converge to, on problems small enough to know it (docs/method.md 3), with no model at all.
 
 bce: f* = log p_E - log p_pi. airl: g is the expert's reward up to a constant, and still is one when the
 dynamics change, where a reward without shaping is not.

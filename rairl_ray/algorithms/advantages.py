@@ -1,4 +1,4 @@
-"""Advantages of one group of traces (METHOD 4): `sequence`, `discounted`, `loo`.
+"""Advantages of one group of traces (docs/method.md 4): `sequence`, `discounted`, `loo`.
 
 An expert trace in the group (`advantage.expert`) is an ordinary member here: it takes part in the group's
 mean and standard deviation. What is special about it, the ratio of 1, is in policy_losses.py. Nothing is

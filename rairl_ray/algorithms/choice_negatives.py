@@ -1,4 +1,4 @@
-"""The `choice` perturbation: a distractor as the answer, with a matching edit of the reasoning (METHOD 3)."""
+"""The `choice` perturbation: a distractor for the answer, and a chain to match (docs/method.md 3)."""
 
 from __future__ import annotations
 

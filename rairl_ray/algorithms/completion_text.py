@@ -60,8 +60,8 @@ class Source:
 
 
 def read_source(demonstration: Demonstration) -> Source:
-    """Tagged completions (METHOD 5) and plain ones: "#### n", a boxed answer, "the answer is n", else the
-    last number of the text."""
+    """Tagged completions (docs/method.md 5) and plain ones: "#### n", a boxed answer, "the answer is n", else
+    the last number of the text."""
     text = demonstration.completion or ""
     answer, end = _answer_span(text)
     think = _THINK_TAG.search(text, 0, end)

@@ -1,4 +1,4 @@
-"""Which completion tokens are scored ("units"), and how unit values become token values (METHOD 2).
+"""Which completion tokens are scored ("units"), and how unit values become token values (docs/method.md 2).
 
 All four densities are one code path: the indexes of the tokens at which a unit ends. They depend on the
 completion alone, never on the prompt, so the same function serves training, scoring, reranking,

@@ -1,4 +1,4 @@
-"""The discriminator's losses (METHOD 3) as pure functions of tensors and GLOBAL denominators.
+"""The discriminator's losses (docs/method.md 3) as pure functions of tensors and GLOBAL denominators.
 
 Every function returns this micro-batch's CONTRIBUTION: the contributions of all micro-batches on all ranks add
 up to the loss of the whole update, however it was split or ordered. No function divides by its own size.
@@ -109,7 +109,7 @@ def discriminator_loss(
 def bce(
     logits: Tensor, positive: Tensor, *, positive_total: int, negative_total: int, label_smoothing: float
 ) -> Tensor:
-    """L = 1/2 mean over positives + 1/2 mean over negatives of the cross-entropy (METHOD 3).
+    """L = 1/2 mean over positives + 1/2 mean over negatives of the cross-entropy (docs/method.md 3).
 
     logits [N], positive [N] bool; targets are 1 - label_smoothing and label_smoothing. Each class has its own
     global denominator, so their balance never depends on how many of either a micro-batch happens to hold.

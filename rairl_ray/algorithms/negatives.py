@@ -1,4 +1,4 @@
-"""Hard negatives: perturbed copies of expert traces (METHOD 3).
+"""Hard negatives: perturbed copies of expert traces (docs/method.md 3).
 
 Text in, text out, and seeded by the caller's key alone. A copy is never a no-op and never correct by accident:
 an edited equation must be false, an edited answer must have another value than the expert's and the gold one.

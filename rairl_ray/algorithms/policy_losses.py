@@ -1,4 +1,4 @@
-"""The policy's clipped surrogate (METHOD 4) with GLOBAL denominators.
+"""The policy's clipped surrogate (docs/method.md 4) with GLOBAL denominators.
 
 `policy_loss` returns this micro-batch's CONTRIBUTION: contributions of all micro-batches on all ranks add up
 to the loss of the whole update. Shapes: B traces, T completion tokens (right padded).

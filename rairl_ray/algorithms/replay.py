@@ -1,4 +1,4 @@
-"""Past traces that the discriminator sees again, so that it does not forget old policies (METHOD 3)."""
+"""Past traces that the discriminator sees again, so that it does not forget old policies (docs/method.md 3)."""
 
 from __future__ import annotations
 

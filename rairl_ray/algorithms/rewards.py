@@ -1,4 +1,4 @@
-"""From the discriminator's logits to rewards (METHOD 2): reward = log D - log(1 - D) = the raw logit."""
+"""From the discriminator's logits to rewards (docs/method.md 2): log D - log(1 - D) = the raw logit."""
 
 from __future__ import annotations
 

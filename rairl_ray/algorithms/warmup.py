@@ -1,4 +1,4 @@
-"""How long the policy stands still while the discriminator learns (METHOD 3: a gate, not a number)."""
+"""How long the policy stands still while the discriminator learns (docs/method.md 3: a gate, not a number)."""
 
 from __future__ import annotations
 

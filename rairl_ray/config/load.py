@@ -28,7 +28,7 @@ from rairl_ray.errors import ConfigError
 COMMAND_LINE = "command line"
 
 DENSITY_ALIASES = {"false": "sparse", "true": "dense", "full": "dense", "partial_fixed": "interval"}
-"""The official code's values of the density (METHOD 2); YAML's booleans count as their words."""
+"""The official code's values of the density (docs/method.md 2); YAML's booleans count as their words."""
 
 NOT_HASHED = frozenset({"name", "output_dir", "tracking", "cluster", "timeouts", "placement"})
 """Where a run is written, watched, placed and how long it is waited for does not change what it computes."""

@@ -46,7 +46,7 @@ def difficulty(config: RunConfig) -> Problems:
 
 
 def gold_answers(config: RunConfig) -> Problems:
-    """What compares with gold answers needs a column of them (DESIGN: learning from experts alone does not)."""
+    """What compares with gold answers needs a column of them (learning from experts alone does not)."""
     if config.data.task != "jsonl" or config.data.fields.answer is not None:
         return
     remedy = "needs gold answers; set data.fields.answer"

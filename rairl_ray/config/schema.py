@@ -146,9 +146,9 @@ class Density(Section):
 
 class Reward(Section):
     type: Literal["discriminator", "correctness", "official"] = "discriminator"
-    """`correctness` is the task's own grade; `official` adds rewards for the format (METHOD 4), 4 in all.
-    Where no file or override names it, `load.py` sets what the algorithm needs: `correctness` for grpo, else
-    `discriminator`."""
+    """`correctness` is the task's own grade; `official` adds rewards for the format (docs/method.md 4), 4
+    in all. Where no file or override names it, `load.py` sets what the algorithm needs: `correctness` for
+    grpo, else `discriminator`."""
     density: Density = Density()
     temperature: PositiveFloat = 1.0
     clip: tuple[float, float] | None = None

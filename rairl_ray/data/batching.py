@@ -1,7 +1,7 @@
 """Which rank and micro-batch a trace goes to, and the padded tensors a model reads.
 
 All of it is deterministic, and none of it changes a loss: denominators are those of the whole batch
-(PolicyBatch, DiscriminatorBatch), whatever the split. Tensors are right padded (METHOD 8, defect 7) and
+(PolicyBatch, DiscriminatorBatch), whatever the split. Tensors are right padded (docs/method.md 8, defect 7) and
 speak of completion tokens by their position in `input_ids`; a prompt or padding token is never a target.
 Dimensions: B rows, L positions, T completion tokens, U units.
 """

@@ -1,4 +1,4 @@
-"""The one completion format of every task (METHOD 5) and the system prompts that ask for it."""
+"""The one completion format of every task (docs/method.md 5) and the system prompts that ask for it."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Grade(NamedTuple):
     answer: str | None
     """The extracted answer in canonical notation (equal numbers are equal strings), None without one."""
     format_ok: bool
-    """Whether the completion has the canonical format (METHOD 5); `correct` does not need it."""
+    """Whether the completion has the canonical format (docs/method.md 5); `correct` does not need it."""
 
 
 def extract_answer(text: str) -> str | None:

@@ -2,8 +2,8 @@
 
 A sequence is `prompt_ids + completion_ids`. The prompt is the rendered chat template WITH its generation
 prompt, tokenised alone; the completion is tokenised alone and appended. So no token of an assistant header
-is ever a completion token, whatever the template ends in (METHOD 8, defects 7 and 11). The end-of-sequence
-token is added to finished traces and only to those, experts and samples alike (defect 13).
+is ever a completion token, whatever the template ends in (docs/method.md 8, defects 7 and 11). The end-of-
+sequence token is added to finished traces and only to those, experts and samples alike (defect 13).
 
 Two different tokenizers are mapped by characters: `char_ends[t]` is the number of characters of the trace's
 text that are complete once token t is read.

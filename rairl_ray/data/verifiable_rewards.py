@@ -1,4 +1,4 @@
-"""The official GRPO reward (METHOD 4): four rewards for the format and one for the answer, for our tags.
+"""The official GRPO reward (docs/method.md 4): four for the format and one for the answer, for our tags.
 
 They are those of the well-known GRPO demo. Each is a pure function of the text and its grade, and linear in the
 text's length; a group's advantages compare their sum.

@@ -1,4 +1,4 @@
-"""The environment of one learner rank; must be set before `deepspeed` is imported (RUNTIME.md).
+"""The environment of one learner rank; must be set before `deepspeed` is imported.
 
 Standard library and torch only, so that an actor can call it first.
 """

@@ -142,7 +142,7 @@ class LogprobModel(nn.Module):
 
 
 class ImplicitModel(LogprobModel):
-    """The implicit discriminator head: f_t = beta (log pi_phi(y_t) - log pi_ref(y_t)) (METHOD 3).
+    """The implicit discriminator head: f_t = beta (log pi_phi(y_t) - log pi_ref(y_t)) (docs/method.md 3).
 
     The reference is the model as it was loaded, or `reference`, which saved weights were trained against. Sums
     over a unit's tokens are the unit's logit (`algorithms.discriminator_losses.segment_sums`).
@@ -163,7 +163,7 @@ class ImplicitModel(LogprobModel):
 
 
 class ScalarModel(nn.Module):
-    """A token classifier: the scalar discriminator head, Linear(H -> O) on every position (METHOD 2)."""
+    """A token classifier: the scalar head, Linear(H -> O) on every position (docs/method.md 2)."""
 
     def __init__(self, token_classifier: Any) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Weights on their way between processes: bounded chunks, numpy views, a checksum, adapters in shared memory.
 
-A numpy view travels through Ray's object store without a copy; torch tensors do not (RUNTIME.md).
+A numpy view travels through Ray's object store without a copy; torch tensors do not.
 """
 
 from __future__ import annotations

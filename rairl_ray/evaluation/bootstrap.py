@@ -1,4 +1,4 @@
-"""95% percentile intervals over problems, from keyed resamples (METHOD 6).
+"""95% percentile intervals over problems, from keyed resamples (docs/method.md 6).
 
 Problems are resampled, never samples: eight samples of one problem say less than those of eight problems.
 Dimension letters: P problems, B resamples.

@@ -1,4 +1,4 @@
-"""How a score tells right from wrong samples: AUROC, calibration errors, distributions (METHOD 6).
+"""How a score tells right from wrong samples: AUROC, calibration errors, distributions (docs/method.md 6).
 
 Dimension letters: R rows (samples of all problems), P problems.
 """

@@ -1,4 +1,4 @@
-"""Where a trace goes wrong, read from its rewards (METHOD 6).
+"""Where a trace goes wrong, read from its rewards (docs/method.md 6).
 
 The predicted wrong step is the one with the LARGEST DOWNWARD STEP of the reward: its value minus the value
 of the step before. The first step has none before it, and is compared with the mean of the others: that
@@ -96,7 +96,7 @@ def step_values(
 ) -> np.ndarray:
     """[S]: a step's value is the mean reward of the units that end in it.
 
-    A step in which no unit ends takes the next unit behind it (METHOD 2's backfill), or the last one.
+    A step in which no unit ends takes the next unit behind it (backfill, docs/method.md 2), or the last one.
     Raises ValueError for a trace without units and for rewards that are not finite.
     """
     ends, rewards = np.asarray(unit_char_ends), np.asarray(unit_rewards, dtype=np.float64)

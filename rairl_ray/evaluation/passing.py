@@ -1,4 +1,4 @@
-"""How often samples are right, whoever chooses among them (METHOD 6).
+"""How often samples are right, whoever chooses among them (docs/method.md 6).
 
 Dimension letters: P problems, N samples of a problem. Whatever depends on a random choice is given as its
 expectation, never as one draw.

@@ -1,4 +1,4 @@
-"""Choosing among a problem's samples by a score or by votes (METHOD 6).
+"""Choosing among a problem's samples by a score or by votes (docs/method.md 6).
 
 Dimension letters: P problems, N samples of a problem. Ties are given as their expectation, never as one draw.
 """

@@ -55,7 +55,7 @@ class EvalRow:
 _NAMES = frozenset(field.name for field in dataclasses.fields(EvalRow))
 
 FILE_NAMES = {"question": "prompt", "score": "reward_model_score", "policy_logprobs": "policy_log_probs"}
-"""Fields whose column in rows.jsonl is the official evaluator's (METHOD 6)."""
+"""Fields whose column in rows.jsonl is the official evaluator's (docs/method.md 6)."""
 
 
 def row_values(row: EvalRow) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The summary of an evaluation: every number of METHOD 6 with its 95% interval over problems.
+"""The summary of an evaluation: every number of docs/method.md 6 with its 95% interval over problems.
 
 Dimension letters: P problems, N samples of a problem, R = rows of all problems together.
 """

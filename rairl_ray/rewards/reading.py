@@ -1,4 +1,4 @@
-"""Traces as a reward model reads them: its tokens, and the units that its density scores (METHOD 2).
+"""Traces as a reward model reads them: its tokens, and the units that its density scores (docs/method.md 2).
 
 The density's units come from this one place for training, scoring, reranking and localisation.
 """

@@ -1,4 +1,4 @@
-"""GRPO: the same step as R-AIRL with verifiable rewards and no discriminator (METHOD 4)."""
+"""GRPO: the same step as R-AIRL with verifiable rewards and no discriminator (docs/method.md 4)."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Labelled:
 def labelled_batch(
     traces: Sequence[Labelled], from_edit: bool, policy_logprobs: Sequence[np.ndarray] | None = None
 ) -> DiscriminatorBatch:
-    """Labelled traces with the global counts that the losses divide by (METHOD 3).
+    """Labelled traces with the global counts that the losses divide by (docs/method.md 3).
 
     Args:
         from_edit: leave out a perturbed copy's units before its edit: up to there it equals the expert trace,

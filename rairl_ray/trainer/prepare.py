@@ -194,7 +194,7 @@ def with_experts(task: Task) -> Sequence[Demonstration]:
 def check_expert_lengths(task: Task, renderer: Renderer, config: RunConfig) -> None:
     """Warn where experts are longer than the policy may write: the discriminator could then tell by length.
 
-    Nothing is cut: training and scoring read whole traces (METHOD 8, defect 6).
+    Nothing is cut: training and scoring read whole traces (docs/method.md 8, defect 6).
     """
     if config.algorithm.type == "grpo":
         return

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 def expert_completion(text: str, _gold: str | None = None) -> str:
-    """A chain of thought, an expert's or a wrong one, in the format of METHOD 5.
+    """A chain of thought, an expert's or a wrong one, in the format of docs/method.md 5.
 
     Already formatted text stays as it is. Otherwise the reasoning goes inside <think> without calculator
     marks (`<<3+5=8>>`) and the `####` line of the answer, and the answer is the one that the text itself
