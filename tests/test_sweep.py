@@ -256,7 +256,8 @@ def test_a_sweep_that_is_killed_then_stopped_goes_on_and_ends_with_a_table(tmp_p
     while not (first / "final" / "policy").is_dir():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.5)
-    while not (first / "evaluations/final/summary.json").is_file():
+    while '"status": "FINISHED"' not in (first / "tracking_spool.jsonl").read_text():
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
