@@ -49,7 +49,7 @@ class Rollout:
     sample_index: int
     """0..G-1 within its group; with the policy version and run seed it keys the sampling seed."""
     text: str
-    """Decoded completion, special tokens skipped."""
+    """What the template has prefilled (`Renderer.prefilled`) and the decoded completion, no special tokens."""
     token_ids: tuple[int, ...]
     """[T] policy-tokenizer ids; ends with the end-of-sequence token exactly when finish_reason is 'stop'."""
     logprobs: tuple[float, ...]

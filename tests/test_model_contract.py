@@ -6,21 +6,26 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from rairl_ray.config.schema import Model
-from rairl_ray.data.completion_format import TAGS, format_completion
+from rairl_ray.algorithms.density import unit_tokens
+from rairl_ray.config.schema import Data, Density, Eval, Model
+from rairl_ray.data.completion_format import TAGS, format_completion, is_well_formed
 from rairl_ray.data.grading import grade_answer
 from rairl_ray.data.rendering import Renderer, load_tokenizer
+from rairl_ray.data.tasks import task_rules
+from rairl_ray.data.verifiable_rewards import verifiable_rewards
 from rairl_ray.engines.hf_engine import HfEngine
 from rairl_ray.engines.rollout_engine import EngineOptions, GenerationRequest, SamplingSettings
 from rairl_ray.engines.sources import end_tokens
 from rairl_ray.errors import ModelError
 from rairl_ray.types import Prompt, Trace
+from rairl_ray.verbs.grading import graded
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -138,6 +143,100 @@ def test_format_tags_that_are_special_tokens_are_text_and_the_tokens_that_the_mo
     assert "".join(spelled) == EXPERT and "<think>" in spelled and "</answer>" in spelled
     # any other special token in a text stays ordinary characters: it can never end its own turn
     assert tokenizer.convert_tokens_to_ids("<|im_start|>") not in expert_ids(renderer, "a <|im_start|> b")
+
+
+OPENINGS = ["<think>\n", "<think>", "<think>\n\n"]
+REASONER = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\nOPENING{% endif %}")
+
+
+def reasoner(opening: str, *special: str) -> Renderer:
+    """As the R1 distillations: the generation prompt itself opens the reasoning."""
+    template = REASONER.replace("OPENING", opening)
+    return Renderer(byte_level("<|im_end|>", "<|im_start|>", *special, template=template), "Be brief.")
+
+
+@pytest.mark.parametrize("special", [(), TAGS], ids=["tags are text", "tags are tokens"])
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_an_expert_continues_the_reasoning_that_its_prompt_opens(
+    opening: str, special: tuple[str, ...]
+) -> None:
+    renderer = reasoner(opening, *special)
+    assert renderer.prefilled == opening and renderer.prompt_text(PROMPT).endswith(opening)
+    trace = renderer.tokenize(Trace(prompt=PROMPT, text=EXPERT), same_tokenizer=True)
+    body = renderer.decode(trace.completion_ids)
+    assert "<think>" not in body and EXPERT.endswith(body)
+    assert (opening + body).split() == EXPERT.split() and is_well_formed(opening + body)
+    # character ends stay places in the expert's whole text, so units and rewards fall where they belong
+    first = len(EXPERT) - len(body)
+    spelled = [EXPERT[a:b] for a, b in zip((first, *trace.char_ends), trace.char_ends[:-1], strict=False)]
+    assert "".join(spelled) == body and all(len(p) == 1 or p in special for p in spelled)
+    assert trace.char_ends[-1] == len(EXPERT) + 1
+
+
+def test_a_sample_that_continues_the_prompt_is_well_formed_and_reads_as_its_expert_does() -> None:
+    renderer = reasoner("<think>\n")
+    expert = renderer.tokenize(Trace(prompt=PROMPT, text=EXPERT), same_tokenizer=True)
+    text = renderer.completion_text(expert.completion_ids)
+    assert text == EXPERT and renderer.completed(EXPERT.removeprefix("<think>\n")) == renderer.completed(EXPERT)
+    sample = Trace(prompt=PROMPT, text=text, token_ids=expert.completion_ids)
+    for same in (True, False):
+        assert renderer.tokenize(sample, same_tokenizer=same) == expert
+    grade = grade_answer(text, "18", "number")
+    assert grade.format_ok and verifiable_rewards(grade, text)["strict_format"] == 0.5
+    # one that opens the reasoning once more is ill-formed, and keeps the tokens it was sampled as
+    twice_ids = renderer.tokenizer(EXPERT, add_special_tokens=False)["input_ids"]
+    twice = renderer.completion_text(twice_ids)
+    assert not is_well_formed(twice)
+    kept = renderer.tokenize(Trace(prompt=PROMPT, text=twice, token_ids=tuple(twice_ids)), same_tokenizer=True)
+    assert list(kept.completion_ids) == twice_ids and kept.char_ends[-1] == len(twice) + 1
+    assert kept.char_ends[0] == len("<think>\n") + 1
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        REASONER.replace("OPENING", "<think>\n\n</think>\n\n"),
+        REASONER.replace("OPENING", "Hm <think> x"),
+    ],
+    ids=["none", "closed again", "words in it"],
+)
+def test_without_an_opened_reasoning_a_missing_think_is_a_format_error(template: str) -> None:
+    renderer = Renderer(byte_level("<|im_end|>", "<|im_start|>", template=template), "")
+    assert renderer.prefilled == ""
+    trace = renderer.tokenize(Trace(prompt=PROMPT, text=EXPERT), same_tokenizer=True)
+    assert renderer.completion_text(trace.completion_ids) == renderer.completed(EXPERT) == EXPERT
+    without = EXPERT.removeprefix("<think>\n")
+    assert renderer.completed(without) == without and not is_well_formed(without)
+
+
+def test_two_templates_of_which_one_opens_the_reasoning_read_experts_and_samples_alike() -> None:
+    opens, plain = reasoner("<think>\n"), Renderer(prefixed(), "")
+    for policy, reward in ((opens, plain), (plain, opens)):
+        expert = policy.tokenize(Trace(prompt=PROMPT, text=EXPERT), same_tokenizer=True)
+        sample = Trace(
+            prompt=PROMPT, text=policy.completion_text(expert.completion_ids), token_ids=expert.completion_ids
+        )
+        read = reward.tokenize(sample, same_tokenizer=False)
+        assert read == reward.tokenize(Trace(prompt=PROMPT, text=EXPERT), same_tokenizer=False)
+        density = Density(type="partial")
+        units, own = (
+            np.asarray(t.char_ends)[unit_tokens(EXPERT, t.char_ends, density)] for t in (read, expert)
+        )
+        assert units.tolist() == own.tolist()
+
+
+@pytest.mark.parametrize("row", ["9*2=18\n</think>\n<answer>\n18\n</answer>", EXPERT])
+def test_completions_from_elsewhere_are_graded_behind_what_the_template_prefilled(row: str) -> None:
+    values = {
+        "prompt_id": "q", "question": "?", "answer": "18", "metadata": {}, "generation": row,
+        "generation_idx": 0, "finish_reason": "stop", "tokens": 5,
+    }  # fmt: skip
+    grader = task_rules(Data(task="gsm8k")).grader
+    (behind,) = graded([values], grader, Eval(), None, reasoner("<think>\n").completed)
+    assert behind.format_ok and behind.correct and behind.generation == row
+    (plain,) = graded([values], grader, Eval(), None, Renderer(byte_level("<|im_end|>"), "").completed)
+    assert plain.format_ok is (row == EXPERT) and plain.correct
 
 
 def test_an_expert_begins_as_a_continuation_of_its_prompt_does() -> None:

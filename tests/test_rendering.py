@@ -153,7 +153,8 @@ def test_no_header_token_is_a_completion_token_whatever_the_template_ends_in(ren
     finally:
         tokenizer.chat_template = original
     assert list(trace.prompt_ids) == header == list(alone)
-    assert renderer.decode(trace.completion_ids) == COMPLETION
+    assert renderer.completion_text(trace.completion_ids) == COMPLETION
+    assert renderer.prefilled == ("<think>\n" if name == "opens the reasoning" else "")
     assert trace.completion_ids[-1] == renderer.eos_id and trace.completion_ids.count(renderer.eos_id) == 1
     assert trace.char_ends[0] > 0 and trace.char_ends[-1] == len(COMPLETION) + 1
 

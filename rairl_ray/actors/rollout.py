@@ -122,10 +122,10 @@ def open_engine(config: RunConfig, policy_path: str, device: Literal["cpu", "cud
     if config.rollout.engine == "vllm":
         from rairl_ray.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(options, renderer.decode)
+        return VllmEngine(options, renderer.completion_text)
     from rairl_ray.engines.hf_engine import HfEngine
 
-    return HfEngine(options, renderer.decode)
+    return HfEngine(options, renderer.completion_text)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,10 @@ prompt, tokenised alone; the completion is tokenised alone and appended. So no t
 is ever a completion token, whatever the template ends in (docs/method.md 8, defects 7 and 11). The end-of-
 sequence token is added to finished traces and only to those, experts and samples alike (defect 13).
 
+Where a generation prompt itself opens the reasoning (`<think>`), the prompt's tokens hold that, and the text of
+a completion begins with it all the same (`Renderer.prefilled`): one format for graders, perturbations and a
+discriminator with another template, whoever wrote the opening.
+
 Two different tokenizers are mapped by characters: `char_ends[t]` is the number of characters of the trace's
 text that are complete once token t is read.
 """
@@ -24,7 +28,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rairl_ray.config.schema import Model
-from rairl_ray.data.completion_format import TAGS
+from rairl_ray.data.completion_format import TAGS, THINK_OPEN
 from rairl_ray.errors import ModelError
 from rairl_ray.types import Prompt, TokenizedTrace, Trace
 
@@ -100,6 +104,8 @@ class Renderer:
         self._lead = self._lead_ids()
         self._pieces: dict[int, bytes] = {}
         self._decoder = _decoder_kind(tokenizer)
+        self.prefilled: str = self._prefilled()
+        """The reasoning tag and what follows it at the end of every prompt; empty where the model writes it."""
 
     def prompt_text(self, prompt: Prompt) -> str:
         """The rendered chat with its generation prompt."""
@@ -118,14 +124,16 @@ class Renderer:
     def tokenize(self, trace: Trace, *, same_tokenizer: bool) -> TokenizedTrace:
         """A trace in this tokenizer: the sampled ids themselves if the tokenizers are the same, else its text.
 
-        Special-token strings inside a text are ordinary characters, so a text can never end its own turn.
+        What the template has prefilled is in the prompt's tokens and not in the completion's. Special-token
+        strings inside a text are ordinary characters, so a text can never end its own turn.
         """
-        length = len(trace.text)
+        length, opened = len(trace.text), self._opening(trace.text)
         if same_tokenizer and trace.token_ids is not None:
             ids = list(trace.token_ids)
-            ends = [min(end, length) for end in self.char_ends(ids)]
+            ends = [min(opened + end, length) for end in self.char_ends(ids)]
         else:
-            ids, ends = self._encoded(trace.text)
+            ids, ends = self._encoded(trace.text[opened:])
+            ends = [opened + end for end in ends]
             if trace.finished:
                 ids, ends = [*ids, self.eos_id], [*ends, length]
         if trace.finished and ends:
@@ -133,6 +141,14 @@ class Renderer:
         return TokenizedTrace(
             prompt_ids=self.prompt_ids(trace.prompt), completion_ids=tuple(ids), char_ends=tuple(ends)
         )
+
+    def completion_text(self, ids: Sequence[int]) -> str:
+        """The text of sampled tokens: what the template has prefilled, then what they spell."""
+        return self.prefilled + self.decode(ids)
+
+    def completed(self, text: str) -> str:
+        """A completion from elsewhere, with what the template prefills in front unless it begins with that."""
+        return text if self._opening(text) else self.prefilled + text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of completion tokens, special tokens skipped, but for format tags."""
@@ -188,6 +204,24 @@ class Renderer:
             return own
         ids = self.tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"] if tail.strip() else []
         return ids[0] if ids and ids[0] in _special_ids(self.tokenizer) else own
+
+    def _prefilled(self) -> str:
+        """The unclosed `<think>` at the end of a generation prompt, with the white space behind it."""
+        for roles in (("user",), ("system", "user")):
+            try:
+                tail = self._rendered([{"role": role, "content": _PROBE} for role in roles]).rpartition(_PROBE)[
+                    2
+                ]
+            except ModelError:
+                continue  # it may want a system message too
+            _, tag, after = tail.rpartition(THINK_OPEN)
+            return tag + after if tag and not after.strip() else ""
+        return ""
+
+    def _opening(self, text: str) -> int:
+        """How many characters of a completion's text are in the prompt already."""
+        shared = _common_prefix(self.prefilled, text)
+        return shared if shared >= len(THINK_OPEN) else 0
 
     def _lead_ids(self) -> tuple[int, ...]:
         """Ids of a line end where the tokenizer begins every text with a space of its own; else none.

@@ -25,7 +25,7 @@ from rairl_ray.errors import DataError, ModelError
 from rairl_ray.types import FinishReason
 
 Decode = Callable[[Sequence[int]], str]
-"""Completion ids -> text, special tokens skipped: `data.rendering.Renderer.decode`, which owns tokenisation."""
+"""Completion ids -> text: `data.rendering.Renderer.completion_text`, which owns tokenisation."""
 
 
 class StaleEngineError(RuntimeError):

@@ -195,7 +195,9 @@ class Evaluation:
         with self._display:
             rows = self._through_actors(source)
             self._display.phase("grading")
-            write_rows(target, graded(rows, self._rules.grader, self._config.eval, self._target.policy_version))
+            version = self._target.policy_version
+            grader, completed = self._rules.grader, self._renderer.completed
+            write_rows(target, graded(rows, grader, self._config.eval, version, completed))
         for leftover in ("samples", "scores"):
             remove(self.folder / leftover)
         for leftover in (SOURCE, SAMPLES):

@@ -19,9 +19,16 @@ Grader = Callable[[Prompt, str], Grade]
 
 
 def graded(
-    rows: Iterable[Mapping[str, Any]], grader: Grader, config: Eval, policy_version: int | None
+    rows: Iterable[Mapping[str, Any]],
+    grader: Grader,
+    config: Eval,
+    policy_version: int | None,
+    completed: Callable[[str], str],
 ) -> Iterator[EvalRow]:
-    """Grade one row after the other.
+    """Grade one row after the other, as what the policy's template has prefilled and the generation together.
+
+    Args:
+        completed: `Renderer.completed` of the policy; a generation from elsewhere may lack what was prefilled.
 
     Raises:
         DataError: a problem without what its grader needs.
@@ -30,8 +37,9 @@ def graded(
         prompt = Prompt(
             id=row["prompt_id"], question=row["question"], answer=row["answer"], metadata=row["metadata"]
         )
+        text = completed(row["generation"])
         try:
-            grade = grader(prompt, row["generation"])
+            grade = grader(prompt, text)
         except KeyError as error:
             raise DataError(
                 f"row {number}: its problem has no {error.args[0]!r}, which the task's grader needs; give a "
@@ -55,6 +63,6 @@ def graded(
             unit_char_ends=row.get("unit_char_ends"),
             score=selected_score(np.asarray(units), config) if units else row.get("reward_model_score"),
             policy_logprobs=row.get("policy_logprobs"),
-            verifiable_rewards=verifiable_rewards(grade, row["generation"]),
+            verifiable_rewards=verifiable_rewards(grade, text),
             metadata=row["metadata"],
         )
