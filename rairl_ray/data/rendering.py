@@ -16,10 +16,8 @@ text that are complete once token t is read.
 from __future__ import annotations
 
 import codecs
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +27,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rairl_ray.config.schema import Model
 from rairl_ray.data.completion_format import TAGS, THINK_OPEN
+from rairl_ray.data.tokenizer_facts import (
+    BYTE_OF,
+    common_prefix,
+    decoder_kind,
+    ends_by_offsets,
+    fingerprint,
+    special_ids,
+)
 from rairl_ray.errors import ModelError
 from rairl_ray.types import Prompt, TokenizedTrace, Trace
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _PROBE = "system-role-probe"
+_OTHER_TEMPLATE = "set model.policy.chat_template (or model.discriminator's) to a file with another one"
 
 PROMPT_DAY = datetime(2024, 7, 26)
 """Today, in templates that write a date: no prompt may differ from day to day, or from run to resume."""
@@ -95,15 +102,16 @@ class Renderer:
         """What ends a sample; the model's generation config may know more."""
         self.pad_id: int = self.eos_id
         """Padding is masked everywhere; a tokenizer's own pad token may lie outside of the embedding."""
-        self.fingerprint = _fingerprint(tokenizer)
-        self._special = _special_ids(tokenizer)
+        self.fingerprint = fingerprint(tokenizer)
+        self._special = special_ids(tokenizer)
+        self._special_texts = tuple(filter(None, tokenizer.convert_ids_to_tokens(sorted(self._special))))
         added = tokenizer.get_added_vocab()
         self._tags = {tag: added[tag] for tag in TAGS if added.get(tag) in self._special}
         """Format tags that are special tokens: they are text here."""
         self._special -= frozenset(self._tags.values())
         self._lead = self._lead_ids()
         self._pieces: dict[int, bytes] = {}
-        self._decoder = _decoder_kind(tokenizer)
+        self._decoder = decoder_kind(tokenizer)
         self.prefilled: str = self._prefilled()
         """The reasoning tag and what follows it at the end of every prompt; empty where the model writes it."""
 
@@ -118,8 +126,20 @@ class Renderer:
         return self._rendered([*messages, {"role": "user", "content": question}])
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Ids of `prompt_text`; the template writes its own special tokens, so none are added."""
-        return tuple(self.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"])
+        """Ids of `prompt_text`; the template writes its own special tokens, so none are added.
+
+        What looks like a special token in a question is ordinary characters, as in a completion.
+        """
+        text, question = self.prompt_text(prompt), prompt.question.strip()
+        if not any(token in question for token in self._special_texts):
+            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        before, found, after = text.rpartition(question)
+        if not found:
+            raise ModelError(
+                f"{self._name}: its chat template alters the question of {prompt.id}: {_OTHER_TEMPLATE}"
+            )
+        ids = [*self.tokenizer(before, add_special_tokens=False)["input_ids"], *self._behind(question, True)[0]]
+        return (*ids, *self._behind(after, False)[0])
 
     def tokenize(self, trace: Trace, *, same_tokenizer: bool) -> TokenizedTrace:
         """A trace in this tokenizer: the sampled ids themselves if the tokenizers are the same, else its text.
@@ -189,10 +209,7 @@ class Renderer:
             return  # it may want a system message too; `prompt_text` tells
         self._wants_parts = True
         if _PROBE not in self._rendered(question):
-            raise ModelError(
-                f"{self._name}: its chat template drops or alters the question; "
-                "set model.policy.chat_template (or model.discriminator's) to a file with another one"
-            )
+            raise ModelError(f"{self._name}: its chat template drops or alters the question; {_OTHER_TEMPLATE}")
 
     def _turn_end(self) -> int:
         """The special token that the template writes behind an assistant's text, or else the tokenizer's."""
@@ -203,7 +220,7 @@ class Renderer:
         except ModelError:
             return own
         ids = self.tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"] if tail.strip() else []
-        return ids[0] if ids and ids[0] in _special_ids(self.tokenizer) else own
+        return ids[0] if ids and ids[0] in special_ids(self.tokenizer) else own
 
     def _prefilled(self) -> str:
         """The unclosed `<think>` at the end of a generation prompt, with the white space behind it."""
@@ -220,7 +237,7 @@ class Renderer:
 
     def _opening(self, text: str) -> int:
         """How many characters of a completion's text are in the prompt already."""
-        shared = _common_prefix(self.prefilled, text)
+        shared = common_prefix(self.prefilled, text)
         return shared if shared >= len(THINK_OPEN) else 0
 
     def _lead_ids(self) -> tuple[int, ...]:
@@ -269,19 +286,26 @@ class Renderer:
         return ids, ends
 
     def _encoded_piece(self, text: str) -> tuple[list[int], list[int]]:
-        lead = "\n" if self._lead else ""
+        ids, spans = self._behind(text, True)
+        if self.tokenizer.is_fast and self.decode(ids) != text:  # it normalises: decoded offsets would drift
+            return ids, ends_by_offsets(spans, len(text))
+        return ids, [min(end, len(text)) for end in self.char_ends(ids)]
+
+    def _behind(self, text: str, as_characters: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text that goes on after another one, and each one's span of characters (fast tokenizers).
+
+        `as_characters`: what looks like a special token is ordinary characters.
+        """
+        lead = len(self._lead)
         encoding = self.tokenizer(
-            lead + text,
+            ("\n" if lead else "") + text,
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=as_characters,
             return_offsets_mapping=self.tokenizer.is_fast,
         )
-        ids = list(encoding["input_ids"])[len(self._lead) :]
-        if self.tokenizer.is_fast and self.decode(ids) != text:  # it normalises: decoded offsets would drift
-            spans = encoding["offset_mapping"][len(self._lead) :]
-            moved = [(max(0, start - len(lead)), max(0, stop - len(lead))) for start, stop in spans]
-            return ids, _ends_by_offsets(moved, len(text))
-        return ids, [min(end, len(text)) for end in self.char_ends(ids)]
+        spans = encoding.get("offset_mapping", [])[lead:]
+        moved = [(max(0, start - (lead > 0)), max(0, stop - (lead > 0))) for start, stop in spans]
+        return list(encoding["input_ids"])[lead:], moved
 
     def _ends_by_pieces(self, ids: Sequence[int], text: str) -> list[int] | None:
         """The fast way: bytes of every token, decoded as they come; None where that does not give `text`."""
@@ -306,7 +330,7 @@ class Renderer:
         """The exact way for any tokenizer: decode every prefix. Quadratic, so it is the last resort."""
         ends, end = [], 0
         for count in range(1, len(ids) + 1):
-            end = max(end, _common_prefix(self.decode(ids[:count]), text))
+            end = max(end, common_prefix(self.decode(ids[:count]), text))
             ends.append(end)
         return ends
 
@@ -319,68 +343,9 @@ class Renderer:
         token = None if token_id in self._special else self.tokenizer.convert_ids_to_tokens(token_id)
         if token is None:
             return b""
-        if self._decoder == "bytes" and all(character in _BYTE_OF for character in token):
-            return bytes(_BYTE_OF[character] for character in token)
+        if self._decoder == "bytes" and all(character in BYTE_OF for character in token):
+            return bytes(BYTE_OF[character] for character in token)
         if self._decoder == "sentencepiece":
             byte = _BYTE_TOKEN.fullmatch(token)
             return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
         return token.encode()
-
-
-def _common_prefix(first: str, second: str) -> int:
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return index
-    return min(len(first), len(second))
-
-
-def _ends_by_offsets(offsets: Iterable[tuple[int, int]], length: int) -> list[int]:
-    """Ends in the original text. Tokens that share one character show its whole span: only the last ends it."""
-    spans = list(offsets)
-    ends, end = [], 0
-    for index, (start, stop) in enumerate(spans):
-        shared = index + 1 < len(spans) and spans[index + 1][0] < stop
-        end = max(end, start if shared else stop)
-        ends.append(end)
-    if ends:
-        ends[-1] = length
-    return ends
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
-    return frozenset(added | set(tokenizer.all_special_ids))
-
-
-def _decoder_kind(tokenizer: PreTrainedTokenizerBase) -> Literal["bytes", "sentencepiece", "plain"]:
-    """Which reading of vocabulary strings to try first; a wrong guess is noticed and costs time only."""
-    decoder = json.dumps(_backend(tokenizer).get("decoder"))
-    if "ByteLevel" in decoder:
-        return "bytes"
-    return "sentencepiece" if "▁" in decoder or "\\u2581" in decoder or "ByteFallback" in decoder else "plain"
-
-
-def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    return json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-
-
-def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for tokenizers that give the same ids and prompts: algorithm, vocabulary, special tokens, template.
-
-    Padding and truncation are left out: they are settings of a call, remembered by the object.
-    """
-    backend = {k: v for k, v in _backend(tokenizer).items() if k not in ("padding", "truncation")}
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    content = [backend or tokenizer.get_vocab(), special, tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _byte_of_character() -> dict[str, int]:
-    """Byte-level BPE writes every byte as one visible character: itself where it is printable Latin-1 and no
-    space, else the next free character from U+0100 on."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in set(visible)]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
-_BYTE_OF = _byte_of_character()
