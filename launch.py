@@ -41,13 +41,9 @@ Overrides = Annotated[
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpus: Annotated[
-        int | None, typer.Option(min=0, help="GPUs of each node of a hypothetical cluster.")
-    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs a node of a hypothetical cluster.")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of a hypothetical cluster.")] = None,
-    cpus: Annotated[
-        int | None, typer.Option(min=1, help="CPUs of each node of a hypothetical cluster.")
-    ] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs a node of a hypothetical cluster.")] = None,
 ) -> int:
     """Show the resolved configuration, placement, steps, tokens and memory of a run or a sweep; take nothing.
 
@@ -154,9 +150,7 @@ def sweep(
 
 @app.command()
 def evaluate(
-    target: Annotated[
-        str, typer.Argument(metavar="CONFIG|RUN|MODEL", help="YAML file, run, model folder or hub id.")
-    ],
+    target: Annotated[str, typer.Argument(metavar="CONFIG|RUN|MODEL", help="YAML, run, folder or hub id.")],
     overrides: Overrides = None,
 ) -> int:
     """Sample a policy on held-out problems, or read given completions: pass@k, reranking, calibration.
@@ -282,17 +276,22 @@ def transfer(
 
 @app.command()
 def doctor(
+    model: Annotated[str | None, typer.Argument(help="Model folder, hub id, experiment file or run.")] = None,
+    overrides: Overrides = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to ask for its resources.")] = None,
 ) -> int:
-    """Show what is installed, which accelerators there are, and what will not work and why.
+    """Show what is installed, or what MODEL's tokenizer and template need; what will not work and why.
 
     \b
-    Example:
+    Examples:
       rairl doctor
       rairl doctor --address 10.0.0.1:6379
+      rairl doctor experiments/demo/airl.yaml
     """
-    from rairl_ray.doctor import diagnose
+    from rairl_ray.doctor import diagnose, diagnose_model
 
+    if model is not None:
+        return diagnose_model(wide_console(), model, overrides or [])
     return diagnose(wide_console(), address)
 
 

@@ -1,4 +1,4 @@
-"""`doctor`: what is installed, which accelerators there are, what a cluster has, what will not work and why."""
+"""`doctor`: what is installed, what a cluster has, what a model's texts need; what will not work and why."""
 
 from __future__ import annotations
 
@@ -6,21 +6,32 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from rairl_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from rairl_ray.config.schema import Model, RunConfig
+    from rairl_ray.data.rendering import Renderer
 
 Status = Literal["ok", "note", "missing"]
 
 ESSENTIAL = ("torch", "transformers", "peft", "deepspeed", "ray", "datasets", "mlflow", "pydantic", "pyyaml")
 OPTIONAL = ("scikit-learn", "mpmath", "safetensors", "gguf", "ninja", "optuna", "bitsandbytes")
+WINDOW_KEY = re.compile(r"(data\.max_prompt_tokens|rollout\.max_completion_tokens)=")
+"""Overrides that say how long prompts and completions are: a bare model is then asked for so large a window."""
 CONNECT_SECONDS = 5.0
 CLUSTER_SECONDS = 60.0
 """Deadline for a cluster's answer."""
@@ -58,16 +69,84 @@ def diagnose(console: Console, address: str | None = None) -> int:
     findings = [*system(), *packages(), *engines(), *accelerators()]
     if address is not None:
         findings += cluster(address)
-    table = Table(title="rairl doctor")
-    for heading in ("what", "found", "status", "what to do"):
-        table.add_column(heading, overflow="fold")
-    for finding in findings:
-        table.add_row(finding.what, finding.value, finding.status, finding.remedy)
-    console.print(table)
+    _show(console, "rairl doctor", findings)
     missing = [finding.what for finding in findings if finding.status == "missing"]
     verdict = f"essential and missing: {', '.join(missing)}" if missing else "everything essential is here"
     console.print(verdict, highlight=False)
     return 1 if missing else 0
+
+
+def diagnose_model(console: Console, text: str, overrides: Sequence[str]) -> int:
+    """Print what the round trip of a run's start finds out about a model's tokenizer, template and window.
+
+    Args:
+        text: a model folder, hub id, experiment file or run; an experiment's two models are both looked at.
+
+    Returns:
+        0, or 1 where something cannot be handled: each such thing is a line with its remedy.
+    """
+    from rairl_ray.verbs.target import find_target
+
+    config = find_target(text, overrides).config
+    whole = Path(text).suffix in (".yaml", ".yml") or any(WINDOW_KEY.match(word) for word in overrides)
+    problems: list[str] = []
+    for role, findings in _models(config, whole, problems):
+        _show(console, f"{role}: {getattr(config.model, role).path or 'built'}", findings)
+    for problem in problems:
+        console.print(f"cannot be handled: {problem}", markup=False, highlight=False, soft_wrap=True)
+    if not problems:
+        console.print("everything can be handled", highlight=False)
+    return 1 if problems else 0
+
+
+def _models(config: RunConfig, whole: bool, problems: list[str]) -> Iterator[tuple[str, list[Finding]]]:
+    """Role and findings of each model; what cannot be handled is also added to `problems`."""
+    from rairl_ray.data.tasks import task_rules
+    from rairl_ray.trainer.contract import contract
+    from rairl_ray.trainer.prepare import (
+        check_window,
+        discriminator_model,
+        model_facts,
+        open_discriminator,
+        open_policy,
+    )
+    from rairl_ray.trainer.saved_start import saved_start
+
+    def found(path: str, renderer: Renderer, model: Model) -> list[Finding]:
+        facts = contract(renderer, *model_facts(path, model))
+        problems.extend(f"{path}: {fact.problem}" for fact in facts if fact.problem)
+        return [
+            Finding(
+                fact.what,
+                fact.value,
+                "missing" if fact.problem else "note" if fact.note else "ok",
+                fact.problem or fact.note,
+            )
+            for fact in facts
+        ]
+
+    rules = task_rules(config.data)
+    try:
+        path, renderer = open_policy(config, rules, strict=False)
+        yield "policy", found(path, renderer, config.model.policy)
+        if whole:
+            check_window(config, path, "model.policy")
+        own = config.model.discriminator
+        if config.algorithm.type == "airl" and (own.path or own.build):
+            start = saved_start(config)
+            place, reads = open_discriminator(config, rules, start, path, strict=False)
+            yield "discriminator", found(place, reads, discriminator_model(config, start))
+    except UserError as error:
+        problems.append(str(error))
+
+
+def _show(console: Console, title: str, findings: Sequence[Finding]) -> None:
+    table = Table(title=title)
+    for heading in ("what", "found", "status", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for finding in findings:
+        table.add_row(*map(escape, (finding.what, finding.value, finding.status, finding.remedy)))
+    console.print(table)
 
 
 def version(package: str) -> str | None:

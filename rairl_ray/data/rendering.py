@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -55,7 +56,7 @@ def load_tokenizer(path: str, model: Model, *, role: str = "policy") -> PreTrain
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"model.{role}.path={path}: no tokenizer could be loaded ({reason}); "
@@ -147,7 +148,7 @@ class Renderer:
         What the template has prefilled is in the prompt's tokens and not in the completion's. Special-token
         strings inside a text are ordinary characters, so a text can never end its own turn.
         """
-        length, opened = len(trace.text), self._opening(trace.text)
+        length, opened = len(trace.text), self.opening(trace.text)
         if same_tokenizer and trace.token_ids is not None:
             ids = list(trace.token_ids)
             ends = [min(opened + end, length) for end in self.char_ends(ids)]
@@ -168,7 +169,22 @@ class Renderer:
 
     def completed(self, text: str) -> str:
         """A completion from elsewhere, with what the template prefills in front unless it begins with that."""
-        return text if self._opening(text) else self.prefilled + text
+        return text if self.opening(text) else self.prefilled + text
+
+    def opening(self, text: str) -> int:
+        """How many characters of a completion's text are in the prompt already."""
+        shared = common_prefix(self.prefilled, text)
+        return shared if shared >= len(THINK_OPEN) else 0
+
+    @property
+    def special_tags(self) -> tuple[str, ...]:
+        """Format tags that are special tokens of this tokenizer."""
+        return tuple(self._tags)
+
+    @property
+    def adds_space(self) -> bool:
+        """Whether the tokenizer begins every text with a space of its own, which completions go without."""
+        return bool(self._lead)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of completion tokens, special tokens skipped, but for format tags."""
@@ -234,11 +250,6 @@ class Renderer:
             _, tag, after = tail.rpartition(THINK_OPEN)
             return tag + after if tag and not after.strip() else ""
         return ""
-
-    def _opening(self, text: str) -> int:
-        """How many characters of a completion's text are in the prompt already."""
-        shared = common_prefix(self.prefilled, text)
-        return shared if shared >= len(THINK_OPEN) else 0
 
     def _lead_ids(self) -> tuple[int, ...]:
         """Ids of a line end where the tokenizer begins every text with a space of its own; else none.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -96,6 +98,27 @@ def end_tokens(path: str, revision: str | None = None) -> tuple[int, ...]:
     except (OSError, ValueError):
         return ()
     return tuple(known) if isinstance(known, list) else () if known is None else (known,)
+
+
+def read_config(path: str, revision: str | None = None) -> dict[str, Any]:
+    """The `config.json` of a folder or hub id.
+
+    Raises:
+        ModelError: there is none, or it is no JSON object.
+    """
+    file = Path(path) / "config.json"
+    try:
+        if not Path(path).is_dir():
+            file = Path(hf_hub_download(path, "config.json", revision=revision))
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{path}: config.json cannot be read ({reason}); give a model folder or hub id"
+        ) from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: not a JSON object; restore the model's own file")
+    return found
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rairl_ray.config.schema import Density, Model, Reward
+from rairl_ray.config.windows import window_of
 from rairl_ray.data.batching import discriminator_tensors, micro_batches
 from rairl_ray.data.rendering import Renderer, load_tokenizer
 from rairl_ray.engines.artifacts import Dtype, RewardModel, system_prompt_of
@@ -46,7 +47,8 @@ class SavedReward:
         density = Density.model_validate(settings.density)
         self._reader = TraceReader(renderer, density, policy_fingerprint)
         self._budget = tokens_per_micro_batch
-        self._window = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+        window = window_of(json.loads((folder / "config.json").read_text()))
+        self._window = None if window is None else window[1]
         self.version = settings.discriminator_version
         self.reward = Reward(density=density, temperature=settings.temperature, clip=settings.clip)
         """How logits become rewards (`algorithms.rewards.unit_rewards`)."""

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rairl_ray.config.rules import check, check_output
 from rairl_ray.config.schema import Model, RunConfig
+from rairl_ray.config.windows import window_of
 from rairl_ray.data.rendering import Renderer, load_tokenizer
 from rairl_ray.data.tasks import make_task
-from rairl_ray.data.tasks.base import Task
+from rairl_ray.data.tasks.base import Task, TaskRules
 from rairl_ray.data.tasks.generated import GeneratedSplit
 from rairl_ray.data.window import fit_window
 from rairl_ray.engines.artifacts import system_prompt_of
 from rairl_ray.engines.models import materialise, missing_packages
+from rairl_ray.engines.sources import end_tokens, read_config
 from rairl_ray.errors import ConfigError, DataError
 from rairl_ray.rewards.reading import TraceReader
+from rairl_ray.trainer.contract import check_contract
 from rairl_ray.trainer.expert_errors import counted_errors, with_expert_errors
 from rairl_ray.trainer.saved_start import SavedStart, saved_start
 from rairl_ray.types import Demonstration, Trace
@@ -54,21 +57,10 @@ def prepare(config: RunConfig) -> Prepared:
     check(config)
     check_output(config)
     task = make_task(config.data, config.seed)
-    cache = Path(config.output_dir) / ".cache" / "models"
-    policy_path = materialise(config.model.policy, role="policy", cache_dir=cache, seed=config.seed)
+    policy_path, policy_renderer = open_policy(config, task)
     start = saved_start(config)
-    discriminator = discriminator_model(config, start)
-    discriminator_path = (
-        policy_path
-        if discriminator.path is None and discriminator.build is None
-        else materialise(discriminator, role="discriminator", cache_dir=cache, seed=config.seed)
-    )
-    policy_renderer = policy_renderer_of(policy_path, task, config)
-    reader = TraceReader(
-        discriminator_renderer(discriminator_path, task, config, start),
-        config.reward.density,
-        policy_renderer.fingerprint,
-    )
+    discriminator_path, renderer = open_discriminator(config, task, start, policy_path)
+    reader = TraceReader(renderer, config.reward.density, policy_renderer.fingerprint)
     check_window(config, policy_path, "model.policy")
     task = usable_rows(task, policy_renderer, config)
     check_expert_lengths(task, policy_renderer, config)
@@ -82,6 +74,50 @@ def prepare(config: RunConfig) -> Prepared:
         start=start,
         facts={} if config.algorithm.type == "grpo" else counted_errors(task),
     )
+
+
+def open_policy(config: RunConfig, rules: Task | TaskRules, strict: bool = True) -> tuple[str, Renderer]:
+    """The policy's folder or hub id, and how it reads prompts.
+
+    Args:
+        strict: refuse what the round trip of `contract` finds.
+
+    Raises:
+        ModelError: one line.
+    """
+    path = materialise(config.model.policy, role="policy", cache_dir=_cache(config), seed=config.seed)
+    renderer = policy_renderer_of(path, rules, config)
+    if strict:
+        check_contract(f"model.policy ({path})", renderer, *model_facts(path, config.model.policy))
+    return path, renderer
+
+
+def open_discriminator(
+    config: RunConfig, rules: Task | TaskRules, start: SavedStart | None, policy_path: str, strict: bool = True
+) -> tuple[str, Renderer]:
+    """The discriminator's folder or hub id (the policy's, unless it has its own), and how it reads prompts.
+
+    Arguments and errors as of `open_policy`.
+    """
+    model = discriminator_model(config, start)
+    path = (
+        policy_path
+        if model.path is None and model.build is None
+        else materialise(model, role="discriminator", cache_dir=_cache(config), seed=config.seed)
+    )
+    renderer = discriminator_renderer(path, rules, config, start)
+    if strict:
+        check_contract(f"model.discriminator ({path})", renderer, *model_facts(path, model))
+    return path, renderer
+
+
+def model_facts(path: str, model: Model) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """A model's `config.json` and the end tokens of its generation config."""
+    return read_config(path, model.revision), end_tokens(path, model.revision)
+
+
+def _cache(config: RunConfig) -> Path:
+    return Path(config.output_dir) / ".cache" / "models"
 
 
 def check_machine(config: RunConfig, device: str) -> None:
@@ -113,14 +149,12 @@ def discriminator_model(config: RunConfig, start: SavedStart | None) -> Model:
 
 def check_window(config: RunConfig, path: str, key: str) -> None:
     """Prompt and completion must fit the model's positions."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        return  # a hub id: its window is checked by the engine that opens it
-    window = json.loads(file.read_text()).get("max_position_embeddings")
+    key_and_window = window_of(read_config(path, config.model.policy.revision))
     needed = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
-    if window is not None and needed > window:
+    if key_and_window is not None and needed > key_and_window[1]:
+        said, window = key_and_window
         raise ConfigError(
-            f"{path}: {key} has a window of {window} tokens, but data.max_prompt_tokens="
+            f"{path}: {key} has a window of {window} tokens ({said}), but data.max_prompt_tokens="
             f"{config.data.max_prompt_tokens} + rollout.max_completion_tokens="
             f"{config.rollout.max_completion_tokens} = {needed}; lower one of the two"
         )
@@ -149,13 +183,15 @@ def usable_rows(task: Task, renderer: Renderer, config: RunConfig) -> Task:
     return with_expert_errors(usable, config.data.expert_error_rate)
 
 
-def policy_renderer_of(path: str, task: Task, config: RunConfig) -> Renderer:
+def policy_renderer_of(path: str, task: Task | TaskRules, config: RunConfig) -> Renderer:
     """How the policy reads prompts: its tokenizer, the configured or the task's own system prompt."""
     tokenizer = load_tokenizer(path, config.model.policy, role="policy")
     return Renderer(tokenizer, _system_prompt(task, config), config.data.system_role)
 
 
-def discriminator_renderer(path: str, task: Task, config: RunConfig, start: SavedStart | None) -> Renderer:
+def discriminator_renderer(
+    path: str, task: Task | TaskRules, config: RunConfig, start: SavedStart | None
+) -> Renderer:
     """How the discriminator reads prompts: as the policy does, or as the saved reward of its start did."""
     tokenizer = load_tokenizer(path, discriminator_model(config, start), role="discriminator")
     settings = None if start is None else start.settings
@@ -164,7 +200,7 @@ def discriminator_renderer(path: str, task: Task, config: RunConfig, start: Save
     )
 
 
-def _system_prompt(task: Task, config: RunConfig) -> str:
+def _system_prompt(task: Task | TaskRules, config: RunConfig) -> str:
     return task.system_prompt if config.data.system_prompt is None else config.data.system_prompt
 
 
