@@ -281,7 +281,7 @@ def cluster(address: str) -> list[Finding]:
     result = next((line for line in answer.stdout.splitlines() if line.startswith("RESULT")), None)
     if result is None:
         lines = answer.stderr.strip().splitlines() or ["no answer"]
-        return [_no_cluster(address, lines[-1][:200])]
+        return [_unjoined(address, lines[-1])]
     nodes = json.loads(result.removeprefix("RESULT"))
     findings = []
     for node in nodes:
@@ -290,6 +290,15 @@ def cluster(address: str) -> list[Finding]:
     if not any(node.get("GPU") for node in nodes):
         findings.append(Finding("cluster GPUs", "0", "note", "use placement.device=cpu, or add GPU nodes"))
     return findings
+
+
+def _unjoined(address: str, line: str) -> Finding:
+    """What a failed try to join said last: a refusal of ours brings its own remedy (a token, say)."""
+    name, _, refusal = line.partition(f"cluster.address={address}: ")
+    why, semicolon, remedy = refusal.rpartition("; ")
+    if "PlacementError" in name and semicolon:
+        return Finding(f"cluster {address}", why, "missing", remedy)
+    return _no_cluster(address, line[:200])
 
 
 def _no_cluster(address: str, why: str) -> Finding:

@@ -14,7 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rairl_ray.actors import joining
 from rairl_ray.actors.joining import join, token_source
+from rairl_ray.doctor import _unjoined
 from rairl_ray.errors import PlacementError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +163,65 @@ def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
     ) as caught:
         join(address)
     assert "\n" not in str(caught.value) and "cluster/local.sh up" in str(caught.value)
+
+
+GAVE_UP = "Failed to connect to GCS. Last connection error: Traceback (most recent call last):\n  ...\n"
+REFUSED = f"{GAVE_UP}AuthenticationError: InvalidAuthToken: Authentication token is missing or incorrect"
+
+
+@pytest.mark.parametrize(
+    ("token", "cause", "said", "remedy"),
+    [
+        (
+            None,
+            REFUSED,
+            "the Ray cluster there asks for a token, and this is a driver without a token",
+            "TOKEN_PATH",
+        ),
+        ("0" * 64, REFUSED, "the Ray cluster there does not accept the token in RAY_AUTH_TOKEN", "TOKEN_PATH"),
+        (None, f"{GAVE_UP}RpcError: Unauthenticated", "asks for a token, and this is", "TOKEN_PATH"),
+        (
+            None,
+            f"{GAVE_UP}RpcError: Deadline Exceeded",
+            "does not accept a driver without a token as a",
+            "TOKEN_PATH",
+        ),
+    ],
+    ids=["missing", "wrong", "missing, another wording", "another program"],
+)
+def test_a_token_that_is_missing_or_wrong_is_told_as_such(
+    token: str | None, cause: str, said: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error that Ray raises after its retries, with what the head answered in its cause."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    if token is not None:
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+
+    def init(address: str, **_: object) -> None:
+        raise ConnectionError(f"Failed to connect to Ray cluster at {address}") from RuntimeError(cause)
+
+    monkeypatch.setattr(joining.ray, "init", init)
+    with socket.create_server(("127.0.0.1", 0)) as somebody:
+        address = f"127.0.0.1:{somebody.getsockname()[1]}"
+        with pytest.raises(PlacementError) as refused:
+            join(address)
+    line = str(refused.value)
+    assert line.startswith(f"cluster.address={address}: ") and said in line and remedy in line
+    assert "\n" not in line and "no Ray cluster answers" not in line and (token is None or token not in line)
+    finding = _unjoined(address, f"rairl_ray.errors.PlacementError: {line}")
+    assert said in finding.value and remedy in finding.remedy and "check the address" not in finding.remedy
+
+
+def test_no_cluster_for_auto_is_no_matter_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance. Please specify the one to connect to.")
+
+    monkeypatch.setattr(joining.ray, "init", init)
+    with pytest.raises(PlacementError, match=r"no Ray cluster was found .*cluster/local\.sh up") as refused:
+        join("auto")
+    assert "token" not in str(refused.value).lower()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 
 import ray
@@ -15,8 +16,13 @@ from rairl_ray.errors import PlacementError
 
 LOOPBACK = ("127.0.0.1", "localhost")
 REMEDY = "set RAY_AUTH_TOKEN_PATH to the file with its token (cluster/local.sh: source the env file it names)"
+START = "start one with `cluster/local.sh up`, or leave the key out for a private one"
+NO_TOKEN = "a driver without a token"
 PROBE_SECONDS = 5.0
 """Deadline of a look at whether anything listens at an address."""
+
+_REFUSED_TOKEN = re.compile(r"InvalidAuthToken|Unauthenticated|AuthenticationError|authentication token", re.I)
+_NOT_FOUND = ("Could not find any running Ray instance", "Found multiple active Ray instances")
 
 
 def join(address: str, namespace: str | None = None) -> None:
@@ -33,10 +39,7 @@ def join(address: str, namespace: str | None = None) -> None:
     if colon and port.isdigit() and "//" not in host:
         why = refusal(host, int(port))
         if why:
-            raise PlacementError(
-                f"cluster.address={address}: no Ray cluster answers there ({why}); "
-                "start one with `cluster/local.sh up`, or leave the key out for a private one"
-            )
+            raise PlacementError(f"cluster.address={address}: no Ray cluster answers there ({why}); {START}")
         if host in LOOPBACK and refusal(get_node_ip_address(), int(port)):
             # Ray takes the machine's outer address for 127.0.0.1; here nothing listens there.
             ray_constants.ENABLE_RAY_CLUSTER = False
@@ -49,18 +52,34 @@ def join(address: str, namespace: str | None = None) -> None:
     except AuthenticationError as error:
         raise PlacementError(f"cluster.address={address}: {str(error).split('. ')[0]}; {REMEDY}") from None
     except ConnectionError as error:
-        # A wrong token and a port of another program look the same from here.
-        raise PlacementError(
-            f"cluster.address={address}: what listens there does not accept {token_source()} as a Ray cluster "
-            f"would ({str(error).splitlines()[0]}); {REMEDY}"
-        ) from None
+        raise PlacementError(f"cluster.address={address}: {unjoined(error)}") from None
+
+
+def unjoined(error: ConnectionError) -> str:
+    """Why Ray did not join a cluster, and the remedy: its token, none at that address, or what cannot be told.
+
+    Ray tries for a while and then raises one error for all; what the head answered stands in that one's causes.
+    """
+    said, cause = [str(error)], error.__cause__ or error.__context__
+    while cause is not None:
+        said.append(f"{type(cause).__name__}: {cause}")
+        cause = cause.__cause__ or cause.__context__
+    if any(_REFUSED_TOKEN.search(text) for text in said):
+        given = token_source()
+        what = "asks for a token, and this is" if given.startswith(NO_TOKEN) else "does not accept"
+        return f"the Ray cluster there {what} {given}; {REMEDY}"
+    first = said[0].splitlines()[0]
+    if first.startswith(_NOT_FOUND):
+        return f"no Ray cluster was found ({first.split('. ')[0]}); {START}"
+    # A port of another program and a head that hangs up look the same from here.
+    return f"what listens there does not accept {token_source()} as a Ray cluster would ({first}); {REMEDY}"
 
 
 def token_source() -> str:
     """Where this process has its token from, never the token."""
     mode = os.environ.get("RAY_AUTH_MODE", "")
     if mode.lower() != "token":
-        return f"a driver without a token (RAY_AUTH_MODE={mode})" if mode else "a driver without a token"
+        return f"{NO_TOKEN} (RAY_AUTH_MODE={mode})" if mode else NO_TOKEN
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "the token in RAY_AUTH_TOKEN"
     return f"the token in {os.environ.get('RAY_AUTH_TOKEN_PATH') or '~/.ray/auth_token'}"
