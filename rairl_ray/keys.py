@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -25,3 +27,13 @@ def keyed_random(*parts: object) -> random.Random:
 def keyed_generator(*parts: object) -> np.random.Generator:
     """A fresh numpy generator for one keyed draw."""
     return np.random.Generator(np.random.PCG64(key_seed(*parts)))
+
+
+def occurrences(ids: Iterable[str]) -> list[int]:
+    """How often each id stands before itself: 0, and 1 where a problem is drawn a second time in a step."""
+    seen: Counter[str] = Counter()
+    places = []
+    for name in ids:
+        places.append(seen[name])
+        seen[name] += 1
+    return places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,25 @@ def test_the_samples_of_a_prompt_that_become_negatives_are_chosen_anew_for_every
     assert drawn["1"] == [trace.text for trace in strategy._policy_traces(groups, "1")]
     places = {tuple(text[1] for text in texts[i : i + 2]) for texts in drawn.values() for i in range(0, 8, 2)}
     assert len(places) > 8, "neither always the same samples, nor the same ones of every prompt"
+
+
+def test_a_problem_that_is_drawn_twice_in_a_step_gets_other_perturbed_copies_and_negatives() -> None:
+    strategy = strategy_of(perturbations={"count": 3, "kinds": ["numbers"]}, negatives_per_prompt=2)
+    row = strategy._task.train[0]
+    long = replace(row, completion="<think>\n" + "\n".join(f"{n}+{n}={2 * n}" for n in range(10, 40)))
+    groups = [group_of(row.prompt, 8, text) for text in "ab"]
+
+    def texts(times: int) -> list[list[str]]:
+        batch, dropped = strategy._batch(groups[:times], [long] * times, "step/1/0")
+        experts = [RENDERER.decode(s.completion_ids) for s in batch.samples[: 4 * times]]
+        assert dropped == 0 and [s.positive for s in batch.samples[: 4 * times]] == [True, *[False] * 3] * times
+        return [experts[i + 1 : i + 4] for i in range(0, 4 * times, 4)]
+
+    first, second = texts(2)
+    assert [first] == texts(1), "the first keeps what it had without the second"
+    assert not set(first) & set(second) and [first, second] == texts(2)
+    picks = [[t.text[1] for t in strategy._policy_traces(groups, f"step/{step}/0")] for step in range(8)]
+    assert any(pick[:2] != pick[2:] for pick in picks), "the second group's samples are chosen by themselves"
 
 
 @pytest.mark.parametrize(("share", "replayed"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])

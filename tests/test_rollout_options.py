@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from rairl_ray.actors.rollout import first_samples, sampling_seed
+from rairl_ray.actors.rollout import sampling_seed
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.engines.hf_engine import draw
 from rairl_ray.engines.rollout_engine import EngineOptions, SamplingSettings, check_adapter, engine_options
 from rairl_ray.engines.vllm_engine import llm_arguments, vllm_environment
 from rairl_ray.errors import ModelError
+from rairl_ray.keys import occurrences
 
 SAMPLING = SamplingSettings(max_tokens=1)
 
@@ -72,7 +73,7 @@ def test_draw_inverts_the_distribution() -> None:
 
 def test_a_problem_that_is_drawn_twice_in_a_step_has_other_seeds_the_second_time() -> None:
     drawn = ["a", "b", "a", "c", "a"]
-    firsts = first_samples(drawn, 4)
+    firsts = [4 * place for place in occurrences(drawn)]
     assert firsts == [0, 0, 4, 0, 8]
     seeds = [
         sampling_seed(0, "train/1", p, first + i)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from rairl_ray.engines.rollout_engine import (
 )
 from rairl_ray.engines.sources import end_tokens
 from rairl_ray.engines.weights import whole
-from rairl_ray.keys import key_seed
+from rairl_ray.keys import key_seed, occurrences
 from rairl_ray.types import Prompt, Rollout, RolloutGroup
 
 Traces = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -209,7 +208,8 @@ class RolloutWorkers(ActorGroup):
             max_tokens=self._config.rollout.max_completion_tokens,
         )
         prompt_ids = [self._renderer.prompt_ids(prompt) for prompt in prompts]
-        firsts = first_samples([prompt.id for prompt in prompts], count)
+        # A problem that is drawn twice goes on counting, so its samples are others.
+        firsts = [count * place for place in occurrences(prompt.id for prompt in prompts)]
         shares = balance([len(ids) + settings.max_tokens for ids in prompt_ids], len(self))
         requests = [
             [
@@ -309,16 +309,6 @@ class RolloutWorkers(ActorGroup):
                 deadline = self._config.timeouts.teardown_seconds
                 self.call("close", deadline, lambda actor, _rank: actor.close.remote())
         super().close()
-
-
-def first_samples(prompt_ids: Sequence[str], count: int) -> list[int]:
-    """The number of each prompt's first sample, for its seed: a problem drawn twice goes on counting."""
-    seen: Counter[str] = Counter()
-    firsts = []
-    for prompt_id in prompt_ids:
-        firsts.append(count * seen[prompt_id])
-        seen[prompt_id] += 1
-    return firsts
 
 
 def sampling_seed(run_seed: int, stream: str, prompt_id: str, sample: int) -> int:

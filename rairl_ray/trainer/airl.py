@@ -24,7 +24,7 @@ from rairl_ray.algorithms.rewards import clipped_count, unit_rewards
 from rairl_ray.config.schema import Reward, RunConfig
 from rairl_ray.data.rendering import Renderer
 from rairl_ray.data.tasks.base import Task
-from rairl_ray.keys import keyed_random
+from rairl_ray.keys import keyed_random, occurrences
 from rairl_ray.metrics import PhaseTimer, mean
 from rairl_ray.rewards.reading import ReadTrace, TraceReader, sample_of, trace_of
 from rairl_ray.trainer.feed import Feed
@@ -119,9 +119,10 @@ class AirlStrategy:
         pair_ids = {group.prompt.id: index for index, group in enumerate(groups)}
         labelled: list[Labelled] = []
         dropped = 0
-        for demonstration in demonstrations:
+        places = occurrences(demonstration.prompt.id for demonstration in demonstrations)
+        for demonstration, place in zip(demonstrations, places, strict=True):
             pair = pair_ids.setdefault(demonstration.prompt.id, len(pair_ids))
-            copies, lost = self._perturbed(demonstration, epoch)
+            copies, lost = self._perturbed(demonstration, again(epoch, place))
             dropped += lost
             for index, trace in enumerate([_expert_trace(demonstration), *copies]):
                 read = self._reader.read(trace)
@@ -153,11 +154,11 @@ class AirlStrategy:
     def _policy_traces(self, groups: Sequence[RolloutGroup], epoch: str) -> list[Trace]:
         """The groups' own samples, with a share replaced by replayed ones of earlier policies."""
         fresh: list[Trace] = []
-        for group in groups:
+        for group, place in zip(groups, occurrences(group.prompt.id for group in groups), strict=True):
             chosen = list(group.rollouts)
             limit = self._config.discriminator.negatives_per_prompt
             if limit is not None and limit < len(chosen):
-                key = (self._config.seed, "negatives", epoch, group.prompt.id)
+                key = (self._config.seed, "negatives", again(epoch, place), group.prompt.id)
                 chosen = keyed_random(*key).sample(chosen, limit)
             fresh += [trace_of(group.prompt, rollout) for rollout in chosen]
         count = round(self._config.discriminator.replay.share * len(fresh))
@@ -278,6 +279,11 @@ class AirlStrategy:
 
     def restore(self, state: dict) -> None:
         self._replay = ReplayBuffer.from_state(state["replay"])
+
+
+def again(epoch: str, place: int) -> str:
+    """The key of a prompt's occurrence in an update: drawn twice, it gets other draws the second time."""
+    return f"{epoch}/again/{place}" if place else epoch
 
 
 def _drift(before: Sequence[TraceScores], after: Sequence[TraceScores], config: Reward) -> float:
