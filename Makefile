@@ -2,6 +2,7 @@
 # make test   everything that a laptop can test;  make test-slow: the long end-to-end cases
 # make test-matrix  every role stopped in every phase: an hour
 # make cluster-test  local clusters, jobs and Slurm (where it is installed), ten minutes
+# make mutants  ten minutes of small faults that tests must notice (docs/mutants.md)
 # make lint   ruff and mypy
 
 PYTHON ?= python3.11
@@ -10,7 +11,7 @@ PYTEST_ARGS ?=
 # Two at a time: most of an end-to-end test is waiting. More than two need more memory than a laptop has.
 TWO := -n 2 --dist worksteal --durations=20
 
-.PHONY: install demo test test-slow test-matrix cluster-test gpu-test lint format clean
+.PHONY: install demo test test-slow test-matrix cluster-test gpu-test mutants lint format clean
 
 install:
 	@PYTHON=$(PYTHON) bash requirements/install.sh
@@ -32,6 +33,10 @@ cluster-test: install
 
 gpu-test: install
 	$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS)
+
+# MINUTES=30 SEED=1 make mutants: longer, and other ones
+mutants: install
+	$(BIN)/python tests/mutants.py $(or $(MINUTES),10) $(or $(SEED),0)
 
 lint: install
 	$(BIN)/ruff check .

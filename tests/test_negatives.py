@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rairl_ray.algorithms.equations import evaluate_text, find_equations, find_numbers, write_number
-from rairl_ray.algorithms.negatives import KINDS, Perturbed, changed_span, perturb
+from rairl_ray.algorithms.negatives import KINDS, Perturbed, _weight, changed_span, perturb
 from rairl_ray.types import Demonstration, Prompt
 
 ARITHMETIC_KINDS = ["operator", "numbers", "slip", "answer", "swap_answer"]
@@ -268,11 +268,35 @@ def test_changed_span_holds_every_difference(before: str, after: str) -> None:
         ("it is 12 = 3*4 - as said", [True]),
         ("x = 5, y == 3, 2 >= 1", []),
         ("8/0 = 4", []),
+        ("in 2024 3+4=7", [True]),
         ("3+5=9", [False]),
     ],
 )
 def test_equations(text: str, holds: list[bool]) -> None:
     assert [equation.holds for equation in find_equations(text)] == holds
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("(2) -5", [2, 5]),
+        ("50% -5", [50, 5]),
+        ("x2 -5", [2, 5]),
+        ("34 -5", [34, 5]),
+        ("so -5", [-5]),
+        ("x-5", [5]),
+        ("$ -5", [-5]),
+    ],
+)
+def test_a_minus_behind_a_value_is_no_sign(text: str, values: list[int]) -> None:
+    assert [number.value for number in find_numbers(text, 0, len(text))] == values
+
+
+def test_results_are_nudged_before_operands_and_operands_before_prose() -> None:
+    text = "In 9 steps 3+4=7"
+    numbers = find_numbers(text, 0, len(text))
+    weights = {number.value: _weight(find_equations(text), number) for number in numbers}
+    assert weights[7] > weights[3] == weights[4] > weights[9]
 
 
 @given(st.integers(-(10**6), 10**6), st.integers(0, 3), st.booleans())
