@@ -24,6 +24,9 @@ from rairl_ray.files import append_line, json_text, read_json_lines, write_atomi
 Summary = dict[str, dict[str, float]]
 """Metric name -> {"value", "low", "high", "n"}; "low" and "high" are missing where there is no interval."""
 
+TRANSFER_PREFIX = "transfer-"
+"""How evaluations begin that belong to a transfer matrix (transfer.json), which holds their numbers."""
+
 
 class RunFolder:
     """Paths and small files of one run. Making the object touches nothing; `create` makes the folders."""

@@ -61,7 +61,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(tmp_path_factory.mktemp("browser") / ("a-very-long-run-name-" * 6))
     write_json_lines(run.evaluation("final") / "localisation.jsonl", localised_rows())
     hostile = HOSTILE + "<script>window.hostile = 1</script>" + "unbroken" * 60
-    for name in ("start", "aime", "math", "transfer-from-gsm8k-to-medicine"):
+    for name in ("start", "aime", "math", "from-gsm8k-to-medicine"):
         add_evaluation(run, name, make_rows(text=hostile))
     make_report([str(run.root)])
     return run.report / "index.html"

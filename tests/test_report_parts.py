@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from rairl_ray.errors import DataError
 from rairl_ray.files import write_json_lines
+from rairl_ray.report import comparison
 from rairl_ray.report.collect import collect
 from rairl_ray.report.comparison import grouped
 from rairl_ray.report.heatmap import SHOWN_CHARACTERS, pieces_of
@@ -194,6 +196,25 @@ def test_a_warm_starts_own_path_does_not_part_seeds(tmp_path: Path) -> None:
         make_run(tmp_path / f"s{seed}", f"seed={seed}", *place)
     [group] = grouped(collect([str(tmp_path / "s0"), str(tmp_path / "s1")]).runs)
     assert len(group.runs) == 2
+
+
+def test_evaluations_of_a_transfer_matrix_are_left_to_the_matrix(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    folder = tmp_path / "a" / "evaluations"
+    for name in ("transfer-samples", "transfer-b", "other"):
+        shutil.copytree(folder / "final", folder / name)
+    [run] = collect([str(tmp_path / "a")]).runs
+    assert set(run.evaluations) == {path.name for path in folder.iterdir()} - {"transfer-samples", "transfer-b"}
+    assert "other" in run.evaluations
+
+
+def test_a_run_that_differs_in_many_keys_names_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "MOST_DIFFERENCES", 2)
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", "eval.prompts=9", "eval.bootstrap=7", "advantage.gamma=0.1")
+    make_report([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "report"))
+    rows = read_csv(tmp_path / "report" / "tables" / "ablation.csv")
+    assert rows[1]["differences"] == "advantage.gamma=0.1, eval.prompts=9, and 1 more"
 
 
 def test_many_runs_are_compared_and_the_best_is_shown_in_full(sweep: tuple[Path, Parts]) -> None:

@@ -17,7 +17,7 @@ from rairl_ray.evaluation.rows import EvalRow, read_rows
 from rairl_ray.evaluation.summary import summarise
 from rairl_ray.files import read_json_lines
 from rairl_ray.report.parts import Absent
-from rairl_ray.runfolder import RunFolder, Summary, read_summary
+from rairl_ray.runfolder import TRANSFER_PREFIX, RunFolder, Summary, read_summary
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.points import SAVED, read_sweep
 
@@ -204,7 +204,8 @@ def _run(path: Path, label: str, notes: list[str]) -> Run:
     else:
         notes.append(f"{path}: has no config.yaml")
     names = {p.parent for file in (ROWS, SUMMARY, LOCALISATION) for p in folder.evaluations.rglob(file)}
-    found = [_evaluation(p, p.relative_to(folder.evaluations).as_posix()) for p in names]
+    own = [p for p in names if not p.name.startswith(TRANSFER_PREFIX)]
+    found = [_evaluation(p, p.relative_to(folder.evaluations).as_posix()) for p in own]
     found.sort(key=lambda e: (e.name != "start", e.name != "final", e.name))
     return Run(
         label=label or (config.name if config else path.resolve().name),

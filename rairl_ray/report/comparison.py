@@ -32,6 +32,8 @@ DRAWN = (names.EVAL_PASS_AT_1, names.EVAL_RERANK_AT_1, names.LOCALISATION_STEP_A
 
 BARS = 16
 """Groups drawn as bars; the tables hold the rest."""
+MOST_DIFFERENCES = 12
+"""Keys that the ablation table names; runs of another algorithm differ in many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +195,8 @@ def _changes(base: Group, group: Group) -> str:
         for key, _, new in differences(_comparable(base.config), _comparable(group.config))
         if key.partition(".")[0] not in NOT_HASHED
     ]
-    return ", ".join(found) or "none"
+    more = [f"and {len(found) - MOST_DIFFERENCES} more"] if len(found) > MOST_DIFFERENCES else []
+    return ", ".join([*found[:MOST_DIFFERENCES], *more]) or "none"
 
 
 def _value(value: object) -> str:

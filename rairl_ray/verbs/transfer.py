@@ -15,7 +15,7 @@ from rairl_ray.display import Display
 from rairl_ray.errors import ConfigError, DataError
 from rairl_ray.files import json_text, write_atomic
 from rairl_ray.rewards.source import reward_folder
-from rairl_ray.runfolder import Summary, read_summary
+from rairl_ray.runfolder import TRANSFER_PREFIX, Summary, read_summary
 from rairl_ray.trainer.parts import cluster
 from rairl_ray.verbs.evaluate import evaluate
 from rairl_ray.verbs.job import remove, sole_owner
@@ -24,7 +24,7 @@ from rairl_ray.verbs.localise import scored_units
 from rairl_ray.verbs.target import NO_REWARD, Target, find_target
 
 SHOWN = ("eval/pass_at_1", "eval/rerank_at_1", "calibration/auroc", "localisation/step_accuracy")
-SAMPLES = "transfer-samples"
+SAMPLES = f"{TRANSFER_PREFIX}samples"
 
 
 def transfer(
@@ -76,7 +76,7 @@ def _name(text: str) -> str:
 def _reranked(
     text: str, of: Target, samples: Path, reward: str, folder: Path, overrides: Sequence[str]
 ) -> Summary:
-    name = f"transfer-{reward}"
+    name = f"{TRANSFER_PREFIX}{reward}"
     mode = "eval.mode=pregenerated_policy_and_reward"
     evaluate(text, [*overrides, mode, f"eval.input={samples}", f"eval.reward={folder}", f"eval.name={name}"])
     return read_summary(of.folder.evaluations / name / "summary.json")
