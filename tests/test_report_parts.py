@@ -208,6 +208,16 @@ def test_evaluations_of_a_transfer_matrix_are_left_to_the_matrix(tmp_path: Path)
     assert "other" in run.evaluations
 
 
+def test_one_auroc_is_shown_once(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    file = tmp_path / "a" / "evaluations" / "final" / "summary.json"
+    summary = read_summary(file)
+    write_summary(file, summary | {"discriminator/auroc": summary["calibration/auroc"]})
+    make_report([str(tmp_path / "a")], str(tmp_path / "report"))
+    page = (tmp_path / "report" / "tables" / "calibration.md").read_text()
+    assert page.count("AUROC right/wrong") == 1
+
+
 def test_a_run_that_differs_in_many_keys_names_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "MOST_DIFFERENCES", 2)
     make_run(tmp_path / "a")

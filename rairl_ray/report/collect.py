@@ -16,6 +16,7 @@ from rairl_ray.errors import DataError, UserError
 from rairl_ray.evaluation.rows import EvalRow, read_rows
 from rairl_ray.evaluation.summary import summarise
 from rairl_ray.files import read_json_lines
+from rairl_ray.metrics import CALIBRATION_AUROC, DISCRIMINATOR_AUROC
 from rairl_ray.report.parts import Absent
 from rairl_ray.runfolder import TRANSFER_PREFIX, RunFolder, Summary, read_summary
 from rairl_ray.sweep.file import SweepFile
@@ -61,9 +62,14 @@ class Evaluation:
 
     @cached_property
     def summary(self) -> Summary:
-        """As it was written; from the rows where only those are given."""
+        """As it was written; from the rows where only those are given.
+
+        `discriminator/auroc`, the curve's name for `calibration/auroc`, is left out beside it.
+        """
         if self.summary_path is not None:
-            return read_summary(self.summary_path)
+            found = read_summary(self.summary_path)
+            twice = CALIBRATION_AUROC in found
+            return {name: entry for name, entry in found.items() if not (twice and name == DISCRIMINATOR_AUROC)}
         most = max((row.generation_idx for row in self.rows), default=0) + 1
         try:
             return summarise(self.rows, k=[k for k in (1, 3, 5, 10) if k <= most])

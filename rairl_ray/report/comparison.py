@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -191,7 +192,7 @@ def _comparable(config: RunConfig, *, density: bool = True) -> RunConfig:
 def _changes(base: Group, group: Group) -> str:
     assert base.config is not None and group.config is not None
     found = [
-        f"{key}={_value(new)}"
+        f"{key}={Path(str(new)).name if key == 'warm_start' and new else _value(new)}"
         for key, _, new in differences(_comparable(base.config), _comparable(group.config))
         if key.partition(".")[0] not in NOT_HASHED
     ]
