@@ -36,11 +36,7 @@ def show_plan(
         UserError: a warm start that contradicts the run; a cluster that cannot serve the plan.
     """
     chain = warm_start_chain(config)
-    device = config.placement.device
-    if device == "auto":
-        device = resolve_device(local_gpus() if gpus is None else gpus)
-    check(config, f"on this cluster ({device})", device)
-    plan = bundles(config, device)
+    plan = placement_with(config, local_gpus() if gpus is None else gpus)
     cluster = hypothetical_nodes(plan, config.placement.gpus_per_node, gpus, nodes, cpus)
     check_against(plan, cluster)
 
@@ -52,6 +48,19 @@ def show_plan(
     print_placement(plan, cluster, console)
     _print_work(config, console)
     print_memory(memory(config, chain[0].model.policy if chain else None), plan, console)
+
+
+def placement_with(config: RunConfig, gpus: int) -> Plan:
+    """The run's placement on a cluster with so many GPUs.
+
+    Raises:
+        UserError: what the configuration asks for cannot be on the device that this makes it.
+    """
+    device = config.placement.device
+    if device == "auto":
+        device = resolve_device(gpus)
+    check(config, f"on this cluster ({device})", device)
+    return bundles(config, device)
 
 
 def hypothetical_nodes(

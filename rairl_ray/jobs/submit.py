@@ -13,9 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device
+from rairl_ray.actors.placement import Plan, check_against
 from rairl_ray.config.load import warm_start_chain
-from rairl_ray.config.rules import check
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import UserError
 from rairl_ray.jobs.arguments import NAMED_BY_RUN, Call, Places, prepare_call
@@ -23,7 +22,7 @@ from rairl_ray.jobs.client import Cluster, Connection, check_versions
 from rairl_ray.jobs.pack import Pack, make_pack, write_zip
 from rairl_ray.jobs.secrets import HOOK, SEALED, cluster_token, refuse_visible, seal
 from rairl_ray.jobs.verbs import Job, attempts, follow, said, show
-from rairl_ray.plan import print_placement
+from rairl_ray.plan import placement_with, print_placement
 
 STOP_SECONDS = 600
 """How long a stopped job may take to finish its step and save before Ray kills it (Ray's own answer is 3)."""
@@ -125,11 +124,7 @@ def make_request(
 def placement(config: RunConfig, cluster: Cluster) -> Plan:
     """The run's placement on the cluster. Raises PlacementError where its nodes can never serve it."""
     warm_start_chain(config)
-    device = config.placement.device
-    if device == "auto":
-        device = resolve_device(cluster.gpus)
-    check(config, f"on this cluster ({device})", device)
-    plan = bundles(config, device)
+    plan = placement_with(config, cluster.gpus)
     check_against(plan, cluster.nodes)
     return plan
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ def load_sweep(path: str, changes: Sequence[str] = ()) -> SweepFile:
 
 
 def _changed(document: Document, changes: Sequence[str]) -> Document:
-    data, lines = copy.deepcopy(document.data), dict(document.lines)
+    data, lines = dict(document.data), dict(document.lines)
     for text in changes:
         key, value = read_override(text)
         first, _, rest = key.partition(".")

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device, room
+from rairl_ray.actors.placement import Plan, check_against, room
 from rairl_ray.config.estimate import memory, work
-from rairl_ray.config.rules import check
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.plan import local_gpus, print_memory, print_placement
+from rairl_ray.plan import local_gpus, placement_with, print_memory, print_placement
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.points import Trial, examples, to_draw, trials, warm_start
 
@@ -50,7 +49,7 @@ def show_sweep_plan(
     shown = [*planned, *(examples(file)[:1] if undrawn else [])]
     gpus, cpus = local_gpus() if gpus is None else gpus, cpus or os.cpu_count() or 1
     cluster = [{"CPU": float(cpus), "GPU": float(gpus)} for _ in range(nodes or 1)]
-    plans = [_placed(item.config, gpus) for item in shown]
+    plans = [placement_with(item.config, gpus) for item in shown]
     for plan in plans:
         check_against(plan, cluster)
     whole = {name: amount * len(cluster) for name, amount in cluster[0].items()}
@@ -74,13 +73,6 @@ def show_sweep_plan(
     drawn = [shown[-1].config] * undrawn
     _print_sum([item.config for item in planned] + drawn, list(warm_starts.values()), console)
     _print_sizes(file, shown, plans, cluster, console)
-
-
-def _placed(config: RunConfig, gpus: int) -> Plan:
-    device = config.placement.device
-    device = resolve_device(gpus) if device == "auto" else device
-    check(config, f"on this cluster ({device})", device)
-    return bundles(config, device)
 
 
 def _print_trials(
