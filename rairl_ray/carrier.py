@@ -43,9 +43,7 @@ class Carrier:
 
         run = self.run
         self.status = lane("status", "start", "finish", apply=run.apply_status, ready=lambda: True)
-        self.rows = lane(
-            "rows", "metrics", "params", "rewind", apply=run.apply_rows, ready=run.exists, joins=joins
-        )
+        self.rows = lane("rows", "metrics", "params", apply=run.apply_rows, ready=run.exists, joins=joins)
         self.files = lane("files", "text", "table", "artifact", apply=run.apply_file, ready=run.exists)
         self.lanes = (self.status, self.rows, self.files)
 
@@ -87,13 +85,9 @@ def _cursor(saved: dict[str, Any] | None, uri: str, folder: Path, run_id: str | 
     """The saved cursor if it belongs to this server, else one at the beginning: it gets the whole history."""
     fresh: dict[str, Any] = {
         "server": server_hash(uri), "key": uuid.uuid4().hex, "run_id": None, "session": None, "closed": False,
-        "top": None, "replaced": [], "status_offset": 0, "rows_offset": 0, "files_offset": 0,
+        "status_offset": 0, "rows_offset": 0, "files_offset": 0,
     }  # fmt: skip
     if saved is not None:
         return saved if saved.get("server") == fresh["server"] and saved.keys() == fresh.keys() else fresh
-    if run_id is not None:
-        # A lost cursor: everything in the spool may have arrived.
-        spool = Spool(folder / SPOOL, folder / CURSOR, lambda saved: fresh)
-        steps = [record["step"] for record, _ in spool.records("metrics") if record]
-        fresh |= {"run_id": run_id, "top": max(steps, default=None)}
-    return fresh
+    # A lost cursor: everything in the spool may have arrived, and does no harm twice.
+    return fresh | {"run_id": run_id}

@@ -105,6 +105,9 @@ TIME_EVALUATION = "time/evaluation"
 TIME_OTHER = "time/other"
 TIME_STEP = "time/step"
 
+MEASURES_MACHINE = ("time/", ROLLOUT_TOKENS_PER_SECOND, "checkpoint/")
+"""Beginnings of names that measure the machine and differ each time."""
+
 
 class PhaseTimer:
     """Splits the wall time of a step into phases that add up exactly to `time/step`."""

@@ -4,8 +4,8 @@ Exactly once, over a line that may be cut anywhere:
 - MLflow keeps one row per (run, metric, step, timestamp, value). The timestamp is the record's own, so a
   batch that is sent again after its answer was lost changes nothing.
 - A run carries a key of ours as a tag, noted before the run is made: it is found again instead of made twice.
-- MLflow never forgets a row. Where a resume makes steps again that MLflow has already, the run is replaced:
-  a new one receives the history as it now is, and the old one goes to MLflow's trash.
+- MLflow never forgets a row: of steps that a resume makes again the spool holds the first measurement alone
+  (tracking.py), so a run keeps its id for ever.
 
 Only the threads of the lanes come here, but for `import_mlflow`.
 """
@@ -73,10 +73,6 @@ class MlflowRun:
         self._connected: Any = None
         self._refused_names: set[str] = set()
         self._attempts: dict[int, int] = {}
-        self.rewinds: list[tuple[int, float]] = [
-            (position, record["step"]) for record, position in spool.records("rewind") if record
-        ]
-        """(position, step): rows before the position and past the step were made again, or never were."""
         self.before_finish: Callable[[int], None] = lambda position: None  # before a terminal state is set
 
     def exists(self) -> bool:
@@ -98,12 +94,10 @@ class MlflowRun:
                 self._spool.advance(self._key, {"closed": True})
 
     def apply_rows(self, batch: list[Record]) -> None:
-        """Records `params`, `rewind`, and any number of `metrics`."""
-        record, position = batch[0]
+        """Records `params`, and any number of `metrics`."""
+        record, _ = batch[0]
         with self._unless_gone():
-            if record["kind"] == "rewind":
-                self._rewind(record["step"], position)
-            elif record["kind"] == "params":
+            if record["kind"] == "params":
                 self._log_params(record)
             else:
                 self._log_metrics(batch)
@@ -155,9 +149,6 @@ class MlflowRun:
         client.update_run(self._run_id, status="RUNNING")
         self._spool.advance(key, {"session": record["session"], "closed": False})
         self._bin_twins()
-        for run_id in self._spool.cursor["replaced"]:
-            self._replace(run_id)
-        self._spool.advance(key, {"replaced": []})
 
     def _find_or_create(self, record: dict[str, Any]) -> str:
         experiment = self._experiment(record["experiment"])
@@ -172,38 +163,20 @@ class MlflowRun:
         return sorted(run.info.run_id for run in found)
 
     def _bin_twins(self) -> None:
-        """A request to make the run may have arrived after we gave it up and made another one."""
-        run = self._client().get_run(self._run_id)
-        for run_id in self._with_key(run.info.experiment_id):
-            if run_id != self._run_id:
-                self._bin(run_id)
-
-    def _replace(self, old: str) -> None:
-        """Take over what people wrote on the old run, then bin it. A busy database is asked again."""
+        """Move to MLflow's trash what a request made that arrived after we gave it up and made another run."""
         client = self._client()
-        with self._unless_final("tags", f"MLflow does not hand over the tags of run {old}"):
-            has = client.get_run(self._run_id).data.tags
-            for name, value in client.get_run(old).data.tags.items():
-                if name == "mlflow.note.content" or not (name in has or name.startswith("mlflow.")):
-                    client.set_tag(self._run_id, name, value)
-        self._bin(old)
-
-    def _bin(self, run_id: str) -> None:
-        """Terminate a run of ours and move it to MLflow's trash, from where it can be restored."""
-        with self._unless_final("bin", f"MLflow keeps the superseded run {run_id}"):
-            if self._client().get_run(run_id).info.lifecycle_stage == "active":
-                self._client().set_terminated(run_id, "KILLED")
-                self._client().delete_run(run_id)
-
-    @contextlib.contextmanager
-    def _unless_final(self, topic: str, text: str) -> Iterator[None]:
-        """An answer that asking again does not change becomes a warning."""
-        try:
-            yield
-        except Exception as error:
-            if _status(error) not in (400, 401, 403, 404):
-                raise
-            self._warn(topic, f"{text}: {brief(error)}")
+        for run_id in self._with_key(client.get_run(self._run_id).info.experiment_id):
+            if run_id == self._run_id:
+                continue
+            try:
+                if client.get_run(run_id).info.lifecycle_stage == "active":
+                    client.set_terminated(run_id, "KILLED")
+                    client.delete_run(run_id)
+            except Exception as error:
+                # An answer that asking again does not change.
+                if _status(error) not in (400, 401, 403, 404):
+                    raise
+                self._warn("bin", f"MLflow keeps the twin {run_id} of this run: {brief(error)}")
 
     def _experiment(self, name: str) -> str:
         client = self._client()
@@ -237,40 +210,22 @@ class MlflowRun:
             return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
         return False
 
-    def _again(self, replaced: list[str] | None = None) -> None:
+    def _again(self) -> None:
         self._attempts.clear()
-        fresh = {"key": uuid.uuid4().hex, "run_id": None, "top": None, "closed": False}
-        self._spool.restart(self._key, fresh | {"replaced": replaced or []})
+        self._spool.restart(self._key, {"key": uuid.uuid4().hex, "run_id": None, "closed": False})
 
     # --- rows ----------------------------------------------------------------------------------------
-
-    def _rewind(self, step: float, position: int) -> None:
-        if (position, step) not in self.rewinds:
-            self.rewinds.append((position, step))
-        top = self._spool.cursor["top"]
-        if top is not None and top > step:
-            self._again([*self._spool.cursor["replaced"], self._run_id])
 
     def _log_metrics(self, batch: list[Record]) -> None:
         from mlflow.entities import Metric
 
-        rows = [record for record, position in batch if not self._void(record["step"], position)]
-        if not rows:
-            return
-        top = max(record["step"] for record in rows)
-        if self._spool.cursor["top"] is None or top > self._spool.cursor["top"]:
-            # Before they are sent: after a lost answer they count as arrived.
-            self._spool.advance(self._key, {"top": top})
         metrics = [
             Metric(name, _bounded(value), record["time_ms"], record["step"])
-            for record in rows
+            for record, _ in batch
             for name, value in record["metrics"].items()
             if name not in self._refused_names
         ]
         self._send("metrics", metrics)
-
-    def _void(self, step: float, position: int) -> bool:
-        return any(position < later and step > kept for later, kept in self.rewinds)
 
     def _log_params(self, record: dict[str, Any]) -> None:
         from mlflow.entities import Param, RunTag

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import subprocess
 import threading
 import time
@@ -26,6 +27,7 @@ import yaml
 from rairl_ray.carrier import SPOOL, Carrier, tracking_uri
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.leftovers import Leftovers, identity
+from rairl_ray.metrics import MEASURES_MACHINE
 from rairl_ray.mlflow_run import brief, import_mlflow, metric_name, redact
 
 P = ParamSpec("P")
@@ -33,6 +35,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 PARAM_LENGTH = 6000
 """MLflow's limit."""
+DIFFERS_TAG = "rairl.made_again_differs"
+"""The first metric that a resume or a retry measured otherwise than before; MLflow has the earlier value."""
 
 
 def _harmless(
@@ -72,8 +76,8 @@ class Tracker:
         self._started = False
         self._session = ""
         self._flush_seconds = 0.0
-        self._last: dict[str, tuple[int, str]] = {}
-        self._top: float = float("-inf")
+        self._earlier: dict[tuple[str, float], float] = {}
+        self._differs = False
 
     @property
     def run_id(self) -> str | None:
@@ -99,7 +103,7 @@ class Tracker:
     ) -> None:
         """Open a new MLflow run, or go on with the one of this run folder, without waiting for it.
 
-        A resumed run sends nothing before it has said what it goes back to (`forget_after`).
+        A resumed run sends nothing before it has said what it goes back to (`go_back_to`).
         `resume_run_id` is needed only where the run folder lost its cursor. `tags` takes what others know.
         `told` stands for the configuration where it is not what the run is about.
         """
@@ -113,7 +117,6 @@ class Tracker:
         carrier = Carrier(
             uri, output, folder, warn=self._warn_once, on_failure=self._failed, resume_run_id=resume_run_id
         )
-        self._read_history(carrier)
         carrier.spool.own()
         told = told or Told(config.name, "config.yaml", config.model_dump(mode="json"))
         experiment, tags = config.tracking.experiment, {**git_state(), **config.tracking.tags, **(tags or {})}
@@ -129,25 +132,29 @@ class Tracker:
 
     @_harmless
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """All metrics of a step. What a resumed run makes again at one step with one value counts once."""
+        """All metrics of a step. Of one that is made again, MLflow keeps what was measured first."""
         fresh = {}
         for given, number in metrics.items():
             name, value = metric_name(given), float(number)
-            if self._last.get(name) != (step, repr(value)):
+            first = self._earlier.get((name, step))
+            if first is None:
                 fresh[name] = value
+            elif not (self._differs or name.startswith(MEASURES_MACHINE) or _close(first, value)):
+                self._differs = True
+                text = f"{name} at step {step}: {first:g}, made again: {value:g}"
+                self._put({"kind": "params", "params": {}, "tags": {DIFFERS_TAG: text}})
         if fresh:
             self._put({"kind": "metrics", "step": step, "metrics": fresh})
-            self._remember(step, fresh)
         self._release()
 
     @_harmless
-    def forget_after(self, step: int) -> None:
-        """Rows of later steps belong to a past that a resume has left; they will be logged again."""
-        if self._carrier is not None and self._top > step:
-            position = self._put({"kind": "rewind", "step": step})
-            self._carrier.run.rewinds.append((position, step))
-            self._last = {name: last for name, last in self._last.items() if last[0] <= step}
-            self._top = step
+    def go_back_to(self, step: int) -> None:
+        """Say that a resume or a retry goes on from `step`: later ones, and its evaluation, are made again."""
+        if self._carrier is not None:
+            for record, _ in self._carrier.spool.records("metrics"):
+                if record is not None and record["step"] >= step:
+                    for name, value in record["metrics"].items():
+                        self._earlier.setdefault((name, record["step"]), value)
         self._release()
 
     @_harmless
@@ -195,21 +202,6 @@ class Tracker:
     def _put(self, record: dict[str, Any]) -> int:
         return self._carrier.spool.put(record) if self._carrier is not None else 0
 
-    def _remember(self, step: int, metrics: dict[str, float]) -> None:
-        self._last |= {name: (step, repr(value)) for name, value in metrics.items()}
-        self._top = max(self._top, step)
-
-    def _read_history(self, carrier: Carrier) -> None:
-        """What earlier processes logged in this run folder and did not take back."""
-        for record, _ in carrier.spool.records("metrics", "rewind"):
-            if record is None:
-                continue
-            if record["kind"] == "metrics":
-                self._remember(record["step"], record["metrics"])
-            else:
-                self._last = {name: last for name, last in self._last.items() if last[0] <= record["step"]}
-                self._top = min(self._top, record["step"])
-
     def _release(self) -> None:
         """Begin to send."""
         if self._carrier is None or self._started:
@@ -232,6 +224,11 @@ class Tracker:
         if fresh:
             with contextlib.suppress(Exception):
                 self._warn(text)
+
+
+def _close(first: float, again: float) -> bool:
+    """Whether two measurements agree up to rounding."""
+    return math.isclose(first, again, rel_tol=1e-5, abs_tol=1e-6) or (math.isnan(first) and math.isnan(again))
 
 
 def _wait_half(carrier: Carrier, position: int, seconds: float) -> None:

@@ -8,12 +8,10 @@ from pathlib import Path
 
 from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.metrics import MEASURES_MACHINE
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.trainer.run import train
 from tests.runs import ROOT, TINY, TINY_AIRL
-
-MACHINE = ("time/", "rollout/tokens_per_second", "checkpoint/")
-"""Metrics that measure the machine, not the run."""
 
 
 def config_of(experiment: str, output: Path, *overrides: str) -> RunConfig:
@@ -70,7 +68,7 @@ def rows_of(config: RunConfig) -> list[dict[str, float]]:
 def rows_in(folder: RunFolder) -> list[dict[str, float]]:
     """The rows of metrics.jsonl without what measures the machine."""
     return [
-        {name: value for name, value in row.items() if not name.startswith(MACHINE)}
+        {name: value for name, value in row.items() if not name.startswith(MEASURES_MACHINE)}
         for row in folder.read_metrics()
     ]
 

@@ -1,4 +1,4 @@
-"""Tracking on MLflow's sqlite store: what arrives, once, and with the values of the run as it is now."""
+"""Tracking on MLflow's sqlite store: what arrives, once, as it was measured first."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
 from rairl_ray.carrier import CURSOR
-from rairl_ray.tracking import SPOOL, Tracker, git_state, metric_name
+from rairl_ray.tracking import DIFFERS_TAG, SPOOL, Tracker, git_state, metric_name
 from tests.mlflow_server import free_port
 from tests.tracked import config, empty_database, eventually, history, run_folder, runs, sqlite, table
 
@@ -92,7 +91,7 @@ def test_a_resume_goes_on_in_the_same_run_where_nothing_is_made_again(tmp_path: 
 
     second = Tracker(warn=pytest.fail)
     second.start(config(tmp_path, trainer={"steps": 200}), folder, resumed=True, resume_run_id=first.run_id)
-    second.forget_after(5)
+    second.go_back_to(5)
     client = sqlite(tmp_path)
     eventually(lambda: client.get_run(str(first.run_id)).info.status == "RUNNING")
     second.log({"a": 5.0, "eval": 1.0}, 5)  # the same value at the same step: an evaluation made again
@@ -104,81 +103,42 @@ def test_a_resume_goes_on_in_the_same_run_where_nothing_is_made_again(tmp_path: 
     assert history(client, first.run_id, "eval") == [(5, 1.0)]
 
 
-def test_steps_made_again_have_the_values_of_the_resumed_run_once(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MLflow cannot forget a row, so the run is replaced; notes and tags of people go along.
-
-    Also where the database is busy when they are asked for: SQLite answers so while another lane writes.
-    """
-    first = Tracker(warn=pytest.fail)
-    first.start(config(tmp_path), folder)
-    for step in range(1, 6):
-        first.log({"a": float(step), "time/step": 0.5}, step)
-    first.log_table([{"text": "old"}], "rollouts/step-000001")
-    first.finish("KILLED")
+def test_steps_made_again_stay_in_the_same_run_as_measured_first(tmp_path: Path, folder: Path) -> None:
+    ids = []
+    for back, last in ((None, 5), (2, 7), (3, 4), (1, 8)):  # ten resumes would be no different
+        tracker = Tracker(warn=pytest.fail)
+        tracker.start(config(tmp_path), folder, resumed=back is not None)
+        if back is not None:
+            tracker.go_back_to(back)
+        for step in range((back or 0) + 1, last + 1):
+            tracker.log({"a": step + 1e-8 * last, "time/step": float(last)}, step)
+        if back == 2:
+            tracker.log({"eval": 0.5}, 7)  # what a kill had prevented
+        tracker.finish("KILLED" if last < 8 else "FINISHED")
+        ids.append(str(tracker.run_id))
     client = sqlite(tmp_path)
-    client.set_tag(str(first.run_id), "mlflow.note.content", "look here")
-    client.set_tag(str(first.run_id), "team", "blue")
-    busy = [MlflowException("database is locked")]
-    real = MlflowClient.set_tag
-
-    def set_tag(self: MlflowClient, run_id: str, key: str, value: Any) -> None:
-        if key == "team" and busy:
-            raise busy.pop()
-        real(self, run_id, key, value)
-
-    monkeypatch.setattr(MlflowClient, "set_tag", set_tag)
-    second = Tracker(warn=pytest.fail)
-    second.start(config(tmp_path), folder, resumed=True)
-    second.forget_after(2)
-    for step in range(3, 8):
-        second.log({"a": 10.0 * step, "time/step": 0.25}, step)
-    second.finish("FINISHED")
-    assert second.run_id != first.run_id and not busy
-    assert runs(client) == {str(second.run_id): "FINISHED"}
-    assert runs(client, deleted=True) == {str(first.run_id): "KILLED"}
-    expected = [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0), (6, 60.0), (7, 70.0)]
-    assert history(client, second.run_id, "a") == expected
-    assert [value for _, value in history(client, second.run_id, "time/step")] == [0.5] * 2 + [0.25] * 5
-    assert list(table(client, second.run_id, "rollouts/step-000001.json")["text"]) == ["old"]
-    tags = client.get_run(str(second.run_id)).data.tags
-    assert (tags["mlflow.note.content"], tags["team"]) == ("look here", "blue")
+    assert runs(client) == {ids[0]: "FINISHED"} and len(set(ids)) == 1 and not runs(client, deleted=True)
+    assert [step for step, _ in history(client, ids[0], "a")] == list(range(1, 9))
+    assert [value for _, value in history(client, ids[0], "time/step")] == [5.0] * 5 + [7.0] * 2 + [8.0]
+    assert history(client, ids[0], "eval") == [(7, 0.5)]
+    assert DIFFERS_TAG not in client.get_run(ids[0]).data.tags, "rounding and clocks differ"
 
 
-def test_a_retry_within_the_process_counts_each_step_once(tmp_path: Path, folder: Path) -> None:
+def test_a_value_that_is_measured_otherwise_again_is_said(tmp_path: Path, folder: Path) -> None:
     tracker = Tracker(warn=pytest.fail)
     tracker.start(config(tmp_path), folder)
     for step in range(1, 5):
-        tracker.log({"a": float(step)}, step)
-    client = sqlite(tmp_path)
-    eventually(lambda: tracker.run_id and len(history(client, tracker.run_id, "a")) == 4)
-    for back in (2, 1):  # two failures, the second one earlier than the first
-        tracker.forget_after(back)
+        tracker.log({"a": float(step), "nan": math.nan}, step)
+    for back in (2, 1):  # two failures within the process, the second one earlier than the first
+        tracker.go_back_to(back)
         for step in range(back + 1, 5):
-            tracker.log({"a": step + 100.0 * back}, step)
+            tracker.log({"a": step + 100.0 * back, "nan": math.nan}, step)
+    tracker.log({"a": 5.0}, 5)
     tracker.finish("FINISHED")
-    assert history(client, tracker.run_id, "a") == [(1, 1.0), (2, 102.0), (3, 103.0), (4, 104.0)]
-    assert list(runs(client).values()) == ["FINISHED"]
-    assert set(runs(client, deleted=True).values()) == {"KILLED"}
-
-
-def test_rows_of_a_forgotten_past_that_were_not_sent_yet_are_not_sent(tmp_path: Path, folder: Path) -> None:
-    first = Tracker(warn=lambda text: None)
-    first.start(config(tmp_path, flush=0), folder, resumed=True)  # sends nothing yet, and ends before it could
-    for step in range(1, 6):
-        first.log_table([{"text": "x"}], "t")
-        first._put({"kind": "metrics", "step": step, "metrics": {"a": float(step)}})
-    second = Tracker(warn=pytest.fail)
-    assert first._carrier is not None
-    first._carrier.spool.close()
-    second.start(config(tmp_path), folder, resumed=True)
-    second.forget_after(2)
-    second.log({"a": 30.0}, 3)
-    second.finish("FINISHED")
     client = sqlite(tmp_path)
-    assert history(client, second.run_id, "a") == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    assert len(runs(client)) == 1 and not runs(client, deleted=True)
+    assert history(client, tracker.run_id, "a") == [(step, float(step)) for step in range(1, 6)]
+    assert list(runs(client).values()) == ["FINISHED"] and not runs(client, deleted=True)
+    assert client.get_run(str(tracker.run_id)).data.tags[DIFFERS_TAG] == "a at step 3: 3, made again: 203"
 
 
 @pytest.mark.parametrize("lost", ["cursor", "offsets", "offsets and id"])
@@ -198,7 +158,7 @@ def test_carrying_everything_twice_has_the_effect_of_once(tmp_path: Path, folder
         (folder / CURSOR).write_text(json.dumps(cursor))
     second = Tracker(warn=pytest.fail)
     second.start(config(tmp_path), folder, resumed=True, resume_run_id=first.run_id)
-    second.forget_after(1)
+    second.go_back_to(1)
     second.log({"a": 2.0}, 2)
     second.finish("FINISHED")
     client = sqlite(tmp_path)
@@ -212,7 +172,7 @@ def test_none_switches_tracking_off(tmp_path: Path) -> None:
     tracker = Tracker(warn=pytest.fail)
     tracker.start(config(tmp_path, "none"), tmp_path)
     tracker.log({"a": 1.0}, 1)
-    tracker.forget_after(0)
+    tracker.go_back_to(0)
     tracker.log_table([], "x")
     tracker.log_artifacts(tmp_path)
     tracker.finish("FINISHED")

@@ -118,7 +118,7 @@ class Session:
 
     def forget_after(self, step: int) -> int:
         """Rows of later steps belong to a past that a resume has left; the lines dropped from metrics.jsonl."""
-        self.tracker.forget_after(step)
+        self.tracker.go_back_to(step)
         return self.folder.truncate_to_step(step)
 
     def event(self, text: str) -> None:
