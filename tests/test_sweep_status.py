@@ -229,14 +229,14 @@ def test_a_watched_run_saves_and_leaves_when_asked(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(supervise, "_command", lambda spec, folder: [sys.executable, "-c", code])
     monkeypatch.setattr(supervise.tune, "report", reports.append)
     monkeypatch.setattr(supervise, "POLL_SECONDS", 0.05)
-    spec = {"folder": str(folder), "log": str(tmp_path / "log"), "metric": "m", "cwd": str(ROOT)}
+    spec = {"folder": str(folder), "log": str(tmp_path / "log"), "metric": "m", "cwd": str(ROOT), "failures": 2}
 
     def ask() -> None:
         while not (folder / "on").exists():
             time.sleep(0.05)
         request.touch()
 
-    asking = threading.Thread(target=ask)
+    asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     supervise.run_trial(spec | {"stops": [str(request)]})
     asking.join()

@@ -40,7 +40,7 @@ from rairl_ray.sweep.points import (
     trials,
     warm_start,
 )
-from rairl_ray.sweep.result import DONE, conclude, last_line, trial_state
+from rairl_ray.sweep.result import DONE, conclude, last_line, state_of, trial_state
 from rairl_ray.sweep.search import Points
 from rairl_ray.sweep.status import SweepDisplay
 from rairl_ray.sweep.stopping import WHOLE, forget_requests, listening, stop_request
@@ -50,6 +50,8 @@ from rairl_ray.trainer.run import made_by, train, with_warm_start
 from rairl_ray.trainer.session import resumable
 
 TUNE = "tune"
+LOST_WORKERS = 100
+"""How often a trial may lose the worker that watches it, mostly with its node, and goes on elsewhere."""
 REPEATABLE = {"seeds", "trials", "max_concurrent", "failures", "budget", "address"}
 """Keys that a resume may change: they add trials or say how many run at once and where, never what one is."""
 
@@ -215,13 +217,16 @@ class Progress(tune.Callback):
         if any(stop_request(self._file, name).exists() for name in (WHOLE, _id(trial))):
             self._note(f"{_id(trial)}: stopped; --resume goes on with it")
             return
+        if state_of(self._file, _id(trial)) not in DONE:
+            self._note(f"{_id(trial)}: failed; {last_line(trial_log(self._file, _id(trial)))}")
+            return
         self._done += 1
         value = (trial.last_result or {}).get(self._file.metric, math.nan)
         self._note(f"{self._done}/{self._total} {_id(trial)}: {self._file.metric}={value:.4f}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.running.discard(_id(trial))
-        self._note(f"{_id(trial)}: failed; {last_line(trial_log(self._file, _id(trial)))}")
+        self._note(f"{_id(trial)}: lost; the worker that watched it died more than {LOST_WORKERS} times")
 
     def _note(self, text: str) -> None:
         if self._display is not None:
@@ -273,7 +278,7 @@ def _tune(
         run_config=tune.RunConfig(
             name=TUNE,
             storage_path=str(sweep_folder(file)),
-            failure_config=tune.FailureConfig(max_failures=file.failures.max_per_trial),
+            failure_config=tune.FailureConfig(max_failures=LOST_WORKERS),
             verbose=0,
             stop=Halt(file, progress),
             callbacks=[progress],
@@ -292,6 +297,7 @@ def _spec(file: SweepFile, parent: str | None, item: Trial) -> dict[str, Any]:
         "overrides": [*started_with(file, item), below(file, item, parent)],
         "metric": file.metric,
         "cwd": os.getcwd(),
+        "failures": file.failures.max_per_trial,
         "stops": [str(stop_request(file)), str(stop_request(file, item.id))],
     }
 

@@ -24,7 +24,7 @@ from ray import tune
 
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.points import override
-from rairl_ray.sweep.result import final_values, finished, last_line
+from rairl_ray.sweep.result import final_values, finished
 
 POLL_SECONDS = 1.0
 STOP_SECONDS = 120.0
@@ -38,33 +38,37 @@ _KEPT = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
 
 
 def run_trial(spec: dict[str, Any]) -> None:
-    """Tune's function trainable. `spec`: folder, log, base, overrides, metric, cwd, stops.
+    """Tune's function trainable. `spec`: folder, log, base, overrides, metric, cwd, stops, failures.
 
-    A metric that the final evaluation lacks is reported as NaN; the sweep's end says so. Where one of the files
+    A run that fails is started again `failures` times and goes on from its newest checkpoint; after that the
+    trial ends without a final evaluation. Tune sees a failure only where it loses the worker that does this. A
+    metric that the final evaluation lacks is reported as NaN; the sweep's end says so. Where one of the files
     `stops` exists (stopping.py), the run saves and leaves, or does not start.
-
-    Raises:
-        RuntimeError: the run failed (the last line that it printed).
     """
     folder = RunFolder(spec["folder"])
-    if not finished(folder) and not _asked(spec):
-        log = Path(spec["log"])
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as output:
-            process = subprocess.Popen(
-                _command(spec, folder), cwd=spec["cwd"], stdout=output, stderr=subprocess.STDOUT,
-                env=_environment(), preexec_fn=_end_with_parent,
-            )  # fmt: skip
-            try:
-                for row in _rows(folder, process, spec):
-                    if spec["metric"] in row:
-                        tune.report({spec["metric"]: row[spec["metric"]], "step": row["step"]})
-            finally:
-                _end(process, ASKED_SECONDS if _asked(spec) else STOP_SECONDS)
-        if process.returncode and not _asked(spec):
-            raise RuntimeError(f"exit code {process.returncode}: {last_line(log)}")
+    for _ in range(spec["failures"] + 1):
+        if finished(folder) or _asked(spec) or _run(spec, folder) == 0:
+            break
     values = final_values(folder) if finished(folder) else {}
     tune.report({spec["metric"]: math.nan, **values, "step": ENDED})
+
+
+def _run(spec: dict[str, Any], folder: RunFolder) -> int:
+    """One process of the trial from its start to its end, its rows reported to Tune; the exit code."""
+    log = Path(spec["log"])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            _command(spec, folder), cwd=spec["cwd"], stdout=output, stderr=subprocess.STDOUT,
+            env=_environment(), preexec_fn=_end_with_parent,
+        )  # fmt: skip
+        try:
+            for row in _rows(folder, process, spec):
+                if spec["metric"] in row:
+                    tune.report({spec["metric"]: row[spec["metric"]], "step": row["step"]})
+        finally:
+            _end(process, ASKED_SECONDS if _asked(spec) else STOP_SECONDS)
+    return process.returncode
 
 
 def _command(spec: dict[str, Any], folder: RunFolder) -> list[str]:
