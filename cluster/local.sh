@@ -7,6 +7,8 @@ set -euo pipefail
 usage() {
   cat <<'HELP'
 usage: cluster/local.sh up [N] [options]     a head and N workers (default 2)
+       cluster/local.sh kill I [options]     end worker I as a power cut would: all its processes, at once
+       cluster/local.sh add [options]        start the first worker that was killed, or one more
        cluster/local.sh status [options]     nodes, resources and processes; exit code 1 when nothing is up
        cluster/local.sh down [options]       end what `up` started and remove its folder, logs included
 
@@ -22,7 +24,7 @@ fail() { echo "local.sh: error: $1" >&2; exit 2; }
 whole() { [[ $2 =~ ^[0-9]{1,6}$ ]] || fail "$1 is '$2'; give a whole number"; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-verb=${1:-} workers=2 cpus="" gpus=0 port=6379 dashboard=8265 folder=/tmp/rairl-cluster-$UID
+verb=${1:-} number=2 cpus="" gpus=0 port=6379 dashboard=8265 folder=/tmp/rairl-cluster-$UID
 [ $# -eq 0 ] || shift
 while [ $# -gt 0 ]; do
   case $1 in
@@ -40,9 +42,10 @@ while [ $# -gt 0 ]; do
       shift 2
       ;;
     -*) fail "unknown option $1; see cluster/local.sh --help" ;;
-    *) whole "N, the number of workers," "$1"; workers=$1; shift ;;
+    *) whole "the number after $verb" "$1"; number=$1; shift ;;
   esac
 done
+workers=$number
 
 state=$folder/state token=$folder/token
 bin=$here/../.venv/bin
@@ -60,6 +63,8 @@ known() {
       port) port=$value ;;
       dashboard) dashboard=$value ;;
       workers) workers=$value ;;
+      cpus) cpus=$value ;;
+      gpus) gpus=$value ;;
       mark) mark=$value ;;
     esac
   done <"$state"
@@ -68,6 +73,28 @@ known() {
 # Process ids with this cluster's mark, children of the nodes and of jobs included.
 processes() {
   grep -lzxF "RAIRL_LOCAL_CLUSTER=$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 | grep -vx "$$" || true
+}
+
+# Those of node $1 alone: what Ray started in its folder, and everything below that.
+node_processes() {
+  local all found pid parent more
+  all=$(processes)
+  found=" "
+  for pid in $all; do
+    tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qE "$folder/$1(/| |$)" && found+="$pid "
+  done
+  more=1
+  while [ "$more" -eq 1 ]; do
+    more=0
+    for pid in $all; do
+      parent=$(cut -d' ' -f4 <<<"$(sed 's/^.*) /0 0 /' "/proc/$pid/stat" 2>/dev/null)")
+      if [[ $found == *" ${parent:-none} "* && $found != *" $pid "* ]]; then
+        found+="$pid "
+        more=1
+      fi
+    done
+  done
+  echo "$found"
 }
 
 end_processes() {
@@ -133,52 +160,70 @@ sys.argv[0] = "ray"
 main()
 '
 
-start_node() { # start_node I ARGUMENTS...: node I of the cluster, with its own folder and ports
+start_node() { # start_node I ARGUMENTS...: node I of the cluster, with its own folder and ports; its log if it fails
   local i=$1 log=$folder/start-$1.log
   shift
   local p
   read -ra p <<<"$(nodes_ports "$i")"
   # Worker ports 0: the system picks them; Ray's own range would be the same on every node. The mark is set here
   # alone, or this script's own helpers would bear it.
-  if ! RAIRL_LOCAL_CLUSTER=$mark timeout 180 "$bin/python" -c "$loopback_ray" start "$@" --node-ip-address 127.0.0.1 --temp-dir "$folder/$i" \
+  RAIRL_LOCAL_CLUSTER=$mark timeout 180 "$bin/python" -c "$loopback_ray" start "$@" --node-ip-address 127.0.0.1 --temp-dir "$folder/$i" \
     --object-store-memory "$store" --min-worker-port 0 --max-worker-port 0 \
     --dashboard-agent-listen-port "${p[0]}" --dashboard-agent-grpc-port "${p[1]}" \
     --runtime-env-agent-port "${p[2]}" --metrics-export-port "${p[3]}" \
-    --node-manager-port "${p[4]}" --object-manager-port "${p[5]}" >"$log" 2>&1 </dev/null; then
-    local why
-    why=$(grep -v '^[[:space:]]*$' "$log" | tail -1)
-    end_processes
-    mv "$log" "$folder.log"
-    rm -rf "${folder:?}"
-    fail "node $i did not start (${why:-no answer in 180 s}); its output is in $folder.log"
-  fi
+    --node-manager-port "${p[4]}" --object-manager-port "${p[5]}" >"$log" 2>&1 </dev/null || {
+    echo "$log"
+    return 1
+  }
+}
+
+start_worker() { # start_worker I
+  CUDA_VISIBLE_DEVICES=$(seq -s, $((($1 - 1) * gpus)) $(($1 * gpus - 1))) \
+    start_node "$1" --address "$(address)" --num-cpus "$cpus" --num-gpus "$gpus"
+}
+
+why() { grep -v '^[[:space:]]*$' "$1" | tail -1 || true; }
+
+given_up() { # given_up I LOG: the end of an `up` of which node I did not start
+  local said
+  said=$(why "$2")
+  end_processes
+  mv "$2" "$folder.log"
+  rm -rf "${folder:?}"
+  fail "node $1 did not start (${said:-no answer in 180 s}); its output is in $folder.log"
+}
+
+environment() { # what the nodes of this cluster are started with
+  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token RAY_USAGE_STATS_ENABLED=0
+  export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
+  unset RAY_ADDRESS RAY_AUTH_TOKEN
+  store=$(($(awk '/^MemTotal/ {print $2}' /proc/meminfo) * 1024 * 3 / 10 / (workers + 1)))
+}
+
+write_state() {
+  printf '%s\n' "port=$port" "dashboard=$dashboard" "workers=$workers" "mark=$mark" "cpus=$cpus" "gpus=$gpus" >"$state"
 }
 
 up() {
   check
-  local i cores memory
+  local i cores log
   cores=$(nproc)
   [ -n "$cpus" ] || cpus=$((cores / workers > 0 ? cores / workers : 1))
-  memory=$(awk '/^MemTotal/ {print $2}' /proc/meminfo)
-  store=$((memory * 1024 * 3 / 10 / (workers + 1)))
   umask 077
   mkdir -p "$folder"
   "$bin/python" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$token"
   mark=$folder:$("$bin/python" -c 'import secrets; print(secrets.token_hex(8))')
-  printf 'port=%s\ndashboard=%s\nworkers=%s\nmark=%s\n' "$port" "$dashboard" "$workers" "$mark" >"$state"
+  write_state
   printf 'export %s\n' "RAY_ADDRESS=http://127.0.0.1:$dashboard" RAY_AUTH_MODE=token \
     "RAY_AUTH_TOKEN_PATH=$token" RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 >"$folder/env"
-  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token RAY_USAGE_STATS_ENABLED=0
-  export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
-  unset RAY_ADDRESS RAY_AUTH_TOKEN
+  environment
   trap 'end_processes; rm -rf "${folder:?}"; exit 130' INT TERM
-  CUDA_VISIBLE_DEVICES="" start_node 0 --head --port "$port" --num-cpus 0 --num-gpus 0 \
+  log=$(CUDA_VISIBLE_DEVICES="" start_node 0 --head --port "$port" --num-cpus 0 --num-gpus 0 \
     --ray-client-server-port $((port + 1)) \
-    --include-dashboard true --dashboard-host 127.0.0.1 --dashboard-port "$dashboard"
+    --include-dashboard true --dashboard-host 127.0.0.1 --dashboard-port "$dashboard") || given_up 0 "$log"
   echo "head: $(address), takes no work"
   for ((i = 1; i <= workers; i++)); do
-    CUDA_VISIBLE_DEVICES=$(seq -s, $(((i - 1) * gpus)) $((i * gpus - 1))) \
-      start_node "$i" --address "$(address)" --num-cpus "$cpus" --num-gpus "$gpus"
+    log=$(start_worker "$i") || given_up "$i" "$log"
     echo "worker $i of $workers: $cpus CPUs, $gpus GPUs"
   done
   trap - INT TERM
@@ -223,8 +268,35 @@ down() {
   echo "local.sh: $(address) is down, $folder removed"
 }
 
+ours() { known || fail "no cluster of this script in $folder; 'cluster/local.sh up' starts one"; }
+
+kill_worker() {
+  ours
+  [[ $number -ge 1 && $number -le $workers ]] || fail "kill $number: the workers are 1 to $workers"
+  local found
+  found=$(node_processes "$number")
+  [ -n "${found// /}" ] || fail "kill $number: worker $number does not run"
+  # shellcheck disable=SC2086  # one word a process
+  kill -KILL $found 2>/dev/null || true
+  mv "$folder/$number" "$folder/$number-killed-$(date +%s)"
+  echo "local.sh: worker $number is gone; 'cluster/local.sh add' starts it again"
+}
+
+add_worker() {
+  ours
+  local i=1 log had=$workers
+  while [ "$i" -le "$had" ] && [ -d "$folder/$i" ]; do i=$((i + 1)); done
+  umask 077
+  environment
+  log=$(start_worker "$i") || fail "worker $i did not start ($(why "$log")); its output is in $log"
+  workers=$((i > had ? i : had))
+  write_state
+  echo "worker $i of $workers: $cpus CPUs, $gpus GPUs"
+}
+
 case $verb in
   up | down | status) "$verb" ;;
+  kill | add) "${verb}_worker" ;;
   -h | --help | help) usage ;;
-  *) fail "unknown verb '${verb}'; up, down or status (see --help)" ;;
+  *) fail "unknown verb '${verb}'; up, down, status, kill or add (see --help)" ;;
 esac

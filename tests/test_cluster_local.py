@@ -18,9 +18,9 @@ from rairl_ray.actors import joining
 from rairl_ray.actors.joining import join, token_source
 from rairl_ray.doctor import _unjoined
 from rairl_ray.errors import PlacementError
+from tests.local_cluster import free_ports, local
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = str(ROOT / "cluster" / "local.sh")
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="cluster/local.sh needs Linux's /proc")
 
@@ -40,23 +40,6 @@ with cluster(load_config("experiments/demo/airl.yaml", [f"cluster.address={sys.a
     assert {node for node, _ in answers} == set(nodes) and len({mark for _, mark in answers}) == 1
     print("RESULT", sorted(n["Resources"].get("CPU", 0) for n in nodes.values()), len(answers))
 """
-
-
-def local(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True, timeout=timeout)
-
-
-def free_ports() -> int:
-    """The first of 100 ports that nobody holds, below those the system gives away by itself."""
-    for first in range(21000, 30000, 100):
-        try:
-            for port in range(first, first + 100):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    raise AssertionError("no 100 free ports in a row")
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rairl_ray.actors.draining import draining_nodes
+
 R = TypeVar("R")
 
 MARK = "RAIRL_MEMBER"
@@ -112,6 +114,11 @@ class Roster:
         for group in self.groups:
             remove_placement_group(group)
         self.groups, self.members = [], {}
+
+    def draining(self) -> set[str]:
+        """Ids of nodes that hold a bundle or a member and are about to go."""
+        found = draining_nodes()
+        return found & self._nodes() if found else found
 
     def _nodes(self) -> set[str]:
         """Nodes that hold a bundle or a member."""

@@ -22,6 +22,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from rairl_ray.actors.draining import Drained, draining_nodes
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.points import override
 from rairl_ray.sweep.result import final_values, finished
@@ -41,14 +42,17 @@ def run_trial(spec: dict[str, Any]) -> None:
     """Tune's function trainable. `spec`: folder, log, base, overrides, metric, cwd, stops, failures.
 
     A run that fails is started again `failures` times and goes on from its newest checkpoint; after that the
-    trial ends without a final evaluation. Tune sees a failure only where it loses the worker that does this. A
-    metric that the final evaluation lacks is reported as NaN; the sweep's end says so. Where one of the files
-    `stops` exists (stopping.py), the run saves and leaves, or does not start.
+    trial ends without a final evaluation. Tune sees a failure only where it loses the worker that does this, or
+    where its node is being drained: then the run saves, and Tune starts the trial elsewhere. A metric that the
+    final evaluation lacks is reported as NaN; the sweep's end says so. Where one of the files `stops` exists
+    (stopping.py), the run saves and leaves, or does not start.
     """
     folder = RunFolder(spec["folder"])
     for _ in range(spec["failures"] + 1):
         if finished(folder) or _asked(spec) or _run(spec, folder) == 0:
             break
+        if _drained() and not _asked(spec):
+            raise Drained([ray.get_runtime_context().get_node_id()], len(folder.read_metrics()))
     values = final_values(folder) if finished(folder) else {}
     tune.report({spec["metric"]: math.nan, **values, "step": ENDED})
 
@@ -67,7 +71,7 @@ def _run(spec: dict[str, Any], folder: RunFolder) -> int:
                 if spec["metric"] in row:
                     tune.report({spec["metric"]: row[spec["metric"]], "step": row["step"]})
         finally:
-            _end(process, ASKED_SECONDS if _asked(spec) else STOP_SECONDS)
+            _end(process, ASKED_SECONDS if _asked(spec) or _drained() else STOP_SECONDS)
     return process.returncode
 
 
@@ -93,6 +97,11 @@ def _environment() -> dict[str, str]:
     return ours
 
 
+def _drained() -> bool:
+    """Whether the node of this process is about to go."""
+    return ray.is_initialized() and ray.get_runtime_context().get_node_id() in draining_nodes()
+
+
 def _asked(spec: dict[str, Any]) -> bool:
     return any(Path(stop).exists() for stop in spec["stops"])
 
@@ -107,7 +116,7 @@ def _rows(
         rows = folder.read_metrics()
         yield from rows[seen:]
         seen = len(rows)
-        if ended or _asked(spec):
+        if ended or _asked(spec) or _drained():
             return
         time.sleep(POLL_SECONDS)
 

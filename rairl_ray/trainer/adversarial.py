@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rairl_ray import metrics as names
+from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import Interrupted
 from rairl_ray.actors.learner import LearnerWorkers
 from rairl_ray.algorithms.warmup import WarmupGate
@@ -110,6 +111,7 @@ class Run:
             self._step(step)
             if session.stop and step < config.trainer.steps:
                 return None
+            self._leave_drained_nodes()
         if not config.eval.at_end:
             return {}
         summary = self._evaluate("final")
@@ -203,6 +205,7 @@ class Run:
             ready, reason = gate.ready(update, auroc)
             if self.session.stop and not ready:
                 return False
+            self._leave_drained_nodes()
         self.progress.warmed_up = True
         self._save()
         self.session.event(
@@ -255,12 +258,22 @@ class Run:
         )
         return True
 
-    def _stopped(self) -> bool:
+    def _save_this_moment(self) -> None:
+        """Return once a checkpoint of this moment is there. Raises RunFailure where it cannot be written."""
         self.saving.finish()
         saved = self.saving.newest
         if saved is None or saved["progress"] != vars(self.progress):
             self._save()
         self.saving.require()
+
+    def _leave_drained_nodes(self) -> None:
+        """Raises Drained, with everything saved, where nodes of the run are about to go."""
+        if nodes := self.parts.roster.draining():
+            self._save_this_moment()
+            raise Drained(nodes, self.progress.step)
+
+    def _stopped(self) -> bool:
+        self._save_this_moment()
         self.session.event(
             f"stopped after step {self.progress.step}; go on with --resume {self.session.config.name}"
         )

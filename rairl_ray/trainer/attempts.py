@@ -5,8 +5,9 @@
          │             v
       backoff <── tear down, look that nothing is left (bounded by timeouts.teardown_seconds)
 
-Each role has a budget of `trainer.failure_retries` rebuilds: a node that keeps killing a discriminator does
-not use up what a policy needs. Errors of the user are never tried again.
+Where nodes of the run are being drained, the body saves and raises `Drained`: the next attempt is elsewhere, and
+no budget pays for it. Each role has a budget of `trainer.failure_retries` rebuilds: a node that keeps killing a
+discriminator does not use up what a policy needs. Errors of the user are never tried again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import GroupFailure
 from rairl_ray.actors.roster import Roster
 from rairl_ray.errors import PlacementError, RunFailure
@@ -51,17 +53,21 @@ def run_attempts(session: Session, body: Body) -> bool:
             return done
         except GroupFailure as failure:
             failures[failure.role] += 1
-            rebuild = Rebuild(failure, _pause(trainer.retry_backoff_seconds, failures.total()))
+            pause = _pause(trainer.retry_backoff_seconds, failures.total())
+            rebuild = Rebuild(failure, f"the failure of {failure.role} in phase {failure.phase}", pause)
             session.event(
                 f"failure {failures[failure.role]} of role {failure.role}, whose budget is "
                 f"{trainer.failure_retries}, after {failure.waited_seconds:.1f} s of waiting: {failure}"
             )
             if failures[failure.role] > trainer.failure_retries:
                 raise
+        except Drained as notice:
+            rebuild = Rebuild(notice, "a drained node", 0.0)
+            session.event(str(notice))
         except PlacementError as error:
             if rebuild is None:
                 raise
-            raise RunFailure(f"{rebuild.failure}. No room for a rebuild: {error}") from rebuild.failure
+            raise RunFailure(f"{rebuild.cause}. No room for a rebuild: {error}") from rebuild.cause
         finally:
             _end(session, roster)
         rebuild.torn_down = time.monotonic()
@@ -72,9 +78,11 @@ def run_attempts(session: Session, body: Body) -> bool:
 
 @dataclass
 class Rebuild:
-    """One failure on its way to a running attempt."""
+    """One failure, or one move, on its way to a running attempt."""
 
-    failure: GroupFailure
+    cause: GroupFailure | Drained
+    what: str
+    """It happened, in words."""
     pause: float
     """Seconds of backoff after the teardown."""
     raised: float = field(default_factory=time.monotonic)
@@ -95,9 +103,9 @@ def _ready(session: Session, rebuild: Rebuild | None) -> None:
     """The body restored its state and goes on: after a failure, say what that took."""
     if rebuild is None:
         return
-    failure, seconds = rebuild.failure, time.monotonic() - rebuild.raised
+    seconds = time.monotonic() - rebuild.raised
     teardown = rebuild.torn_down - rebuild.raised
     session.event(
-        f"recovered from the failure of {failure.role} in phase {failure.phase} in {seconds:.1f} s: teardown "
+        f"recovered from {rebuild.what} in {seconds:.1f} s: teardown "
         f"{teardown:.1f} s, backoff {rebuild.pause:.1f} s, restart {seconds - teardown - rebuild.pause:.1f} s"
     )

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import GroupFailure, Interrupted, blamed
 from rairl_ray.actors.learner import learner_environment
 from rairl_ray.actors.roster import ANY_RANK, GONE, Member
@@ -42,6 +43,8 @@ from rairl_ray.trainer.session import Session
 from rairl_ray.trainer.sft_worker import train_worker
 
 POLL_SECONDS = 0.2
+DRAIN_SECONDS = 5.0
+"""Between two looks for nodes that are about to go."""
 
 
 def run(session: Session) -> bool:
@@ -111,10 +114,11 @@ class Fit:
         Raises:
             GroupFailure: a worker failed, or a phase missed its deadline.
             UserError: raised inside a worker comes out as itself.
+            Drained: nodes of the run are about to go, and its state is saved.
         """
         thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         thread.start()
-        asked = False
+        asked, looked, drained = False, time.monotonic(), set[str]()
         while True:
             alive = thread.is_alive()
             messages = self._relay.take()
@@ -129,7 +133,9 @@ class Fit:
                     )
                     break
                 raise self._late()
-            if self._session.stop and not asked:
+            if time.monotonic() - looked > DRAIN_SECONDS:
+                looked, drained = time.monotonic(), self._roster.draining()
+            if (self._session.stop or drained) and not asked:
                 self._relay.ask_to_stop()
                 asked = True
             if not messages:
@@ -138,6 +144,8 @@ class Fit:
             raise self._explained(self._error)
         self._relay.close()
         self._saving.require()
+        if drained and not (self._finished or self._session.stop):
+            raise Drained(drained, self._last)
         shutil.rmtree(self._session.folder.root / ".ray_train", ignore_errors=True)
         return self._last, self._finished
 

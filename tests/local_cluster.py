@@ -1,0 +1,93 @@
+"""A cluster of separate nodes on this machine, by `cluster/local.sh`, for tests that take it apart."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from tests.runs import ROOT
+
+DRAIN = """
+import subprocess, sys, ray
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+nodes = sorted(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU"))
+sys.argv = ["ray", "drain-node", "--address", sys.argv[1], "--node-id", nodes[int(sys.argv[2])], 
+            "--reason-message", "spot", "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", "60"]
+from ray.scripts.scripts import main
+main()
+"""
+SCRIPT = str(ROOT / "cluster" / "local.sh")
+
+
+def local(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True, timeout=timeout)
+
+
+def free_ports() -> int:
+    """The first of 100 ports that nobody holds, below those the system gives away by itself."""
+    for first in range(21000, 30000, 100):
+        try:
+            for port in range(first, first + 100):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise AssertionError("no 100 free ports in a row")
+
+
+class SeparateNodes:
+    """A head without work and some workers, each in processes of its own."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.address = folder, f"127.0.0.1:{port}"
+        self.options = ["--dir", str(folder), "--port", str(port), "--dashboard-port", str(port + 10)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a driver of this cluster needs: the token's path, and nothing of another cluster."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
+        return {**kept, **token, "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+    def call(self, *arguments: str) -> None:
+        """A verb of the script. Raises AssertionError with what it said where it fails."""
+        done = local(*arguments, *self.options)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def drain(self, worker: int) -> None:
+        """Give the drain notice of a spot machine that ends in a minute."""
+        command = [sys.executable, "-c", DRAIN, self.address, str(worker)]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+    def processes(self) -> list[psutil.Process]:
+        """Those of this cluster, by the mark in their environment, sorted by their number."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("RAIRL_LOCAL_CLUSTER", "").startswith(f"{self.folder}:"):
+                    found.append(process)
+        return sorted(found, key=lambda process: process.pid)
+
+
+@contextmanager
+def separate_nodes(workers: int, *options: str) -> Iterator[SeparateNodes]:
+    """Such a cluster, in a short folder (sockets lie below it); nothing of it is left afterwards."""
+    nodes = SeparateNodes(Path(f"/tmp/rairl-t-{uuid.uuid4().hex[:8]}"), free_ports())
+    try:
+        nodes.call("up", str(workers), *options)
+        yield nodes
+    finally:
+        local("down", *nodes.options)
+        shutil.rmtree(nodes.folder, ignore_errors=True)
+        Path(f"{nodes.folder}.log").unlink(missing_ok=True)
