@@ -20,8 +20,9 @@ DRAIN = """
 import subprocess, sys, ray
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
 nodes = sorted(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU"))
-sys.argv = ["ray", "drain-node", "--address", sys.argv[1], "--node-id", nodes[int(sys.argv[2])], 
-            "--reason-message", "spot", "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", "60"]
+options = {"address": sys.argv[1], "node-id": nodes[int(sys.argv[2])], "reason-message": "spot",
+           "reason": "DRAIN_NODE_REASON_PREEMPTION", "deadline-remaining-seconds": "60"}
+sys.argv = ["ray", "drain-node", *(f"--{name}={value}" for name, value in options.items())]
 from ray.scripts.scripts import main
 main()
 """
