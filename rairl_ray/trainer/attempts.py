@@ -6,8 +6,8 @@
       backoff <── tear down, look that nothing is left (bounded by timeouts.teardown_seconds)
 
 Where nodes of the run are being drained, the body saves and raises `Drained`: the next attempt is elsewhere,
-and no budget pays for it. Each role has a budget of `trainer.failure_retries` rebuilds: a node that keeps killing a
-discriminator does not use up what a policy needs. Errors of the user are never tried again.
+and no budget pays for it. Each role has a budget of `trainer.failure_retries` rebuilds: a node that keeps
+killing a discriminator does not use up what a policy needs. Errors of the user are never tried again.
 """
 
 from __future__ import annotations
