@@ -191,3 +191,56 @@ MATHEMATICS_OTHER: list[Pair] = [
     ("f(x)=2x", "g(x)=2x"),
 ]  # fmt: skip
 """What a lossy normalisation or a partial parse would take for equal."""
+
+MEASURED: list[list[str]] = [
+    [
+        "15 m^2",
+        "15 m²",
+        "15 square meters",
+        "15\\text{ m}^2",
+        "15 \\mathrm{~m}^2",
+        "15 meters squared",
+        "15 sq. m",
+        "The area is 15 square meters.",
+        "A = 15\\,\\text{m}^{2}",
+        "150,000 cm^2",
+    ],
+    ["15 cm^2", "15 cm²", "15\\text{ cm}^2", "15 sq cm", "15 square centimetres"],
+    ["15 m^3", "15 cubic meters", "15 m³"],
+    ["15 m", "15 meters", "15\\text{ m}", "15 metres", "1,500 cm"],
+    ["15 m/s", "15 m s^{-1}", "15\\text{ m/s}", "15 meters per second", "54 km/h", "54 kilometers per hour"],
+    ["15 m/s^2", "15 m/s²", "15 meters per second squared"],
+    ["15 mph", "15 miles per hour", "15 miles/hour", "15 mi/h"],
+    [
+        "2 hours 30 minutes",
+        "150 minutes",
+        "2.5 hours",
+        "2 h 30 min",
+        "2 hours and 30 minutes",
+        "2h30m",
+        "2\\frac12 hrs",
+    ],
+    ["5 feet 6 inches", "66 inches", "5 ft 6 in", "5.5 feet", "66 in."],
+    ["15 hours", "15 hrs", "15 h", "15 hours in total"],
+    ["15 minutes", "15 min", "15 mins", "900 seconds", "15 minutes later"],
+    ["$15", "15 dollars", "\\$15.00", "15 USD", "1500 cents", "15 US dollars"],
+    ["15 cents", "15¢", "$0.15"],
+    ["€15", "15 euros", "15 EUR", "15€"],
+    ["15 kg", "15 kilograms", "15000 g"],
+    ["15 lbs", "15 lb", "240 ounces"],
+    ["15°C", "15 degrees Celsius", "15 °C", "15^\\circ C"],
+    ["15°F", "15 degrees Fahrenheit"],
+    ["15 L", "15 liters", "15000 mL", "15,000 cc"],
+    ["15 mpg", "15 miles per gallon"],
+    ["15\\pi\\text{ cm}^2", "15\\pi cm^2", "15\\pi square centimeters", "\\frac{3\\pi}{2000} m^2"],
+    ["2\\sqrt{3} m", "2\\sqrt3\\text{ meters}", "200\\sqrt{3}\\text{ cm}"],
+]
+"""Each line is one answer in several notations, and no two lines are one answer."""
+
+UNMEASURED: list[Pair] = [
+    ("15", "15 cm^2"), ("15 cm^2", "15"), ("15 pounds", "£15"), ("15 pounds", "15 lb"), ("15 degrees", "15°C"),
+    ("15 apples", "15 hours"), ("15 hours", "15"), ("15 units", "15 cm"), ("$15 per hour", "$15"),
+    ("$15", "15 dollars a day"), ("15 inches", "15 in all"), ("15 ₽", "15"),
+    ("₽15", "15 rubles"),
+]  # fmt: skip
+"""Equal, since one of the two names no unit, may mean the other's, or leaves out what it is counted by."""

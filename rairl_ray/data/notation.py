@@ -183,7 +183,7 @@ _LABEL_WORDS = words(
     so thus hence therefore then and we get have the a an my our his her their its your final correct
     right best exact answer answers option choice solution result value total sum number amount cost price
     is are was equals equal to be of it that this there she he they you i finally which means gives obtain
-    conclude
+    conclude area perimeter volume length width height radius distance speed time average mean probability
     """
 )
 _ENDS_IN = ("is", "are", "was", "equals", "to", "be", "get", "have", "thus", "hence", "so", "therefore")
