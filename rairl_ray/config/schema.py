@@ -74,6 +74,20 @@ class Models(Section):
     policy: Model = Model()
     discriminator: Model = Model()
 
+    @property
+    def read_discriminator(self) -> Model:
+        """The discriminator's section, with what says how the policy's files are read where it has none."""
+        own, policy = self.discriminator, self.policy
+        if own.path is not None or own.build is not None:
+            return own
+        return own.model_copy(
+            update={
+                "revision": policy.revision,
+                "chat_template": own.chat_template or policy.chat_template,
+                "trust_remote_code": own.trust_remote_code or policy.trust_remote_code,
+            }
+        )
+
 
 # --- data ----------------------------------------------------------------------------------------
 

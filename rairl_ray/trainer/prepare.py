@@ -134,17 +134,10 @@ def check_machine(config: RunConfig, device: str) -> None:
 
 
 def discriminator_model(config: RunConfig, start: SavedStart | None) -> Model:
-    """The discriminator's model section: with the folder of a saved reward in the place of what names it, or
-    with the policy's revision and template where it shares its path."""
-    model = config.model.discriminator
-    if start is not None:
-        return model.model_copy(update={"path": str(start.folder)})
-    if model.path is None and model.build is None:
-        policy = config.model.policy
-        return model.model_copy(
-            update={"revision": policy.revision, "chat_template": model.chat_template or policy.chat_template}
-        )
-    return model
+    """The discriminator's model section as it is read, with the folder of a saved reward in the place of what
+    names that."""
+    model = config.model.read_discriminator
+    return model if start is None else model.model_copy(update={"path": str(start.folder)})
 
 
 def check_window(config: RunConfig, path: str, key: str) -> None:
