@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import Counter
 from fractions import Fraction
@@ -12,8 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rairl_ray.algorithms.equations import evaluate_text, find_equations, find_numbers, write_number
+from rairl_ray.algorithms.completion_text import read_source
+from rairl_ray.algorithms.equations import (
+    Number,
+    evaluate_text,
+    expression_value,
+    find_equations,
+    find_numbers,
+    find_operators,
+    write_number,
+)
 from rairl_ray.algorithms.negatives import KINDS, Perturbed, _weight, changed_span, perturb
+from rairl_ray.algorithms.slip import near_values
 from rairl_ray.types import Demonstration, Prompt
 
 ARITHMETIC_KINDS = ["operator", "numbers", "slip", "answer", "swap_answer"]
@@ -312,6 +323,59 @@ def test_numbers_are_read_as_they_are_written(units: int, decimals: int, commas:
 def test_a_subtraction_is_no_sign_and_an_enumerator_no_number() -> None:
     numbers = find_numbers("1. a is 5-3\n2) b is -4\nStep 3: (-6) and 7 -8")
     assert [int(n.value) for n in numbers] == [5, 3, -4, -6, 7, 8]
+
+
+def test_where_a_number_and_an_operator_stand() -> None:
+    (number,) = find_numbers("x = -5")
+    assert (number.start, number.end, number.value) == (4, 6, -5)
+    assert [n.value for n in find_numbers("\n2. He has 5 apples.")] == [5]
+    assert [token.text for token in find_operators("3 + 4", 0, 3)] == ["+"]
+    assert [token.text for token in find_operators("(3) + 4 * -5", 0, 12)] == ["+"]
+    assert expression_value("3 + 4", 0) == 7 and expression_value("so 3 + 4", 0) is None
+    assert evaluate_text("(4 + 5") is None and evaluate_text("(4 + 5)") == 9
+    assert find_equations("it is + 3 = 3") == []  # the operand before the plus is not to be seen
+
+
+def test_values_near_a_number_are_off_by_its_unit_and_by_ten_units_where_it_is_large() -> None:
+    def near(value: str, decimals: int) -> set[Fraction]:
+        number = Number(0, 1, Fraction(value), decimals, False)
+        return {v - number.value for seed in range(30) for v in near_values(number, random.Random(seed))}
+
+    assert {1, -1, 2, -2, 10, -10} <= near("20", 0) and {1, -1, 2, -2} <= near("19", 0)
+    digit_wrong = {Fraction(10 * k) for k in range(-9, 10)}
+    assert near("19", 0) & {Fraction(10), Fraction(-10)} <= digit_wrong
+    assert {Fraction(1, 10), Fraction(-1, 10), Fraction(1, 100)} <= near("2.50", 2)
+
+
+def test_a_nudged_answer_may_become_zero_and_so_may_a_slip() -> None:
+    item = demonstration(tagged("3-2=1", "1"), "1")
+    for kind in ("answer", "slip"):
+        answers = {answer_of(copy.text) for key in range(40) if (copy := one(item, kind, key))}
+        assert "0" in answers and "1" not in answers, kind
+
+
+def test_at_most_three_numbers_are_corrupted() -> None:
+    text = " ".join(f"{a}+{a}={2 * a}." for a in range(11, 31))
+    item = demonstration(tagged(text, "60"), "60")
+    counts = set()
+    for key in range(60):
+        copy = one(item, "numbers", key)
+        assert copy is not None
+        pairs = zip(re.findall(r"\d+", item.completion or ""), re.findall(r"\d+", copy.text), strict=True)
+        counts.add(sum(old != new for old, new in pairs))
+    assert counts == {1, 2, 3}
+
+
+def test_operators_of_true_equations_are_flipped_before_others() -> None:
+    item = demonstration(tagged("Pages 3-4 and 5-6 and 7-8 and 9-10. 6+7=13", "13"), "13")
+    for key in range(20):
+        copy = one(item, "operator", key)
+        assert copy is not None and "6+7=13" not in copy.text
+
+
+def test_what_is_said_to_be_the_answer_is_it_whatever_number_follows() -> None:
+    source = read_source(demonstration("3+4=7\nThe answer is 7.\nI looked 3 times", "7"))
+    assert source.answer is not None and source.text[slice(*source.answer)] == "7"
 
 
 def test_no_text_of_any_kind_is_evaluated_as_code() -> None:
