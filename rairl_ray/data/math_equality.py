@@ -25,7 +25,7 @@ _RELATION = re.compile(
     r"\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])|\\approx(?![A-Za-z])|\\in(?![A-Za-z])|[=<>]"
 )
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
-_TOKEN = re.compile(r"\\[A-Za-z]+|\d+(?:\.\d+)?|\.\d+|[A-Za-z]+|\S")
+_TOKEN = re.compile(r"\\[A-Za-z]+|\d{1,3}(?:,\d{3})+(?![\d,])|\d+(?:\.\d+)?|\.\d+|[A-Za-z]+|\S")
 _UNIT = r"(?:[A-Za-z]{2,}|[mgshLJNWV])(?:\^\{?-?\d\}?)?"
 _TRAILING_UNIT = re.compile(
     rf"\s((?:(?:square|sq|cubic|cu)\.? )?({_UNIT})"

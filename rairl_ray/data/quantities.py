@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from rairl_ray.data import expression_values, expressions
 from rairl_ray.data.notation import MONEY, is_name, plain, without_label
-from rairl_ray.data.unit_words import allowed_after, allowed_before, begins_with_unit, words_after
+from rairl_ray.data.unit_words import allowed_after, allowed_before, begins_with_unit, in_digits, words_after
 from rairl_ray.data.units import Units, ratio, units_of
 
 MAX_LENGTH = 100
@@ -83,8 +83,10 @@ def parse_quantity(text: str, *, units: bool = True) -> Quantity | None:
 
 @lru_cache(maxsize=8192)
 def _parse(text: str, units: bool) -> Quantity | None:
-    if len(text) > MAX_LENGTH or not re.search(r"\d", text):
+    if len(text) > MAX_LENGTH:
         return None
+    if not re.search(r"\d", text):
+        text = in_digits(without_label(text))
     text = _marked(text, "()[]{}" if units or "," not in text else "")
     bare = without_label(text.removeprefix("=").lstrip())
     if _COMPOUND.fullmatch(bare):

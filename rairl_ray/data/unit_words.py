@@ -84,6 +84,37 @@ def word_number(word: str) -> int | None:
     return None
 
 
+_THOUSANDS = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
+
+
+def in_digits(text: str) -> str:
+    """The text with the number that it begins with in digits, if only units or things stand behind it:
+    `twenty-one apples`, `two hundred and five`."""
+    said = text.strip().lower().split()
+    total, group, scale, used = 0, 0, 10**12, 0
+    for place, word in enumerate(said):
+        value = 1 if word in ("a", "one") else word_number(word)
+        if word == "and" and place and said[place - 1] in ("hundred", *_THOUSANDS):
+            continue
+        article = word == "a" and not {"hundred", *_THOUSANDS} & set(said[place + 1 : place + 2])
+        if value is not None and not article:
+            before = said[place - 1] if place else ""
+            if before == "zero" or (group % 100 and not (before in _TENS and 0 < value < 10)):
+                return text
+            group += value
+        elif word == "hundred" and 0 < group < 100:
+            group *= 100
+        elif word in _THOUSANDS and group and _THOUSANDS[word] < scale:
+            scale = _THOUSANDS[word]
+            total, group = total + group * scale, 0
+        else:
+            break
+        used = place + 1
+    rest = text.strip().split()[used:]
+    understood = used and all(is_unit(word) or is_plural(word.lower()) for word in rest)
+    return " ".join([str(total + group), *rest]) if understood else text
+
+
 def allowed_before(text: str) -> bool:
     """Whether all words in front of a number only lead to it: listed ones, a label, or a name as subject."""
     label, colon, rest = text.rpartition(":")
