@@ -130,12 +130,15 @@ def _models(config: RunConfig, whole: bool, problems: list[str]) -> Iterator[tup
         path, renderer = open_policy(config, rules, strict=False)
         yield "policy", found(path, renderer, config.model.policy)
         if whole:
-            check_window(config, path, "model.policy")
+            check_window(config, path, config.model.policy, "model.policy")
         own = config.model.discriminator
         if config.algorithm.type == "airl" and (own.path or own.build):
             start = saved_start(config)
             place, reads = open_discriminator(config, rules, start, path, strict=False)
-            yield "discriminator", found(place, reads, discriminator_model(config, start))
+            model = discriminator_model(config, start)
+            yield "discriminator", found(place, reads, model)
+            if whole:
+                check_window(config, place, model, "model.discriminator")
     except UserError as error:
         problems.append(str(error))
 

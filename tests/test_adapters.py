@@ -12,11 +12,13 @@ from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rairl_ray.config.schema import Lora, Model
+from rairl_ray.config.schema import Lora, Model, RunConfig
 from rairl_ray.data.characters import character_tokenizer
-from rairl_ray.engines.artifacts import save_policy
-from rairl_ray.engines.heads import LogprobModel
+from rairl_ray.data.rendering import Renderer
+from rairl_ray.engines.artifacts import RewardModel, read_settings, save_policy, save_reward_model
+from rairl_ray.engines.heads import ImplicitModel, LogprobModel
 from rairl_ray.engines.models import load_causal_lm, materialise
+from rairl_ray.engines.origin import Origin, content_id
 from rairl_ray.errors import ModelError
 
 ATTENTION = "model.layers.0.self_attn.q_proj.weight"
@@ -73,6 +75,9 @@ def test_the_merged_model_follows_everything_that_it_depends_on(tmp_path: Path) 
     assert not torch.equal(second, first)
     make_base(base, seed=7)
     assert not torch.equal(weights(adapter, cache), second)
+    before = merged(adapter, cache)
+    (base / "added.jinja").write_text("a template")
+    assert merged(adapter, cache) != before
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     tokenizer.chat_template += " "
     tokenizer.save_pretrained(adapter)
@@ -123,8 +128,28 @@ def test_an_adapter_of_ours_names_its_base_from_everywhere(
     save_policy(tmp_path / "policy", module, get_peft_model_state_dict(module.wrapped), path, model)
     saved = json.loads((tmp_path / "policy" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(tmp_path / "models" / "tiny") and saved["revision"] is None
+    origin = Origin.read(tmp_path / "policy")
+    assert origin is not None and origin.base == str(tmp_path / "models" / "tiny") and origin.revision is None
+    assert origin.content == content_id(path) and origin.trust_remote_code is False
+    assert origin.tokenizer == Renderer(AutoTokenizer.from_pretrained(path), "").fingerprint
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert "merged-" in merged(tmp_path / "policy", tmp_path / "c")
+    make_base(tmp_path / "models" / "tiny", seed=9)  # other weights at the same place
+    with pytest.raises(ModelError, match="give back that base model") as refused:
+        merged(tmp_path / "policy", tmp_path / "c")
+    assert origin.content in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_code_of_the_base_is_run_only_where_the_user_says_so(tmp_path: Path) -> None:
+    """That it was once trusted is asked for again, not believed."""
+    base = make_base(tmp_path / "base")
+    trusting = Model(path=str(base), lora=Lora(rank=2), trust_remote_code=True)
+    module = LogprobModel(load_causal_lm(str(base), trusting))
+    save_policy(tmp_path / "policy", module, get_peft_model_state_dict(module.wrapped), str(base), trusting)
+    with pytest.raises(ModelError, match=r"model\.policy\.trust_remote_code=true"):
+        merged(tmp_path / "policy", tmp_path / "c")
+    model = Model(path=str(tmp_path / "policy"), trust_remote_code=True)
+    assert "merged-" in materialise(model, role="policy", cache_dir=tmp_path / "c", seed=0)
 
 
 def test_a_relative_base_is_found_beside_the_adapter(tmp_path: Path) -> None:
@@ -135,10 +160,11 @@ def test_a_relative_base_is_found_beside_the_adapter(tmp_path: Path) -> None:
     assert "merged-" in merged(adapter, tmp_path / "c")
 
 
-def test_the_revision_of_a_hub_base_travels_with_the_adapter(
+def test_the_revision_of_a_hub_base_travels_with_what_is_made_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hub cache with two commits of one model; the adapter is trained on the one that main is not."""
+    """A hub cache with two commits of one model; the adapter is trained on the one that main is not, or on
+    main, which moves on later. A discriminator that shares the policy's path shares its revision."""
     main, pinned = "a" * 40, "b" * 40
     root = tmp_path / "hub" / "models--acme--tiny"
     (root / "refs").mkdir(parents=True)
@@ -154,6 +180,27 @@ def test_the_revision_of_a_hub_base_travels_with_the_adapter(
     assert (saved["base_model_name_or_path"], saved["revision"]) == ("acme/tiny", pinned)
     trained = load_causal_lm(str(root / "snapshots" / pinned), Model()).state_dict()[ATTENTION]
     assert torch.equal(weights(tmp_path / "policy", tmp_path / "c"), trained)
+    newest = Model(path="acme/tiny", lora=Lora(rank=2))
+    module = LogprobModel(load_causal_lm("acme/tiny", newest))
+    save_policy(tmp_path / "newest", module, get_peft_model_state_dict(module.wrapped), "acme/tiny", newest)
+    (root / "refs" / "main").write_text(pinned)
+    first = load_causal_lm(str(root / "snapshots" / main), Model()).state_dict()[ATTENTION]
+    assert torch.equal(weights(tmp_path / "newest", tmp_path / "c"), first)
+    (root / "refs" / "main").write_text(main)
+    config = RunConfig.model_validate(
+        {
+            "model": {"policy": {"path": "acme/tiny", "revision": pinned}},
+            "discriminator": {"head": "implicit"},
+        }
+    )
+    reward = ImplicitModel(load_causal_lm("acme/tiny", config.model.read_discriminator), 0.5)
+    assert torch.equal(reward.wrapped.state_dict()[ATTENTION], trained)
+    save_reward_model(tmp_path / "reward", reward, reward.wrapped.state_dict(), "acme/tiny", config, 1)
+    settings, origin = read_settings(tmp_path / "reward"), Origin.read(tmp_path / "reward")
+    assert settings is not None and origin is not None
+    assert (settings.reference, settings.reference_revision) == ("acme/tiny", pinned)
+    assert (origin.base, origin.revision, origin.content) == ("acme/tiny", pinned, f"acme/tiny@{pinned}")
+    RewardModel.load(tmp_path / "reward")
 
 
 @pytest.mark.parametrize("rank", [None, 2])

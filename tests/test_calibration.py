@@ -154,3 +154,13 @@ def test_welch_equals_scipy_with_rows_repeated() -> None:
     assert statistic(often) == pytest.approx(ttest_ind(again[side], again[~side], equal_var=False).statistic)
     assert math.isnan(statistic(correct.astype(int)))
     assert all(math.isnan(x) for x in welch_t_test(scores[:1], scores))
+
+
+def test_statistics_of_the_smallest_samples() -> None:
+    """Two rows a class have a t, one row has a calibration error; a distribution has thirty bins."""
+    scores, correct = np.array([1.0, 2.0, 4.0, 8.0]), np.array([True, True, False, False])
+    t, _, _ = welch_t_test(scores[correct], scores[~correct])
+    assert welch_t_statistic(correct, scores)(np.ones(4, dtype=int)) == pytest.approx(t)
+    assert ece(np.array([True]), np.array([0.25])) == pytest.approx(0.75)
+    assert math.isnan(ece(np.array([]), np.array([])))
+    assert len(score_histograms(correct, scores)[0]) == 31

@@ -67,6 +67,10 @@ def test_counts_equal_the_real_models(tmp_path: Path, kind: str, tied: bool, kv_
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert shape.lora_parameters(Lora(rank=5)) == trained
     assert shape.max_length == 77
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace("max_position_embeddings", "n_positions"))
+    renamed = shape_of(Model(path=str(tmp_path)))
+    assert renamed is not None and renamed.max_length == 77
 
 
 def test_built_models_have_a_shape() -> None:

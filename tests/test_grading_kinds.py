@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
@@ -53,6 +54,33 @@ def test_mathematics_in_other_notation_is_equal(gold: str, answer: str) -> None:
 @pytest.mark.parametrize(("gold", "answer"), kinds.MATHEMATICS_OTHER)
 def test_other_mathematics_is_not_equal(gold: str, answer: str) -> None:
     assert not right(gold, answer, "math")
+
+
+@pytest.mark.parametrize("grader", ["number", "math"])
+def test_units_are_compared_where_both_name_one(grader: str) -> None:
+    for gold, answers in itertools.product(kinds.MEASURED, repeat=2):
+        for written, answer in itertools.product(gold, answers):
+            assert right(written, answer, grader) is (gold is answers), (written, answer)
+
+
+@pytest.mark.parametrize(("gold", "answer"), kinds.UNMEASURED)
+def test_a_unit_that_is_not_said_is_not_missed(gold: str, answer: str) -> None:
+    assert right(gold, answer, "number") and right(answer, gold, "number")
+
+
+def test_a_compound_quantity_is_no_number_without_its_unit() -> None:
+    assert not right("2.5", "2 hours 30 minutes", "number") and not right("2 hours 30 minutes", "2.5", "math")
+    assert not right("150 minutes", "30 minutes 2 hours", "number")
+    assert right("1 hour", "60 minutes = 1 hour", "number") and not right(
+        "1 hour", "60 seconds = 1 hour", "number"
+    )
+
+
+def test_options_that_differ_in_their_unit_are_told_apart() -> None:
+    options = {"A": "15 cm^2", "B": "15 m^2", "C": "15 m"}
+    assert [chosen_letter(said, options) for said in ("15 square meters", "15 meters", "15 cm²", "15")] == [
+        "B", "C", "A", None,
+    ]  # fmt: skip
 
 
 def test_the_given_cases_but_for_those_with_a_reason(shared_faults: Path) -> None:

@@ -233,6 +233,18 @@ def test_hit_at_1_is_in_the_summary_with_its_chance() -> None:
     assert summary["localisation/hit_chance_within_100_tokens"]["value"] == 1.0
 
 
+def test_a_trace_of_one_unit_counts() -> None:
+    assert localise([error_in(1, [1.0, -1.0, 0.0, 5.0])], resamples=5)["localisation/step_accuracy"]["n"] == 1
+    case = dataclasses.replace(error_in(1, [1.0]), unit_char_ends=[len(TEXT) + 1])
+    assert localise([case], resamples=5)["localisation/step_accuracy"]["n"] == 1
+    assert (
+        localise([dataclasses.replace(case, unit_rewards=[], unit_char_ends=[])], resamples=5)[
+            "localisation/step_accuracy"
+        ]["n"]
+        == 0
+    )
+
+
 def test_baselines_name_the_least_likely_and_the_most_uncertain_step() -> None:
     ends, tokens = [4, 8], [2, 4, 6, 8, 9]  # two tokens a step, then the end of the sequence
     logprobs, entropies = [-1.0, -1.0, -3.0, -0.5, -50.0], [2.0, 2.0, 3.0, 0.1, 50.0]

@@ -12,12 +12,15 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from rairl_ray.config.load import load_config
+from rairl_ray.config.schema import Model
 from rairl_ray.config.windows import window_of
 from rairl_ray.data.completion_format import TAGS
-from rairl_ray.data.tasks import task_rules
+from rairl_ray.data.rendering import Renderer, load_tokenizer
+from rairl_ray.data.tasks import make_task, task_rules
 from rairl_ray.doctor import diagnose_model
-from rairl_ray.errors import UserError
-from rairl_ray.trainer.prepare import check_window, open_policy
+from rairl_ray.errors import ConfigError, DataError, UserError
+from rairl_ray.rewards.reading import TraceReader
+from rairl_ray.trainer.prepare import check_discriminator_window, check_window, open_policy
 from tests.test_model_contract import CHATML, GEMMA, REASONER, byte_level, prefixed
 
 
@@ -157,7 +160,31 @@ def test_a_window_is_found_under_any_name(tmp_path: Path, key: str) -> None:
     assert said(folder, lengths[0], "rollout.max_completion_tokens=46")[0] == 0
     run = load_config(None, lengths)
     with pytest.raises(UserError, match=rf"window of 96 tokens \({key}\)"):
-        check_window(run, str(folder), "model.policy")
+        check_window(run, str(folder), Model(), "model.policy")
+
+
+def test_the_discriminators_own_window_holds_samples_and_experts_as_it_reads_them(tmp_path: Path) -> None:
+    """Its positions may be fewer than the policy's, and its tokens more."""
+    folder = saved(tmp_path / "m", byte_level("<|im_end|>", "<|im_start|>"))
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    del values["max_position_embeddings"]
+    config = load_config(
+        None,
+        [f"model.discriminator.path={folder}", "data.max_prompt_tokens=50", "rollout.max_completion_tokens=40"],
+    )
+    task = make_task(config.data)
+    renderer = Renderer(load_tokenizer(str(folder), Model()), "Think aloud. " * 8)
+    reader = TraceReader(renderer, config.reward.density, "another tokenizer's")
+    for positions, error in ((80, ConfigError), (100, DataError), (1000, None)):
+        file.write_text(json.dumps(values | {"n_positions": positions}))
+        if error is None:
+            check_discriminator_window(config, task, str(folder), reader, None)
+            continue
+        with pytest.raises(
+            error, match=rf"model\.discriminator has a window of {positions} tokens \(n_positions\)"
+        ):
+            check_discriminator_window(config, task, str(folder), reader, None)
 
 
 def test_a_configuration_that_transformers_refuses_is_one_line(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rairl_ray.algorithms.completion_text import read_source
 from rairl_ray.algorithms.equations import evaluate_text, find_equations, find_numbers, write_number
 from rairl_ray.algorithms.negatives import KINDS, Perturbed, _weight, changed_span, perturb
 from rairl_ray.types import Demonstration, Prompt
@@ -312,6 +313,37 @@ def test_numbers_are_read_as_they_are_written(units: int, decimals: int, commas:
 def test_a_subtraction_is_no_sign_and_an_enumerator_no_number() -> None:
     numbers = find_numbers("1. a is 5-3\n2) b is -4\nStep 3: (-6) and 7 -8")
     assert [int(n.value) for n in numbers] == [5, 3, -4, -6, 7, 8]
+
+
+def test_a_nudged_answer_may_become_zero_and_so_may_a_slip() -> None:
+    item = demonstration(tagged("3-2=1", "1"), "1")
+    for kind in ("answer", "slip"):
+        answers = {answer_of(copy.text) for key in range(40) if (copy := one(item, kind, key))}
+        assert "0" in answers and "1" not in answers, kind
+
+
+def test_at_most_three_numbers_are_corrupted() -> None:
+    text = " ".join(f"{a}+{a}={2 * a}." for a in range(11, 31))
+    item = demonstration(tagged(text, "60"), "60")
+    counts = set()
+    for key in range(60):
+        copy = one(item, "numbers", key)
+        assert copy is not None
+        pairs = zip(re.findall(r"\d+", item.completion or ""), re.findall(r"\d+", copy.text), strict=True)
+        counts.add(sum(old != new for old, new in pairs))
+    assert counts == {1, 2, 3}
+
+
+def test_operators_of_true_equations_are_flipped_before_others() -> None:
+    item = demonstration(tagged("Pages 3-4 and 5-6 and 7-8 and 9-10. 6+7=13", "13"), "13")
+    for key in range(20):
+        copy = one(item, "operator", key)
+        assert copy is not None and "6+7=13" not in copy.text
+
+
+def test_what_is_said_to_be_the_answer_is_it_whatever_number_follows() -> None:
+    source = read_source(demonstration("3+4=7\nThe answer is 7.\nI looked 3 times", "7"))
+    assert source.answer is not None and source.text[slice(*source.answer)] == "7"
 
 
 def test_no_text_of_any_kind_is_evaluated_as_code() -> None:

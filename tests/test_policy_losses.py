@@ -269,3 +269,9 @@ def test_one_absurd_token_does_not_make_the_loss_infinite() -> None:
     for cap in (None, 2.0):
         loss, _ = contribution([row], Policy(importance_cap=cap), [row])
         assert math.isfinite(float(loss))
+
+
+def test_a_token_alone_is_divided_by_one() -> None:
+    row = Row([-1.0], [-1.0], [-1.0], [-1.0], [2.0], False)
+    loss, _ = contribution([row], Policy(aggregation="token_mean"), [row])
+    assert loss.item() == pytest.approx(-2.0)

@@ -127,3 +127,10 @@ def test_equal_scores_make_weighted_majority_plain_majority(
     assert reward_weighted_majority(answers, correct, [score] * len(samples)) == pytest.approx(
         majority_at_n(answers, correct)
     )
+
+
+def test_scores_that_do_not_fit_are_refused() -> None:
+    scores, correct = np.zeros((2, 3)), np.zeros((2, 3), dtype=bool)
+    for found, k in ((correct, 0), (correct, 4), (correct[:, :2], 1)):
+        with pytest.raises(ValueError, match="do not fit"):
+            rerank_at_k(scores, found, k)

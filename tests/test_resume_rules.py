@@ -17,7 +17,8 @@ from rairl_ray.actors import placement
 from rairl_ray.checkpoint import CheckpointStore, Identity
 from rairl_ray.config.load import dump_yaml, load_config
 from rairl_ray.config.schema import Build, Model, RunConfig
-from rairl_ray.engines.sources import content_id, materialise
+from rairl_ray.engines.origin import content_id
+from rairl_ray.engines.sources import materialise
 from rairl_ray.errors import PlacementError, ResumeError
 from rairl_ray.trainer import parts, run
 from rairl_ray.trainer.fork import FORK_KEYS
@@ -198,7 +199,7 @@ def test_a_hub_model_is_identified_by_its_commit(tmp_path: Path) -> None:
     snapshot = cached / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text('{"model_type": "llama"}')
-    code = "from rairl_ray.engines.sources import content_id; print(content_id('owner/name'))"
+    code = "from rairl_ray.engines.origin import content_id; print(content_id('owner/name'))"
     environment = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment

@@ -172,3 +172,9 @@ def test_the_scan_never_goes_back(first: str, rest: str) -> None:
     """A match cannot fail once its first character fits, so nothing is read again (tags are short)."""
     match = steps._BREAK.match(first + rest)
     assert match is not None and match.end() > 0
+
+
+def test_a_mark_alone_is_a_step_and_an_empty_line_is_none() -> None:
+    assert step_ends("\n\nSo 3.\n") == [7]
+    assert step_ends("?\n") == [2] and step_ends("Mr.\n") == [4]
+    assert step_ends("He met Dr . Then he left.") == [11, 25]

@@ -76,7 +76,11 @@ class DiscriminatorActor(LearnerActor):
         from rairl_ray.engines.heads import ImplicitModel, ScalarModel
         from rairl_ray.engines.models import load_causal_lm, load_token_classifier
 
-        settings, model, seed = self.config.discriminator, self.config.model.discriminator, self.config.seed
+        settings, model, seed = (
+            self.config.discriminator,
+            self.config.model.read_discriminator,
+            self.config.seed,
+        )
         if settings.head == "implicit":
             return ImplicitModel(
                 load_causal_lm(self.model_path, model, device=self.device, seed=seed),

@@ -171,9 +171,7 @@ class ActorGroup:
             try:
                 # The answer exists; fetching it from another node is a wait of its own.
                 pending.results[member.rank] = ray.get(done[0], timeout=pending.deadline_seconds)
-            except UserError:
-                raise
-            except ray.exceptions.RayTaskError as error:
+            except ray.exceptions.RayTaskError as error:  # of its cause's class, too; its text is a traceback
                 cause = error.cause if isinstance(error.cause, BaseException) else error
                 if isinstance(cause, UserError):
                     raise cause from None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from rairl_ray.config.schema import Build, Lora, Model, RunConfig
+from rairl_ray.config.windows import window_of
 
 BYTES = {"float32": 4, "bfloat16": 2}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -163,7 +164,7 @@ def _from_config_json(file: Path) -> Shape | None:
             tied=bool(data.get("tie_word_embeddings", False)),
             attention_bias=kind == "qwen2",
             head_norms=kind == "qwen3",
-            max_length=data.get("max_position_embeddings"),
+            max_length=None if (found := window_of(data)) is None else found[1],
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -121,10 +121,12 @@ def read_saved(path: Path) -> RunConfig:
 def config_hash(config: RunConfig) -> str:
     """12 hex digits of the sha256 of the canonical JSON: equal exactly for runs that compute the same.
 
-    Left out are NOT_HASHED and the folder of `warm_start` (its file name counts), so that a checkout may
-    move and a run may be renamed, watched or placed otherwise.
+    Left out are NOT_HASHED and the folders of `warm_start` and of chat templates (their file names count), so
+    that a checkout may move and a run may be renamed, watched or placed otherwise.
     """
     data = config.model_dump(mode="json", exclude=set(NOT_HASHED))
+    for model in data["model"].values():
+        model["chat_template"] = model["chat_template"] and Path(model["chat_template"]).name
     if config.warm_start is not None:
         data["warm_start"] = Path(config.warm_start).name
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -20,7 +20,15 @@ from rairl_ray.config.machine_schema import (
     Tracking,
     Trainer,
 )
-from rairl_ray.config.section import BelowOne, FilePath, Fraction, NonNegativeFloat, NonNegativeInt, Section
+from rairl_ray.config.section import (
+    ActorFile,
+    BelowOne,
+    FilePath,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Section,
+)
 
 # --- what runs -----------------------------------------------------------------------------------
 
@@ -65,7 +73,7 @@ class Model(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     export: Literal["adapter", "merged"] = "adapter"
     """What LoRA leaves in final/policy: a PEFT adapter folder, or base and adapter merged."""
-    chat_template: FilePath | None = None
+    chat_template: ActorFile | None = None
     """File with a Jinja chat template, for a tokenizer that ships none."""
     trust_remote_code: bool = False
 
@@ -73,6 +81,20 @@ class Model(Section):
 class Models(Section):
     policy: Model = Model()
     discriminator: Model = Model()
+
+    @property
+    def read_discriminator(self) -> Model:
+        """The discriminator's section, with what says how the policy's files are read where it has none."""
+        own, policy = self.discriminator, self.policy
+        if own.path is not None or own.build is not None:
+            return own
+        return own.model_copy(
+            update={
+                "revision": policy.revision,
+                "chat_template": own.chat_template or policy.chat_template,
+                "trust_remote_code": own.trust_remote_code or policy.trust_remote_code,
+            }
+        )
 
 
 # --- data ----------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 """Text that may name a file or folder; `~` is the home folder from here on."""
+ActorFile = Annotated[str, AfterValidator(lambda path: os.path.abspath(os.path.expanduser(path)))]
+"""A file that actors read, too: they stand elsewhere, so it is absolute from here on."""
 
 
 class Section(BaseModel):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from rairl_ray.data.math_equality import equal_mathematics
 from rairl_ray.data.notation import BLOCKERS, plain, words
-from rairl_ray.data.quantities import parse_quantity
+from rairl_ray.data.quantities import parse_quantity, same_quantity
 from rairl_ray.data.rows import BadRow
 from rairl_ray.types import Prompt
 
@@ -204,7 +204,7 @@ def _by_value(answer: str, known: Mapping[str, str]) -> str | None:
     if quantity is not None:
         values = {letter: parse_quantity(option) for letter, option in known.items()}
         same = [
-            letter for letter, value in values.items() if value is not None and value.value == quantity.value
+            letter for letter, value in values.items() if value is not None and same_quantity(value, quantity)
         ]
         if same:
             return same[0] if len(same) == 1 else None

@@ -15,7 +15,8 @@ from functools import lru_cache
 from rairl_ray.data import expression_values, expressions, structure
 from rairl_ray.data.notation import is_name, plain, without_label
 from rairl_ray.data.quantities import canonical, equal_quantities, parse_quantity
-from rairl_ray.data.unit_words import UNITS
+from rairl_ray.data.unit_words import is_unit, words_after
+from rairl_ray.data.units import Units, ratio, units_of
 
 MAX_LENGTH = 400
 MAX_ITEMS = 50
@@ -24,8 +25,12 @@ _RELATION = re.compile(
     r"\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])|\\approx(?![A-Za-z])|\\in(?![A-Za-z])|[=<>]"
 )
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
-_TOKEN = re.compile(r"\\[A-Za-z]+|\d+(?:\.\d+)?|\.\d+|[A-Za-z]+|\S")
-_TRAILING_UNIT = re.compile(r"\s([A-Za-z]{2,}|[mgshLJNWV])(?:/[A-Za-z]+)?(?:\^\{?\d\}?)?$")
+_TOKEN = re.compile(r"\\[A-Za-z]+|\d{1,3}(?:,\d{3})+(?![\d,])|\d+(?:\.\d+)?|\.\d+|[A-Za-z]+|\S")
+_UNIT = r"(?:[A-Za-z]{2,}|[mgshLJNWV])(?:\^\{?-?\d\}?)?"
+_TRAILING_UNIT = re.compile(
+    rf"\s((?:(?:square|sq|cubic|cu)\.? )?({_UNIT})"
+    rf"(?:\s*[/*]\s*{_UNIT}|\s(?:per|a|an) {_UNIT}| squared| cubed)*)$"
+)
 
 
 def equal_mathematics(gold: str, answer: str) -> bool:
@@ -72,9 +77,10 @@ def _equal(gold: str, answer: str) -> bool:
     same = _equal_structures(gold, answer)
     if same is not None:
         return same
-    a, b = _expression(gold), _expression(answer)
+    (a, measured), (b, given) = _expression(gold), _expression(answer)
     if a is not None and b is not None:
-        return expression_values.equal(a, b)
+        times = ratio(measured, given)
+        return times is not None and expression_values.equal(a, b if times == 1 else ("mul", b, ("num", times)))
     return _words(gold) is not None and _words(gold) == _words(answer)
 
 
@@ -258,11 +264,13 @@ def _same_items(first: Sequence[str], second: Sequence[str]) -> bool:
 # --- the rest -------------------------------------------------------------------------------------
 
 
-def _expression(text: str) -> expressions.Node | None:
+def _expression(text: str) -> tuple[expressions.Node | None, Units]:
+    """An expression, and the units that stand behind it."""
     unit = _TRAILING_UNIT.search(text)
-    if unit and unit[1] in UNITS:
-        text = text[: unit.start()]
-    return None if re.fullmatch(r"[A-Za-z]{2,}", text) else expressions.parse(text)
+    units: Units = ()
+    if unit and is_unit(re.sub(r"\^.*", "", unit[2])):
+        text, units = text[: unit.start()], units_of(words_after(unit[1]) or ())
+    return None if re.fullmatch(r"[A-Za-z]{2,}", text) else expressions.parse(text), units
 
 
 def _words(text: str) -> str | None:
@@ -291,7 +299,7 @@ def _canonical(text: str) -> str:
     quantity = parse_quantity(text, units=False)
     if quantity is not None:
         return canonical(quantity)
-    matrix, brackets, node = structure.matrix(text), structure.bracketed(text), _expression(text)
+    matrix, brackets, node = structure.matrix(text), structure.bracketed(text), _expression(text)[0]
     if matrix is not None:
         return f"matrix {matrix[0]} ({', '.join(map(_canonical, matrix[1:]))})"
     if brackets is not None:

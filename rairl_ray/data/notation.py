@@ -18,6 +18,10 @@ def words(text: str) -> frozenset[str]:
 MONEY = "\ue000"
 """Stands for a dollar sign that is money, where plain `$` may be a LaTeX delimiter."""
 
+STRUCK = "\ue001"
+"""Stands for what strikes a text out, which nothing understands."""
+_INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
+
 _PLAIN = {
     "-": "−–‐‑﹣－", "+": "＋", "=": "＝", "%": "％", ".": "．", ",": "，", "(": "（", ")": "）", "*": "×·∙⋅∗",
     "/": "⁄∕", " ": "\u00a0\u202f\u2009\u2007\u2002\u2003", "'": "’‘′", '"': "“”", "°": "º",
@@ -59,6 +63,7 @@ _COMMANDS = (
     (re.compile(r"\\(?:approx|approxeq|simeq|sim)(?![A-Za-z])"), r"\\approx "),
     (re.compile(r"\\(?:ldots|dots|cdots|dotsc)(?![A-Za-z])|\.\.\."), r"\\ldots "),
     (re.compile(r"\\lbrace(?![A-Za-z])"), r"\\{"),
+    (re.compile(r"\\\{\s*\\\}|\\varnothing(?![A-Za-z])"), r"\\emptyset "),
     (re.compile(r"\\rbrace(?![A-Za-z])"), r"\\}"),
     (re.compile(r"\\[lr]vert(?![A-Za-z])"), "|"),
     (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])|\^\s*°"), "°"),
@@ -71,6 +76,9 @@ _COMMANDS = (
 )
 _INLINE = re.compile(r"\$(?=\S)([^$]*?\S)\$(?!\d)|\$(\S)\$(?!\d)")
 _BOLD = re.compile(r"(?<![\w*])\*\*(?=\S)([^*]+?)(?<=\S)\*\*(?![\w*])|(?<!\w)__(?=\S)([^_]+?)(?<=\S)__(?!\w)")
+_HTML = re.compile(r"<(b|strong|i|em|u)>([^<>]*)</\1>", re.IGNORECASE)
+_PERIOD = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|overbar)\s*(?:\{(\d{1,9})\}|(\d))(?!\d)")
+"""A repeating decimal."""
 _TICKS = re.compile(r"\s*[✓✔✅☑]\ufe0f?\s*$")
 _ENDS = " \t\n*`\"'"
 
@@ -78,7 +86,7 @@ _ENDS = " \t\n*`\"'"
 @lru_cache(maxsize=8192)
 def plain(text: str) -> str:
     """The text in plain notation, spaces single; the cost is linear in its length (callers bound it)."""
-    text = _TICKS.sub("", text)
+    text = _TICKS.sub("", text.strip(_INVISIBLE)).replace("~~", STRUCK)
     text = _markdown(text)
     text = _fractions(text).translate(_SIMPLE)
     text = _RAISED.sub(lambda m: "^{" + "".join(_SUPERSCRIPTS[c] for c in m[0]) + "}", text)
@@ -88,14 +96,14 @@ def plain(text: str) -> str:
     text = _delimiters(text)
     for pattern, new in _COMMANDS:
         text = pattern.sub(new, text)
-    text = _unwrapped(text)
+    text = _PERIOD.sub(_ratio, _unwrapped(text))
     text = re.sub(r"\s+(?=[\^_])", "", text)
     return _trimmed(" ".join(text.split()))
 
 
 def _markdown(text: str) -> str:
     text = text.strip(" \t\n`")
-    text = _BOLD.sub(lambda m: m[1] or m[2], text)
+    text = _HTML.sub(r"\2", _BOLD.sub(lambda m: m[1] or m[2], text))
     if text.startswith("*") and text.endswith("*") and "*" not in text[1:-1]:
         text = text[1:-1]
     return text
@@ -106,6 +114,15 @@ def _fractions(text: str) -> str:
     for char in {char for char in text if "\u00bc" <= char <= "\u00be" or "\u2150" <= char <= "\u215e"}:
         text = text.replace(char, " " + unicodedata.normalize("NFKC", char).replace("\u2044", "/"))
     return text
+
+
+def _ratio(match: re.Match[str]) -> str:
+    whole, once, again = match[1] or "0", match[2], match[3] or match[4]
+    if len(whole + once) > 12:
+        return match[0]
+    nines = 10 ** len(again) - 1
+    value = int(whole + once) * nines + int(again)
+    return f" {value}/{nines * 10 ** len(once)} "
 
 
 def _greek(text: str) -> str:
@@ -183,7 +200,7 @@ _LABEL_WORDS = words(
     so thus hence therefore then and we get have the a an my our his her their its your final correct
     right best exact answer answers option choice solution result value total sum number amount cost price
     is are was equals equal to be of it that this there she he they you i finally which means gives obtain
-    conclude
+    conclude area perimeter volume length width height radius distance speed time average mean probability
     """
 )
 _ENDS_IN = ("is", "are", "was", "equals", "to", "be", "get", "have", "thus", "hence", "so", "therefore")

@@ -4,8 +4,10 @@ understood."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from rairl_ray.data.notation import BLOCKERS, words
+from rairl_ray.data.units import RAISED, known
 
 LEAD = words(
     """
@@ -28,7 +30,7 @@ UNITS = words(
     """
         mm cm dm m km in ft yd mi nm um mg g kg t lb lbs oz ml mL cl dl l L gal qt pt s sec secs min mins h hr
     hrs d wk wks mo mos yr yrs y ms ns Hz kHz MHz GHz N kN J kJ MJ cal kcal W kW MW Wh kWh V mV kV A mA K
-    C F Pa kPa MPa bar atm psi mol B KB kB MB GB TB bit byte mph kph kmh fps rpm deg rad sr sq cu pts pp
+    C F Pa kPa MPa bar atm psi mol B KB kB MB GB TB bit byte cc mph mpg kph kmh fps rpm deg rad sr sq cu pts pp
     am pm a.m p.m a.m. p.m. usd eur gbp inr jpy cny chf cad aud rs ohm ohms Ω µm μm ° °C °F ℃ ℉ ¢ c meter
     metre centimeter centimetre kilometer kilometre millimeter inch foot yard mile gram kilogram pound
     ounce ton tonne liter litre milliliter gallon second minute hour day week month year degree radian
@@ -82,6 +84,37 @@ def word_number(word: str) -> int | None:
     return None
 
 
+_THOUSANDS = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
+
+
+def in_digits(text: str) -> str:
+    """The text with the number that it begins with in digits, if only units or things stand behind it:
+    `twenty-one apples`, `two hundred and five`."""
+    said = text.strip().lower().split()
+    total, group, scale, used = 0, 0, 10**12, 0
+    for place, word in enumerate(said):
+        value = 1 if word in ("a", "one") else word_number(word)
+        if word == "and" and place and said[place - 1] in ("hundred", *_THOUSANDS):
+            continue
+        article = word == "a" and not {"hundred", *_THOUSANDS} & set(said[place + 1 : place + 2])
+        if value is not None and not article:
+            before = said[place - 1] if place else ""
+            if before == "zero" or (group % 100 and not (before in _TENS and 0 < value < 10)):
+                return text
+            group += value
+        elif word == "hundred" and 0 < group < 100:
+            group *= 100
+        elif word in _THOUSANDS and group and _THOUSANDS[word] < scale:
+            scale = _THOUSANDS[word]
+            total, group = total + group * scale, 0
+        else:
+            break
+        used = place + 1
+    rest = text.strip().split()[used:]
+    understood = used and all(is_unit(word) or is_plural(word.lower()) for word in rest)
+    return " ".join([str(total + group), *rest]) if understood else text
+
+
 def allowed_before(text: str) -> bool:
     """Whether all words in front of a number only lead to it: listed ones, a label, or a name as subject."""
     label, colon, rest = text.rpartition(":")
@@ -115,49 +148,53 @@ def begins_with_unit(text: str) -> bool:
 def is_unit(word: str) -> bool:
     low = word.lower()
     singular = {low, low.removesuffix("s"), low.removesuffix("es")}
-    return word in UNITS or (len(low) > 2 and bool(singular & UNITS))
+    return word in UNITS or (len(low) > 2 and (bool(singular & UNITS) or bool(known(word))))
 
 
-def allowed_after(text: str, value: float) -> bool:
-    """Whether the words behind a number are units, things that are counted, or where and when they are."""
+def words_after(text: str) -> tuple[tuple[str, int], ...] | None:
+    """The words behind a number with their powers, "/" one of them; None where other things stand there."""
     text = _IS_IT.sub("", text.strip().rstrip("!").strip())
     text = re.sub(r"[(),]", " ", text)
-    found: list[tuple[str, bool]] = []
-    place, previous = 0, ""
+    found: list[tuple[str, int]] = []
+    place = 0
     while place < len(text):
         if text[place] in " /*":
-            previous = "per" if text[place] == "/" else previous
             if text[place] == "/":
-                found.append(("per", False))
+                found.append(("/", 1))
             place += 1
             continue
         match = _WORD.match(text, place)
         if match is None:
-            return False
-        found.append((match["word"], match["power"] is not None))
+            return None
+        found.append((match["word"], int(re.sub(r"[\^{}]", "", match["power"])) if match["power"] else 1))
         place = match.end()
+    return tuple(found)
+
+
+def allowed_after(found: Sequence[tuple[str, int]], value: float) -> bool:
+    """Whether the words behind a number are units, things that are counted, or where and when they are."""
     return all(_fits(found, index, value) for index in range(len(found)))
 
 
-def _fits(found: list[tuple[str, bool]], index: int, value: float) -> bool:
-    word, powered = found[index]
+def _fits(found: Sequence[tuple[str, int]], index: int, value: float) -> bool:
+    word, power = found[index]
     low = word.lower()
-    if is_unit(word):
+    before = found[index - 1][0].lower() if index else ""
+    if word == "/" or is_unit(word) or (low in RAISED and is_unit(before)):
         return True
     number = word_number(low)
     if number is not None and low != "one":
         return number == value
-    if low in BLOCKERS or powered:
+    if low in BLOCKERS or power != 1:
         return False
     if low in _MORE or is_plural(low):
         return True
     follows = found[index + 1][0] if index + 1 < len(found) else ""
-    before = found[index - 1][0].lower() if index else ""
     counted = is_plural(follows.lower()) or follows.lower() in ("people", "men", "women", "children", "feet")
     return (
         len(low) > 1
         and low.replace("-", "").isalpha()
-        and (before in _OPENERS or counted or (abs(value) <= 1 and index == 0))
+        and (before in _OPENERS or before == "/" or counted or (abs(value) <= 1 and index == 0))
     )
 
 

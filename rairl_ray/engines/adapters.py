@@ -6,17 +6,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from rairl_ray.engines.origin import TOKENIZER_NAMES, Origin, content_id, files_digest
 from rairl_ray.errors import ModelError
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Adapter:
     """A folder with an adapter, and the base model that it was trained on."""
 
@@ -35,9 +35,11 @@ class Adapter:
     """A folder, absolute, or a hub id."""
     revision: str | None
     """Of a hub id."""
+    trust_remote_code: bool = False
+    """Whether the base may bring code of its own along: the reader's word, not the adapter's."""
 
     @classmethod
-    def read(cls, key: str, folder: Path) -> Adapter:
+    def read(cls, key: str, folder: Path, trust_remote_code: bool = False) -> Adapter:
         """What `adapter_config.json` says. A relative base is looked for here and beside the adapter.
 
         Raises:
@@ -58,33 +60,47 @@ class Adapter:
         expanded = Path(base).expanduser()
         for place in (Path(os.path.abspath(expanded)), folder / expanded, folder.parent / expanded):
             if (place / "config.json").is_file():
-                return cls(folder=folder, base=os.path.abspath(place), revision=None)
+                return cls(folder, os.path.abspath(place), None, trust_remote_code)._checked(key)
         if not HUB_ID.fullmatch(str(base)):
             raise ModelError(
                 f"{file}: base_model_name_or_path={base}: no such model folder (was it moved?); "
                 "write its path or hub id there"
             )
-        return cls(folder=folder, base=str(base), revision=revision)
+        return cls(folder, str(base), revision, trust_remote_code)._checked(key)
+
+    def _checked(self, key: str) -> Adapter:
+        """Itself, if an adapter of ours does not ask for trust in a base's code that the user has not given."""
+        origin = Origin.read(self.folder)
+        if origin is not None and origin.trust_remote_code and not self.trust_remote_code:
+            raise ModelError(
+                f"{key}={self.folder}: its base {self.base} was run with its own code; read that and set "
+                f"{key.removesuffix('.path')}.trust_remote_code=true"
+            )
+        return self
 
     def digest(self) -> str:
-        """16 hex digits of everything that the merged model depends on."""
-        own = files_digest(self.folder, ("*.json", "*.jinja", "*.model", "*.txt", *WEIGHTS))
-        names = ("*.json", "*.safetensors", "*.bin", "*.model")
-        if Path(self.base).is_dir():
-            base = files_digest(Path(self.base), names)
-        else:
-            # The hub's cache keeps each commit in a folder of its name.
-            config = one_line_errors(
-                self.base, lambda: hf_hub_download(self.base, "config.json", revision=self.revision)
+        """16 hex digits of everything that the merged model depends on.
+
+        Raises:
+            ModelError: the base is not the one that the adapter was trained on, where the adapter says so.
+        """
+        own = files_digest(self.folder, (*TOKENIZER_NAMES, *WEIGHTS))
+        base = one_line_errors(self.base, lambda: content_id(self.base, self.revision))
+        origin = Origin.read(self.folder)
+        if origin is not None and origin.content != base:
+            raise ModelError(
+                f"{self.folder}: was trained on {origin.base} ({origin.content}), and {self.base} is another "
+                f"model now ({base}); give back that base model, or train anew"
             )
-            base = f"{self.base}@{Path(config).parent.name}"
+        if Path(self.base).is_dir():
+            base += files_digest(Path(self.base), TOKENIZER_NAMES)
         return hashlib.sha256(f"{own} {base}".encode()).hexdigest()[:16]
 
     def merged(self) -> Any:
         """The base with the adapter in its weights, in the base's dtype. Raises ModelError."""
 
         def load() -> Any:
-            base: Any = AutoModelForCausalLM.from_pretrained(self.base, revision=self.revision, dtype="auto")
+            base: Any = AutoModelForCausalLM.from_pretrained(self.base, dtype="auto", **self._place)
             rows = self._embedding_rows(base)
             if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:
                 base.resize_token_embeddings(rows, mean_resizing=False)
@@ -96,9 +112,11 @@ class Adapter:
         """The one beside the adapter, or else its base's. Raises ModelError."""
         if has_tokenizer(self.folder):
             return one_line_errors(str(self.folder), lambda: AutoTokenizer.from_pretrained(self.folder))
-        return one_line_errors(
-            self.base, lambda: AutoTokenizer.from_pretrained(self.base, revision=self.revision)
-        )
+        return one_line_errors(self.base, lambda: AutoTokenizer.from_pretrained(self.base, **self._place))
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     def _embedding_rows(self, base: Any) -> int | None:
         """Rows of the embedding that the adapter brings along, for tokens that were added; None for none."""
@@ -137,15 +155,6 @@ def save_model(model: Any, folder: Path) -> None:
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def files_digest(folder: Path, names: Sequence[str]) -> str:
-    """sha256 over the names and contents of the files that match."""
-    digest = hashlib.sha256()
-    for path in sorted({path for name in names for path in folder.glob(name)}):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def one_line_errors(path: str, load: Callable[[], T]) -> T:

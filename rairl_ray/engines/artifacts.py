@@ -7,7 +7,6 @@ or the adapter (and a scalar head) under PEFT names.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from rairl_ray.data.tasks import task_rules
 from rairl_ray.engines.adapters import save_model
 from rairl_ray.engines.heads import ImplicitModel, ScalarModel
 from rairl_ray.engines.models import DTYPES, adapter_config, load_causal_lm, load_token_classifier
+from rairl_ray.engines.origin import Origin, content_id
 from rairl_ray.engines.sources import atomic_folder
 from rairl_ray.engines.weights import checksum
 from rairl_ray.errors import ModelError
@@ -77,34 +77,36 @@ def save_policy(
 ) -> None:
     """Write the policy as an HF folder, or for LoRA as a PEFT adapter folder (unless `export: merged`).
 
-    `base` is the path that the module was loaded from. The tokenizer is saved beside the weights.
+    `base` is the path that the module was loaded from. The tokenizer and `origin.json` are saved beside the
+    weights.
     """
     tokenizer = load_tokenizer(base, model)
+    origin = Origin.of(base, model, tokenizer)
     with atomic_folder(folder) as temporary:
         if model.lora.rank is not None and model.export == "adapter":
-            # Where the base lies, wherever the adapter is used from; a hub id with its revision.
-            where = os.path.abspath(base) if Path(base).is_dir() else base
-            revision = None if Path(base).is_dir() else model.revision
-            config = {**adapter_config(module), "base_model_name_or_path": where, "revision": revision}
+            # Where the base lies, wherever the adapter is used from; a hub id with its commit.
+            place = {"base_model_name_or_path": origin.base, "revision": origin.revision}
+            config = {**adapter_config(module), **place}
             (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
             tensors = {name: tensor.contiguous() for name, tensor in state.items()}
             save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         else:
             save_model(_restored(load_causal_lm(base, _quiet(model)), state), temporary)
         tokenizer.save_pretrained(temporary)
+        origin.write(temporary)
 
 
 def save_reward_model(
     folder: Path, module: nn.Module, state: Mapping[str, Tensor], base: str, config: RunConfig, version: int
 ) -> None:
-    """Write the reward model with merged weights, its tokenizer and `reward.json`.
+    """Write the reward model with merged weights, its tokenizer, `reward.json` and `origin.json`.
 
     A scalar head becomes a token classifier with one label (of an `airl` head the reward g alone is kept); an
     implicit head becomes a causal language model beside its reference, which is named by hub id, or copied
     into `reference/` where it is a local folder, so that the artifact does not depend on a cache. Where `base`
     is itself a saved reward, its reference stays the reference.
     """
-    model = config.model.discriminator
+    model = config.model.read_discriminator
     implicit = isinstance(module, ImplicitModel)
     start = read_settings(Path(base))
     with atomic_folder(folder) as temporary:
@@ -117,7 +119,9 @@ def save_reward_model(
             merged = _restored(load_token_classifier(base, _quiet(model), outputs=outputs), state)
             _keep_reward(merged)
         save_model(merged, temporary)
-        load_tokenizer(base, model).save_pretrained(temporary)
+        tokenizer = load_tokenizer(base, model)
+        tokenizer.save_pretrained(temporary)
+        Origin.of(base, model, tokenizer).write(temporary)
         loss = config.discriminator.loss
         # A frozen reward keeps the loss that made it, and a saved one goes on to read questions as it did.
         made = start if start is not None and frozen(config.discriminator) else None
@@ -232,6 +236,8 @@ def _save_reference(target: Path, base: str, model: Model) -> dict[str, str | No
     reference = saved_reference(base, model.dtype)
     if saved is None or reference is None:
         name, revision, local = base, model.revision, Path(base).is_dir()
+        if not local:
+            revision = content_id(base, revision).rpartition("@")[2]
         reference = load_causal_lm(base, model, trainable=False)
     else:
         name, revision = saved.reference or "", saved.reference_revision

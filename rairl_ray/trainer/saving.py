@@ -21,7 +21,7 @@ from rairl_ray.actors.learner import LearnerWorkers
 from rairl_ray.checkpoint import Draft
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.engines.artifacts import reference_path
-from rairl_ray.engines.sources import content_id
+from rairl_ray.engines.origin import content_id
 from rairl_ray.errors import ResumeError, RunFailure
 from rairl_ray.trainer.prepare import Prepared
 from rairl_ray.trainer.session import Session
@@ -142,7 +142,7 @@ def references(prepared: Prepared) -> dict[str, dict[str, str]]:
 
 
 def _frozen(config: RunConfig, prepared: Prepared) -> list[tuple[str, str | None, str]]:
-    policy, discriminator = config.model.policy, config.model.discriminator
+    policy, discriminator = config.model.policy, config.model.read_discriminator
     compared = config.policy.kl_coefficient > 0 and config.algorithm.type != "sft"
     roles = []
     if policy.lora.rank is not None or compared:

@@ -27,7 +27,8 @@ from rairl_ray.data.tasks import make_task, task_rules
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.data.window import fit_window
 from rairl_ray.display import Display
-from rairl_ray.engines.sources import content_id, materialise
+from rairl_ray.engines.origin import content_id
+from rairl_ray.engines.sources import materialise
 from rairl_ray.errors import ConfigError
 from rairl_ray.evaluation.rows import EvalRow, read_numbers, read_rows, write_rows
 from rairl_ray.evaluation.summary import summarise_as

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rairl_ray.display import Display
-from rairl_ray.engines.sources import content_id
+from rairl_ray.engines.origin import content_id
 from rairl_ray.errors import ConfigError
 from rairl_ray.files import REWARD_FILE, json_text, name_beside, write_atomic
 

@@ -16,7 +16,8 @@ from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.tasks import task_rules
 from rairl_ray.display import Display
-from rairl_ray.engines.sources import content_id, materialise
+from rairl_ray.engines.origin import content_id
+from rairl_ray.engines.sources import materialise
 from rairl_ray.errors import ConfigError
 from rairl_ray.files import write_json_lines
 from rairl_ray.runfolder import RunFolder, Summary, write_summary
