@@ -88,6 +88,11 @@ class DiscriminatorActor(LearnerActor):
             load_token_classifier(self.model_path, model, outputs=outputs, device=self.device, seed=seed)
         )
 
+    def padded_because(self) -> str | None:
+        if self.config.discriminator.loss.gradient_penalty > 0:
+            return "discriminator.loss.gradient_penalty asks each trace for its own embeddings: padded rows"
+        return super().padded_because()
+
     def update(self, updates: list[MicroBatches], totals: Totals) -> tuple[dict, dict]:
         """One optimizer update; returns (metric sums of this rank, the engine's report)."""
         sums: list[dict[str, float]] = []
@@ -120,8 +125,9 @@ class DiscriminatorActor(LearnerActor):
         """Unit logits of a micro-batch under either head, and the gradient penalty where training wants it."""
         if self.config.discriminator.head == "implicit":
             ratios = forward(
-                batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids
-            )
+                batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids,
+                packing=batch.packing,
+            )  # fmt: skip
             values = segment_sums(ratios, batch.unit_start_index, batch.unit_end_index, batch.unit_mask)
             return DiscriminatorOutputs(values), None
         # Under `airl` the potential h is read at the state in front of each unit: one token before its segment.
@@ -132,12 +138,13 @@ class DiscriminatorActor(LearnerActor):
         if totals is not None and self.config.discriminator.loss.gradient_penalty > 0:
             penalty = partial(_penalty, batch.unit_mask, batch.positive, positive_traces=totals.positive_traces)
         values, shaping, penalty_value = forward(
-            batch.input_ids, batch.attention_mask, batch.unit_positions, before, penalty=penalty
-        )
+            batch.input_ids, batch.attention_mask, batch.unit_positions, before,
+            penalty=penalty, packing=batch.packing,
+        )  # fmt: skip
         return DiscriminatorOutputs(values, shaping), penalty_value
 
     def _tensors(self, samples: list[DiscriminatorSample]) -> DiscriminatorTensors:
-        return discriminator_tensors(samples or [IDLE], self.pad_id).to(self.device)
+        return discriminator_tensors(samples or [IDLE], self.pad_id, packed=self.packed).to(self.device)
 
     def score(self, updates: list[MicroBatches]) -> list[np.ndarray]:
         """[U] unit logits per sample, in the order of the micro-batches."""
@@ -209,5 +216,5 @@ class DiscriminatorWorkers(LearnerWorkers):
     def _shard(
         self, samples: Sequence[DiscriminatorSample], groups: Sequence[int] | None
     ) -> list[list[list[int]]]:
-        lengths = [len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples]
-        return shard(samples, lengths, len(self), self.config.learner.tokens_per_micro_batch, groups)
+        tokens = self.config.learner.tokens_per_micro_batch
+        return shard(samples, len(self), tokens, packed=self.packed, groups=groups)

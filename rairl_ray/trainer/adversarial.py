@@ -129,6 +129,9 @@ class Run:
             gate = WarmupGate(config.discriminator)
             updates = gate.max_steps + config.trainer.steps * config.discriminator.updates_per_policy_step
             self.parts.discriminator.open(max(1, updates))
+        for role, learner in self.learners.items():
+            if learner.padded_because is not None:
+                self.session.event(f"{role}: {learner.padded_because}")
 
     def _step(self, step: int) -> None:
         config, timer = self.config, PhaseTimer()
