@@ -207,6 +207,8 @@ class DiscriminatorTensors(SequenceTensors):
     """[B] int64"""
     policy_logprobs: Tensor
     """[B, U] float32: log pi of each unit's segment, 0 where not given."""
+    reference_logprobs: Tensor | None
+    """[B, T] float32: the implicit head's reference, 0 at padding; None unless all samples bring it along."""
 
 
 def policy_tensors(samples: Sequence[PolicySample], pad_id: int, *, packed: bool = False) -> PolicyTensors:
@@ -232,9 +234,13 @@ def discriminator_tensors(
         _check_length("unit_starts", sample.unit_starts, sample.unit_tokens)
         if sample.policy_logprobs is not None:
             _check_length("policy_logprobs", sample.policy_logprobs, sample.unit_tokens)
+        if sample.reference_logprobs is not None:
+            _check_length("reference_logprobs", sample.reference_logprobs, sample.completion_ids)
         if len(sample.unit_tokens) and int(sample.unit_tokens[-1]) >= len(sample.completion_ids):
             raise ValueError(f"unit ends at token {sample.unit_tokens[-1]} of {len(sample.completion_ids)}")
     logprobs = [_or_zeros(s.policy_logprobs, s.unit_tokens) for s in samples]
+    references = [s.reference_logprobs for s in samples if s.reference_logprobs is not None]
+    known = len(references) == len(samples)
     return DiscriminatorTensors(
         **_sequences(samples, pad_id, packed),
         unit_positions=_padded([s.unit_tokens + len(s.prompt_ids) for s in samples], 0, torch.int64),
@@ -244,6 +250,7 @@ def discriminator_tensors(
         positive=torch.tensor([s.positive for s in samples], dtype=torch.bool),
         pair_id=torch.tensor([s.pair_id for s in samples], dtype=torch.int64),
         policy_logprobs=_padded(logprobs, 0.0, torch.float32),
+        reference_logprobs=_padded(references, 0.0, torch.float32) if known else None,
     )
 
 

@@ -167,12 +167,20 @@ class ImplicitModel(LogprobModel):
         target_positions: Tensor,
         completion_ids: Tensor,
         *,
+        reference: bool = False,
+        reference_BT: Tensor | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """[B, T] float32 token values, with gradients through pi_phi alone; arguments as `LogprobModel`."""
+        """[B, T] float32 token values, with gradients through pi_phi alone; arguments as `LogprobModel`.
+
+        `reference` asks for log pi_ref itself; `reference_BT` is such an answer and spares the reference pass.
+        """
         batch = (input_ids, attention_mask, target_positions, completion_ids)
-        with torch.no_grad():
-            reference_BT = super().forward(*batch, reference=True, packing=packing)
+        if reference_BT is None:
+            with torch.no_grad():
+                reference_BT = super().forward(*batch, reference=True, packing=packing)
+        if reference:
+            return reference_BT
         return self.beta * (super().forward(*batch, packing=packing) - reference_BT)
 
 
