@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from rairl_ray.actors.learner import shard
-from rairl_ray.data.batching import KEYS_PER_TOKEN, DiscriminatorTensors, discriminator_tensors, packed_shares
+from rairl_ray.data.batching import KEYS_PER_TOKEN, DiscriminatorTensors, discriminator_tensors, shares
 from rairl_ray.data.packing import pack
 from rairl_ray.engines.heads import ImplicitModel, LogprobModel, ScalarModel
 from rairl_ray.types import DiscriminatorSample
@@ -230,11 +230,11 @@ def cost(samples: list[DiscriminatorSample], rows: list[int]) -> float:
 def test_passes_hold_every_trace_once_and_no_more_than_the_budget(
     samples: list[DiscriminatorSample], ranks: int, tokens: int
 ) -> None:
-    plan = packed_shares(samples, ranks, tokens)
-    assert plan == packed_shares(samples, ranks, tokens) and len(plan) == ranks
+    plan = shares(samples, ranks, tokens, packed=True)
+    assert plan == shares(samples, ranks, tokens, packed=True) and len(plan) == ranks
     assert sorted(row for share in plan for rows in share for row in rows) == list(range(len(samples)))
     assert all(len(rows) == 1 or cost(samples, rows) <= tokens for share in plan for rows in share)
-    whole = packed_shares(samples, ranks, tokens, [hash(s.prompt_ids) for s in samples])
+    whole = shares(samples, ranks, tokens, packed=True, groups=[hash(s.prompt_ids) for s in samples])
     homes = {s.prompt_ids: set() for s in samples}
     for rank, share in enumerate(whole):
         for number, rows in enumerate(share):
@@ -249,11 +249,12 @@ def test_a_prompt_is_read_once_unless_ranks_would_wait() -> None:
     def traces(prompts: int, each: int) -> list[DiscriminatorSample]:
         return [sample((p + 1,) * 250, (1,) * 62) for p in range(prompts) for _ in range(each)]
 
-    assert packed_shares(traces(4, 4), 1, 10_000) == [[list(range(16))]]
-    assert packed_shares(traces(4, 4), 2, 10_000) == [[list(range(4)) + list(range(8, 12))],
+    assert shares(traces(4, 4), 1, 10_000, packed=True) == [[list(range(16))]]
+    assert shares(traces(4, 4), 2, 10_000, packed=True) == [[list(range(4)) + list(range(8, 12))],
                                                       [list(range(4, 8)) + list(range(12, 16))]]  # fmt: skip
-    assert [len(share[0]) for share in packed_shares(traces(1, 16), 4, 10_000)] == [4, 4, 4, 4]
-    assert [cost(traces(1, 16), rows) for rows in packed_shares(traces(1, 16), 1, 700)[0]] == [622, 560, 560]
+    assert [len(share[0]) for share in shares(traces(1, 16), 4, 10_000, packed=True)] == [4, 4, 4, 4]
+    over = shares(traces(1, 16), 1, 700, packed=True)[0]
+    assert [cost(traces(1, 16), rows) for rows in over] == [622, 560, 560]
 
 
 # --- what cannot be served ---------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import ray
 from rairl_ray.actors.group import ActorGroup, Member, RankActor
 from rairl_ray.actors.placement import gpu_fractions
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.data.batching import balance, micro_batches, packed_shares
+from rairl_ray.data.batching import shares
 from rairl_ray.types import DiscriminatorSample, PolicySample, Written
 
 S = TypeVar("S", PolicySample, DiscriminatorSample)
@@ -185,25 +185,9 @@ def shard(
     All ranks get the same number of micro-batches (short ones are empty), since every forward and backward
     pass may be a collective. Samples of one group (a pair of a pairwise loss) are never separated.
     """
-    if packed:
-        plans = packed_shares(samples, ranks, tokens, groups)
-    else:
-        plans = _padded_shares(samples, ranks, tokens, groups)
+    plans = shares(samples, ranks, tokens, packed=packed, groups=groups)
     count = max(1, *(len(plan) for plan in plans))
     return [plan + [[] for _ in range(count - len(plan))] for plan in plans]
-
-
-def _padded_shares(
-    samples: Sequence[S], ranks: int, tokens: int, groups: Sequence[int] | None
-) -> list[list[list[int]]]:
-    lengths = [len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples]
-    plans = []
-    for share in balance(lengths, ranks, groups):
-        shares = micro_batches(
-            [lengths[i] for i in share], tokens, None if groups is None else [groups[i] for i in share]
-        )
-        plans.append([[share[i] for i in part] for part in shares])
-    return plans
 
 
 def put_shards(parts: Sequence[tuple[Sequence[S], Sequence[Sequence[Sequence[int]]]]]) -> list[ray.ObjectRef]:

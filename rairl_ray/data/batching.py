@@ -20,6 +20,8 @@ from torch import Tensor
 from rairl_ray.data.packing import Packing, pack
 from rairl_ray.types import DiscriminatorSample, PolicySample
 
+Samples = Sequence[PolicySample] | Sequence[DiscriminatorSample]
+
 KEYS_PER_TOKEN = 4
 """Keys of attention (one copy of a prompt for each of its traces) that a pass may hold for each of its tokens:
 with shared key heads they are a twentieth of what the backward pass keeps of a token."""
@@ -67,13 +69,29 @@ def micro_batches(
     return [*batches, current] if current else batches
 
 
-def packed_shares(
-    samples: Sequence[PolicySample] | Sequence[DiscriminatorSample],
-    ranks: int,
-    tokens: int,
-    groups: Sequence[int] | None = None,
+def shares(
+    samples: Samples, ranks: int, tokens: int, *, packed: bool, groups: Sequence[int] | None = None
 ) -> list[list[list[int]]]:
-    """Splits samples that are packed (data/packing.py): rank -> forward passes -> increasing rows.
+    """Splits samples over ranks and forward passes: rank -> passes -> rows; a rank may have none.
+
+    `packed`: for rows that are packed, else for padded ones. Rows of one of `groups` [N] share a pass.
+    """
+    if packed:
+        return _packed_shares(samples, ranks, tokens, groups)
+    lengths = [len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples]
+    plans = []
+    for share in balance(lengths, ranks, groups):
+        passes = micro_batches(
+            [lengths[i] for i in share], tokens, None if groups is None else [groups[i] for i in share]
+        )
+        plans.append([[share[i] for i in rows] for rows in passes])
+    return plans
+
+
+def _packed_shares(
+    samples: Samples, ranks: int, tokens: int, groups: Sequence[int] | None
+) -> list[list[list[int]]]:
+    """The same for packed rows (data/packing.py), in increasing order.
 
     A pass costs at most `tokens` (`_costs`). Traces of one prompt share a pass, unless that is over the budget
     or lets ranks wait for each other; those of one of `groups` [N] always do, and may be over the budget.
@@ -90,15 +108,13 @@ def packed_shares(
             limit = min(tokens, math.ceil(total / ranks / 2**halvings))
             pieces = [piece for rows in together for piece in _pieces(samples, rows, limit, cost)]
         costs = [cost(piece) for piece in pieces]
-        shares = [[pieces[i] for i in share] for share in balance(costs, ranks)]
-        plans.append((max(sum(map(cost, share)) for share in shares), shares))
-    _, shares = min(plans, key=lambda plan: plan[0])
-    return [_filled(share, tokens, cost) for share in shares]
+        split = [[pieces[i] for i in share] for share in balance(costs, ranks)]
+        plans.append((max(sum(map(cost, share)) for share in split), split))
+    _, best = min(plans, key=lambda plan: plan[0])
+    return [_filled(share, tokens, cost) for share in best]
 
 
-def _costs(
-    samples: Sequence[PolicySample] | Sequence[DiscriminatorSample], prompts: Sequence[int]
-) -> Callable[[Sequence[int]], int]:
+def _costs(samples: Samples, prompts: Sequence[int]) -> Callable[[Sequence[int]], int]:
     """What rows cost in one pass: packed tokens, or keys of attention where a long prompt has many traces."""
     sizes = [(len(sample.prompt_ids), len(sample.completion_ids)) for sample in samples]
 
@@ -111,7 +127,7 @@ def _costs(
 
 
 def _pieces(
-    samples: Sequence[PolicySample] | Sequence[DiscriminatorSample],
+    samples: Samples,
     rows: Sequence[int],
     limit: int,
     cost: Callable[[Sequence[int]], int],
@@ -254,9 +270,7 @@ def discriminator_tensors(
     )
 
 
-def _sequences(
-    samples: Sequence[PolicySample] | Sequence[DiscriminatorSample], pad_id: int, packed: bool
-) -> dict[str, Any]:
+def _sequences(samples: Samples, pad_id: int, packed: bool) -> dict[str, Any]:
     if not samples:
         raise ValueError("a micro-batch needs at least one sample")
     if any(not s.prompt_ids for s in samples):
