@@ -167,6 +167,8 @@ class DiscriminatorSample:
     """Traces of one prompt share it; pairwise losses compare within it."""
     policy_logprobs: np.ndarray | None = None
     """[U] float32: log pi of each unit's segment, detached; only the `airl` loss needs it."""
+    reference_logprobs: np.ndarray | None = None
+    """[T] float32: the implicit head's reference on the completion, where it is known already."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,15 +74,16 @@ def make_module(
 
 
 def make_samples(step: int) -> list[DiscriminatorSample]:
-    """ROWS random traces of uneven lengths, with units that leave out the first tokens."""
+    """ROWS random traces of uneven lengths, two of each prompt, with units that leave out the first tokens."""
     random = keyed_generator("deepspeed test", step)
-    samples = []
+    samples: list[DiscriminatorSample] = []
     for row in range(ROWS):
-        prompt, completion = int(random.integers(2, 9)), int(random.integers(5, 20))
+        size, completion = int(random.integers(2, 9)), int(random.integers(5, 20))
+        prompt = tuple(int(i) for i in random.integers(10, 90, size=size))
         ends = sorted({int(e) for e in random.integers(2, completion, size=3)} | {completion - 1})
         samples.append(
             DiscriminatorSample(
-                prompt_ids=tuple(int(i) for i in random.integers(10, 90, size=prompt)),
+                prompt_ids=prompt if row < ROWS // 2 else samples[row - ROWS // 2].prompt_ids,
                 completion_ids=tuple(int(i) for i in random.integers(10, 90, size=completion)),
                 unit_tokens=torch.tensor(ends).numpy(),
                 unit_starts=torch.tensor([1] + [e + 1 for e in ends[:-1]]).numpy(),
@@ -93,20 +94,26 @@ def make_samples(step: int) -> list[DiscriminatorSample]:
     return samples
 
 
+def log_probs(forward: Callable[..., Any], batch: DiscriminatorTensors) -> Tensor:
+    rows = (batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
+    return forward(*rows, packing=batch.packing)
+
+
 def loss_of(
-    forward: Callable[..., Any], kind: str, samples: list[DiscriminatorSample], penalty: bool = False
+    forward: Callable[..., Any],
+    kind: str,
+    samples: list[DiscriminatorSample],
+    penalty: bool = False,
+    packed: bool = False,
 ) -> Tensor:
     """A contribution that is a plain sum over samples, over global denominators that depend on no split."""
-    batch = discriminator_tensors(samples, pad_id=0).to(DEVICE)
+    batch = discriminator_tensors(samples, pad_id=0, packed=packed).to(DEVICE)
     head = kind.partition("-")[0]
     if head == "policy":
-        logprobs = forward(batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
+        logprobs = log_probs(forward, batch)
         weights = torch.sin(batch.target_positions.float()) * batch.completion_mask
         if penalty:  # as the policy's KL term: the reference pass falls between forward and backward
-            module = getattr(forward, "module", forward)
-            reference = module.reference_logprobs(
-                batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids
-            )
+            reference = log_probs(getattr(forward, "module", forward).reference_logprobs, batch)
             logprobs = logprobs + (logprobs - reference).pow(2)
         return (weights * logprobs).sum() / (10.0 * ROWS)
     sign = 1.0 - 2.0 * batch.positive.float()[:, None]
@@ -118,7 +125,7 @@ def unit_outputs(
     forward: Callable[..., Any], kind: str, batch: DiscriminatorTensors, penalty: bool = False
 ) -> tuple[Tensor, Any]:
     if kind.startswith("implicit"):
-        ratios = forward(batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
+        ratios = log_probs(forward, batch)
         return segment_sums(ratios, batch.unit_start_index, batch.unit_end_index, batch.unit_mask), 0.0
     states = batch.prompt_lengths[:, None] + batch.unit_start_index - 1
 
@@ -126,8 +133,9 @@ def unit_outputs(
         return gradient_penalty(values, embeddings, batch.unit_mask, batch.positive, positive_traces=ROWS // 2)
 
     values, shaping, extra = forward(
-        batch.input_ids, batch.attention_mask, batch.unit_positions, states, penalty=cost if penalty else None
-    )
+        batch.input_ids, batch.attention_mask, batch.unit_positions, states,
+        penalty=cost if penalty else None, packing=batch.packing,
+    )  # fmt: skip
     if shaping is not None:
         values = values + 0.9 * shaping
     return values, 0.0 if extra is None else extra
@@ -225,11 +233,10 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
         result = {"reports": train(engine, range(case.get("steps", 3)))}
     result["state"] = whole(engine.trainable_state())
     result["chunks"] = chunk_record(engine)
-    batch = discriminator_tensors(make_samples(99), pad_id=0).to(DEVICE)
+    batch = discriminator_tensors(make_samples(99), pad_id=0, packed=case.get("packed", False)).to(DEVICE)
     if kind.startswith("policy"):
-        arguments = (batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
-        result["scores"] = engine.infer(*arguments).cpu()
-        result["reference"] = engine.module.reference_logprobs(*arguments).cpu()
+        result["scores"] = log_probs(engine.infer, batch).cpu()
+        result["reference"] = log_probs(engine.module.reference_logprobs, batch).cpu()
     else:
         result["scores"] = unit_outputs(engine.infer, kind, batch)[0].cpu()
     engine.destroy()
@@ -310,7 +317,7 @@ def full_state(engine: Any) -> dict[str, dict[str, Tensor]]:
 
 def step_once(engine: Any, case: dict[str, Any], step: int, rank: int, world: int) -> dict[str, float]:
     """This rank's share of the step, in `sizes[step]` micro-batches; an empty one runs with weight zero."""
-    kind, penalty = case["kind"], case.get("penalty", False)
+    kind, penalty, packed = case["kind"], case.get("penalty", False), case.get("packed", False)
     mine = (
         make_samples(step)[rank::world] if not case.get("starve") else make_samples(step) if rank == 0 else []
     )
@@ -318,12 +325,13 @@ def step_once(engine: Any, case: dict[str, Any], step: int, rank: int, world: in
     losses = []
     for part in (mine[i::count] for i in range(count)):
         if part:
-            losses.append(lambda part=part: loss_of(engine, kind, part, penalty))
+            losses.append(lambda part=part: loss_of(engine, kind, part, penalty, packed))
         else:
-            losses.append(lambda: 0.0 * loss_of(engine, kind, make_samples(0)[:1], penalty))
+            losses.append(lambda: 0.0 * loss_of(engine, kind, make_samples(0)[:1], penalty, packed))
     if kind.startswith("policy"):  # scoring between updates must not disturb them
-        batch = discriminator_tensors(make_samples(step)[:2], pad_id=0).to(DEVICE)
-        engine.infer(batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
+        log_probs(
+            engine.infer, discriminator_tensors(make_samples(step)[:2], pad_id=0, packed=packed).to(DEVICE)
+        )
     return engine.update(losses)
 
 

@@ -38,15 +38,16 @@ def case(kind: str, stage: int, name: str = "", **options: Any) -> dict[str, Any
 PLAIN = [
     *[case("policy", stage) for stage in (0, 1, 2, 3)],
     case("scalar", 2),
-    case("shaped-lora", 3),
-    case("implicit", 3),
-    case("implicit-lora", 1),
+    # each prompt once for all its traces (the plain loop that they equal reads a row a trace)
+    case("shaped-lora", 3, "packed", packed=True),
+    case("implicit", 3, "packed", packed=True),
+    case("implicit-lora", 1, "packed", packed=True),
     case("scalar", 0, "penalty", penalty=True),
-    case("policy-lora", 3, "reference", penalty=True),
+    case("policy-lora", 3, "reference", penalty=True, packed=True),
     # several chunks of the output layer, a different number on each rank, recomputed in the backward pass
-    case("policy", 3, "chunked", chunk=7, checkpointing=True),
+    case("policy", 3, "chunked", chunk=7, checkpointing=True, packed=True),
     # rank 1 has no samples at all and runs passes of weight zero
-    case("policy", 3, "starved", starve=True),
+    case("policy", 3, "starved", starve=True, packed=True),
 ]
 SLOW = [
     case("scalar-lora", 2, "penalty", penalty=True),

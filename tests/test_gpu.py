@@ -28,14 +28,15 @@ FLOAT32 = [
     *[case("policy", stage, "fp32") for stage in (0, 1, 2, 3)],
     case("scalar", 0, "penalty", penalty=True),
     case("shaped-lora", 3, "fp32"),
-    case("implicit-lora", 1, "fp32"),
+    case("implicit-lora", 1, "fp32", packed=True),
+    case("policy", 3, "packed", checkpointing=True, packed=True),
     case("policy", 3, "chunked", chunk=7, checkpointing=True),
     case("policy", 2, "offload", offload="cpu"),
 ]
 BFLOAT16 = [
     *[case("policy", stage, "bf16", dtype="bfloat16") for stage in (1, 2, 3)],
     case("policy-lora", 2, "bf16 checkpointing", dtype="bfloat16", checkpointing=True),
-    case("scalar", 0, "bf16", dtype="bfloat16"),
+    case("scalar", 0, "bf16", dtype="bfloat16", packed=True),
     case("implicit-lora", 1, "bf16", dtype="bfloat16"),
     case("policy", 1, "bf16 offload", dtype="bfloat16", offload="cpu"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ IDLE = DiscriminatorSample(
     unit_starts=np.zeros(1, np.int64),
     positive=False,
     pair_id=-1,
+    reference_logprobs=np.zeros(1, np.float32),
 )
 """Stands in for a micro-batch without samples: the pass runs, because it may be a collective, and counts 0."""
 
@@ -92,6 +94,11 @@ class DiscriminatorActor(LearnerActor):
             load_token_classifier(self.model_path, model, outputs=outputs, device=self.device, seed=seed)
         )
 
+    def padded_because(self) -> str | None:
+        if self.config.discriminator.loss.gradient_penalty > 0:
+            return "discriminator.loss.gradient_penalty asks each trace for its own embeddings: padded rows"
+        return super().padded_because()
+
     def update(self, updates: list[MicroBatches], totals: Totals) -> tuple[dict, dict]:
         """One optimizer update; returns (metric sums of this rank, the engine's report)."""
         sums: list[dict[str, float]] = []
@@ -124,8 +131,9 @@ class DiscriminatorActor(LearnerActor):
         """Unit logits of a micro-batch under either head, and the gradient penalty where training wants it."""
         if self.config.discriminator.head == "implicit":
             ratios = forward(
-                batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids
-            )
+                batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids,
+                reference_BT=batch.reference_logprobs, packing=batch.packing,
+            )  # fmt: skip
             values = segment_sums(ratios, batch.unit_start_index, batch.unit_end_index, batch.unit_mask)
             return DiscriminatorOutputs(values), None
         # Under `airl` the potential h is read at the state in front of each unit: one token before its segment.
@@ -136,12 +144,26 @@ class DiscriminatorActor(LearnerActor):
         if totals is not None and self.config.discriminator.loss.gradient_penalty > 0:
             penalty = partial(_penalty, batch.unit_mask, batch.positive, positive_traces=totals.positive_traces)
         values, shaping, penalty_value = forward(
-            batch.input_ids, batch.attention_mask, batch.unit_positions, before, penalty=penalty
-        )
+            batch.input_ids, batch.attention_mask, batch.unit_positions, before,
+            penalty=penalty, packing=batch.packing,
+        )  # fmt: skip
         return DiscriminatorOutputs(values, shaping), penalty_value
 
     def _tensors(self, samples: list[DiscriminatorSample]) -> DiscriminatorTensors:
-        return discriminator_tensors(samples or [IDLE], self.pad_id).to(self.device)
+        return discriminator_tensors(samples or [IDLE], self.pad_id, packed=self.packed).to(self.device)
+
+    def reference(self, updates: list[MicroBatches]) -> list[np.ndarray]:
+        """[T] log-probabilities of each completion under the implicit head's reference, in order."""
+        rows: list[np.ndarray] = []
+        for samples in updates[0]:
+            batch = self._tensors(samples)
+            values = self.engine.infer(
+                batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids,
+                reference=True, packing=batch.packing,
+            ).float().cpu().numpy()  # fmt: skip
+            rows += [values[i, : len(s.completion_ids)].copy() for i, s in enumerate(samples)]
+        self.rest()
+        return rows
 
     def score(self, updates: list[MicroBatches]) -> list[np.ndarray]:
         """[U] unit logits per sample, in the order of the micro-batches."""
@@ -172,6 +194,36 @@ class DiscriminatorWorkers(LearnerWorkers):
 
     def __init__(self, members: Sequence[Member], config: RunConfig) -> None:
         super().__init__("discriminator", members, config)
+        self._references: dict[tuple[tuple[int, ...], tuple[int, ...]], np.ndarray] = {}
+        """Prompt and completion ids -> what the reference says of the completion, for one step's traces."""
+
+    def forget_references(self) -> None:
+        """Begin a step: what the reference said before is asked anew, as after a resume.
+
+        Kernels round by batch: a value that outlived its step would not be the resumed run's, bit for bit.
+        """
+        self._references.clear()
+
+    def _with_references(self, samples: Sequence[DiscriminatorSample]) -> Sequence[DiscriminatorSample]:
+        """The samples with what an implicit head's reference says of them, asked once for a trace in a step."""
+        if self.config.discriminator.head != "implicit":
+            return samples
+        keys = [(sample.prompt_ids, sample.completion_ids) for sample in samples]
+        unknown = {key: s for key, s in zip(keys, samples, strict=True) if key not in self._references}
+        if unknown:
+            asked = list(unknown.values())
+            plan = self._shard(asked, None)
+            refs = put_shards([(asked, plan)])
+            answers = self.call(
+                "reference",
+                self.config.timeouts.score_seconds,
+                lambda actor, rank: actor.reference.remote(refs[rank]),
+            )
+            self._references |= dict(zip(unknown, gather_rows(plan, answers, len(asked)), strict=True))
+        return [
+            replace(sample, reference_logprobs=self._references[key])
+            for key, sample in zip(keys, samples, strict=True)
+        ]
 
     def update(self, batch: DiscriminatorBatch) -> UpdateResult:
         """One optimizer update on labelled traces, with global denominators."""
@@ -179,7 +231,8 @@ class DiscriminatorWorkers(LearnerWorkers):
         groups = None
         if self.config.discriminator.loss.type == "bradley_terry":
             groups = [sample.pair_id for sample in batch.samples]
-        refs = put_shards([(batch.samples, self._shard(batch.samples, groups))])
+        samples = self._with_references(batch.samples)
+        refs = put_shards([(samples, self._shard(samples, groups))])
         totals = Totals.of_batch(batch)
         answers = self.call(
             "update",
@@ -201,6 +254,7 @@ class DiscriminatorWorkers(LearnerWorkers):
         """[U] logits per sample in the given order, and the version of the discriminator that gave them."""
         if not samples:
             return [], self.version
+        samples = self._with_references(samples)
         plan = self._shard(samples, None)
         refs = put_shards([(samples, plan)])
         answers = self.call(
@@ -213,5 +267,5 @@ class DiscriminatorWorkers(LearnerWorkers):
     def _shard(
         self, samples: Sequence[DiscriminatorSample], groups: Sequence[int] | None
     ) -> list[list[list[int]]]:
-        lengths = [len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples]
-        return shard(samples, lengths, len(self), self.config.learner.tokens_per_micro_batch, groups)
+        tokens = self.config.learner.tokens_per_micro_batch
+        return shard(samples, len(self), tokens, packed=self.packed, groups=groups)

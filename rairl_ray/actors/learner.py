@@ -14,10 +14,10 @@ import ray
 from rairl_ray.actors.group import ActorGroup, Member, RankActor
 from rairl_ray.actors.placement import gpu_fractions
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.data.batching import balance, micro_batches
-from rairl_ray.types import Written
+from rairl_ray.data.batching import shares
+from rairl_ray.types import DiscriminatorSample, PolicySample, Written
 
-S = TypeVar("S")
+S = TypeVar("S", PolicySample, DiscriminatorSample)
 
 
 def learner_environment(config: RunConfig, device: str, threads: int) -> Mapping[str, str]:
@@ -45,16 +45,29 @@ class LearnerActor(RankActor, ABC):
         self.pad_id = pad_id
         self.device = device
         self.version = 0
+        self.packed = False
+        """Whether the model reads packed rows (`learner.rows`)."""
         self._engine: Any = None
 
-    def open(self, address: tuple[str, int], world_size: int, total_updates: int) -> None:
-        """Join the group at rank 0's address, load the model and hand it to DeepSpeed."""
+    def open(self, address: tuple[str, int], world_size: int, total_updates: int) -> str | None:
+        """Join the group at rank 0's address, load the model and hand it to DeepSpeed.
+
+        Returns what keeps the model from the packed rows that `learner.rows` asks for.
+        """
         from rairl_ray.engines.environment import setup_environment
 
         threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
         setup_environment(self.rank, world_size, address[0], address[1], self.device, threads)
         self._limit_memory()
         self._engine = self.build(total_updates)
+        reason = self.padded_because() if self.config.learner.rows == "packed" else None
+        self.packed = self.config.learner.rows == "packed" and reason is None
+        return reason
+
+    def padded_because(self) -> str | None:
+        """Why this role reads padded rows alone; None where it can read packed ones."""
+        reason: str | None = self.engine.module.padded_because
+        return reason
 
     def _limit_memory(self) -> None:
         """Hold this process to its role's share of a GPU, so that what torch caches is nobody else's loss.
@@ -110,13 +123,23 @@ class LearnerWorkers(ActorGroup):
         super().__init__(role, members)
         self.config = config
         self.version = 0
+        self.padded_because: str | None = None
+        """What keeps the model from the packed rows that `learner.rows` asks for; known once it is open."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether the ranks read packed rows."""
+        return self.config.learner.rows == "packed" and self.padded_because is None
 
     def open(self, total_updates: int) -> None:
         """Rank 0 hands out the rendezvous; then all ranks build their engines together."""
         start = self.config.timeouts.start_seconds
         address = self.call("rendezvous", start, lambda actor, _rank: actor.rendezvous.remote(), ranks=1)[0]
         world = len(self)
-        self.call("open", start, lambda actor, _rank: actor.open.remote(address, world, total_updates))
+        reasons = self.call(
+            "open", start, lambda actor, _rank: actor.open.remote(address, world, total_updates)
+        )
+        self.padded_because = reasons[0]
 
     def save(self, folder: Path) -> None:
         """Copy the state of all ranks and begin to write it below `folder`, which one driver commits later."""
@@ -155,19 +178,14 @@ def merged(reports: Sequence[Written]) -> Written:
 
 
 def shard(
-    samples: Sequence[S], lengths: Sequence[int], ranks: int, tokens: int, groups: Sequence[int] | None = None
+    samples: Sequence[S], ranks: int, tokens: int, *, packed: bool, groups: Sequence[int] | None = None
 ) -> list[list[list[int]]]:
     """rank -> micro-batches -> indexes into `samples`, balanced by tokens.
 
     All ranks get the same number of micro-batches (short ones are empty), since every forward and backward
     pass may be a collective. Samples of one group (a pair of a pairwise loss) are never separated.
     """
-    plans = []
-    for share in balance(lengths, ranks, groups):
-        shares = micro_batches(
-            [lengths[i] for i in share], tokens, None if groups is None else [groups[i] for i in share]
-        )
-        plans.append([[share[i] for i in part] for part in shares])
+    plans = shares(samples, ranks, tokens, packed=packed, groups=groups)
     count = max(1, *(len(plan) for plan in plans))
     return [plan + [[] for _ in range(count - len(plan))] for plan in plans]
 

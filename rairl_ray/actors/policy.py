@@ -102,13 +102,13 @@ class PolicyActor(LearnerActor):
         batch = self._tensors(samples)
         logprobs = self.engine(
             batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids,
-            temperature=self._temperature,
+            temperature=self._temperature, packing=batch.packing,
         )  # fmt: skip
         reference = None
         if self.config.policy.kl_coefficient > 0:
             reference = self._model.reference_logprobs(
                 batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids,
-                temperature=self._temperature,
+                temperature=self._temperature, packing=batch.packing,
             )  # fmt: skip
         contribution, metrics = policy_loss(
             logprobs,
@@ -131,13 +131,13 @@ class PolicyActor(LearnerActor):
         return self.config.rollout.temperature or 1.0
 
     def _tensors(self, samples: list[PolicySample]) -> PolicyTensors:
-        return policy_tensors(samples or [IDLE], self.pad_id).to(self.device)
+        return policy_tensors(samples or [IDLE], self.pad_id, packed=self.packed).to(self.device)
 
     def _logprobs(self, samples: list[PolicySample], temperature: float | None = None) -> Any:
         batch = self._tensors(samples)
         return self.engine.infer(
             batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids,
-            temperature=temperature or self._temperature,
+            temperature=temperature or self._temperature, packing=batch.packing,
         )  # fmt: skip
 
     def logprobs(self, minibatches: list[MicroBatches], temperature: float | None) -> list[np.ndarray]:
@@ -225,7 +225,7 @@ class PolicyWorkers(LearnerWorkers):
                 **mean_metrics(summed([sums for sums, _ in answers])),
                 names.POLICY_GRAD_NORM: report["grad_norm"],
                 names.POLICY_LEARNING_RATE: report["learning_rate"],
-                names.POLICY_PADDING_SHARE: padding_share(plans, batches),
+                names.POLICY_PADDING_SHARE: 0.0 if self.packed else padding_share(plans, batches),
             },
         )
 
@@ -250,12 +250,11 @@ class PolicyWorkers(LearnerWorkers):
         return self.call("weights", deadline, lambda actor, _rank: actor.weights.remote(handles))[0]
 
     def _shard(self, samples: Sequence[PolicySample]) -> list[list[list[int]]]:
-        lengths = [_length(sample) for sample in samples]
-        return shard(samples, lengths, len(self), self.config.learner.tokens_per_micro_batch)
+        return shard(samples, len(self), self.config.learner.tokens_per_micro_batch, packed=self.packed)
 
 
 def padding_share(plans: Sequence[Sequence[Sequence[Sequence[int]]]], batches: Sequence[PolicyBatch]) -> float:
-    """Share of padding among all positions that the forward passes of these batches see."""
+    """Share of padding among all positions that the forward passes of these batches see in padded rows."""
     real = seen = 0
     for batch, plan in zip(batches, plans, strict=True):
         lengths = [_length(sample) for sample in batch.samples]

@@ -10,7 +10,7 @@ import torch
 
 from rairl_ray.actors.chunks import Line
 from rairl_ray.config.schema import Model
-from rairl_ray.data.batching import micro_batches, policy_tensors
+from rairl_ray.data.batching import policy_tensors, shares
 from rairl_ray.data.rendering import Renderer, load_tokenizer
 from rairl_ray.engines.heads import LogprobModel
 from rairl_ray.engines.models import load_causal_lm
@@ -35,9 +35,9 @@ class PolicyReadLines:
     def __call__(self, lines: Sequence[Line]) -> list[dict[str, Any]]:
         """One row a line."""
         tokens = [self._renderer.tokenize(_trace(line.values), same_tokenizer=False) for line in lines]
-        rows = [dict(line.values) for line in lines]
-        for batch in micro_batches([len(t.prompt_ids) + len(t.completion_ids) for t in tokens], self._budget):
-            values = self._read([tokens[index] for index in batch])
+        rows, samples = [dict(line.values) for line in lines], [_sample(trace) for trace in tokens]
+        for batch in shares(samples, 1, self._budget, packed=self._model.padded_because is None)[0]:
+            values = self._read([samples[index] for index in batch])
             for row, index in enumerate(batch):
                 count = len(tokens[index].completion_ids)
                 rows[index] |= {
@@ -48,26 +48,28 @@ class PolicyReadLines:
         return rows
 
     @torch.no_grad()
-    def _read(self, traces: Sequence[TokenizedTrace]) -> np.ndarray:
+    def _read(self, samples: Sequence[PolicySample]) -> np.ndarray:
         """[2, B, T]"""
-        samples = [
-            PolicySample(
-                prompt_ids=trace.prompt_ids,
-                completion_ids=trace.completion_ids,
-                advantages=np.zeros(len(trace.completion_ids), dtype=np.float32),
-                sampling_logprobs=None,
-            )
-            for trace in traces
-        ]
-        batch = policy_tensors(samples, self._renderer.pad_id).to(self._device)
+        packed = self._model.padded_because is None
+        batch = policy_tensors(samples, self._renderer.pad_id, packed=packed).to(self._device)
         answer = self._model(
             batch.input_ids,
             batch.attention_mask,
             batch.target_positions,
             batch.completion_ids,
             with_entropy=True,
+            packing=batch.packing,
         )
         return np.asarray(answer.float().cpu().numpy())
+
+
+def _sample(trace: TokenizedTrace) -> PolicySample:
+    return PolicySample(
+        prompt_ids=trace.prompt_ids,
+        completion_ids=trace.completion_ids,
+        advantages=np.zeros(len(trace.completion_ids), dtype=np.float32),
+        sampling_logprobs=None,
+    )
 
 
 def _trace(values: dict[str, Any]) -> Trace:

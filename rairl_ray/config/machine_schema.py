@@ -47,7 +47,11 @@ class Learner(Section):
     discriminator_replicas: PositiveInt | None = None
     """Ranks of the discriminator learner; None: as `replicas`."""
     tokens_per_micro_batch: PositiveInt = 16384
-    """Padded tokens (rows x longest row) in one forward pass of one rank."""
+    """Tokens in one forward pass of one rank: those of packed rows, or rows x longest row of padded ones."""
+    rows: Literal["packed", "padded"] = "packed"
+    """`packed`: traces end to end without padding, and a prompt once for all its traces in a pass. `padded`:
+    one row a trace. Models that cannot read packed rows read padded ones and say so. The losses are the same;
+    under `lora.dropout` other values are dropped, and a shared prompt's are the same for all its traces."""
     offload: Literal["none", "cpu"] = "none"
 
 

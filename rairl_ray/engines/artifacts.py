@@ -151,6 +151,8 @@ class RewardModel:
         self.settings = settings
         self._module = module.eval().to(device)
         self._device = device
+        self.packs = module.padded_because is None
+        """Whether `score` can be given packed rows."""
 
     @classmethod
     def load(cls, folder: Path, *, device: str = "cpu", dtype: Dtype = "float32") -> RewardModel:
@@ -175,10 +177,12 @@ class RewardModel:
         """[B, U] float32 unit logits on the CPU, before temperature and clip; padding is to be masked."""
         batch = batch.to(self._device)
         if isinstance(self._module, ScalarModel):
-            return self._module(batch.input_ids, batch.attention_mask, batch.unit_positions)[0].cpu()
+            rows = (batch.input_ids, batch.attention_mask, batch.unit_positions)
+            return self._module(*rows, packing=batch.packing)[0].cpu()
         ratios_BT = self._module(
-            batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids
-        )
+            batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids,
+            packing=batch.packing,
+        )  # fmt: skip
         return segment_sums(ratios_BT, batch.unit_start_index, batch.unit_end_index, batch.unit_mask).cpu()
 
 

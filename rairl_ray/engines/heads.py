@@ -2,7 +2,8 @@
 
 Each wraps one Hugging Face (or PEFT) model as `wrapped` and does ALL its work inside `forward`, because
 ZeRO-3 gathers a submodule's weights only around that submodule's own call. Rows are right padded: causal
-attention then never looks at padding, and default position ids are right.
+attention then never looks at padding, and default position ids are right. With a `packing` of the same rows the
+model reads them end to end instead, each prompt once (data/packing.py); what comes out is the same.
 
 Shapes: B rows, L row length, T completion tokens, U units, V vocabulary, H hidden size, O outputs of a head.
 """
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from rairl_ray.data.packing import Packing
+from rairl_ray.engines.packed_attention import model_inputs, serve
 from rairl_ray.errors import ModelError
 
 CHUNK_TOKENS = 1024
@@ -58,7 +61,7 @@ class LogprobLinear(nn.Linear):
         return torch.cat(rows, dim=-1)
 
     def _chunk(self, hidden: Tensor, target: Tensor, temperature: float, with_entropy: bool) -> Tensor:
-        logits_NV = F.linear(hidden, self.weight, self.bias).float() / temperature
+        logits_NV = _wide(F.linear(hidden, self.weight, self.bias)) / temperature
         normaliser_N = torch.logsumexp(logits_NV, dim=-1)
         logprobs_N = logits_NV.gather(1, target[:, None]).squeeze(1) - normaliser_N
         if not with_entropy:
@@ -87,6 +90,10 @@ class LogprobModel(nn.Module):
             _replace_head(reference)
         self._reference = (reference,)  # in a tuple, so that torch does not register it as a submodule
         _replace_head(_base(causal_lm))
+        self.padded_because = serve(_base(causal_lm))
+        """Why the model reads padded rows alone; None where it can read packed ones."""
+        if reference is not None:
+            self.padded_because = self.padded_because or serve(reference)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogprobModel:
         """`to(device)` reaches the reference too; its dtype stays (DeepSpeed casts only what it trains)."""
@@ -105,6 +112,7 @@ class LogprobModel(nn.Module):
         *,
         reference: bool = False,
         with_entropy: bool = False,
+        packing: Packing | None = None,
     ) -> Tensor:
         """[B, T] float32: log pi(completion_ids[b, t] | row before it) at the given sampling temperature.
 
@@ -121,15 +129,15 @@ class LogprobModel(nn.Module):
         with _adapter_off(model) if switched_off else nullcontext():
             base = _base(model)
             backbone = getattr(base, base.base_model_prefix)
-            hidden_BLH = backbone(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
+            inputs = model_inputs(input_ids, attention_mask, packing)
+            hidden_NH = backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
             order = torch.arange(target_positions.shape[1], device=target_positions.device)
             real = (target_positions > 0) & (target_positions - order == target_positions[:, :1])
             rows, columns = real.nonzero(as_tuple=True)
-            hidden_NH = hidden_BLH[rows, target_positions[rows, columns] - 1]
+            before = target_positions[rows, columns] - 1
+            before = rows * input_ids.shape[1] + before if packing is None else packing.place[rows, before]
             values = base.get_output_embeddings()(
-                hidden_NH, completion_ids[rows, columns], temperature, with_entropy
+                hidden_NH[before], completion_ids[rows, columns], temperature, with_entropy
             )
         answer = values.new_zeros(*values.shape[:-1], *target_positions.shape)
         answer[..., rows, columns] = values
@@ -154,13 +162,27 @@ class ImplicitModel(LogprobModel):
         self.beta = beta
 
     def forward(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor, target_positions: Tensor, completion_ids: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        target_positions: Tensor,
+        completion_ids: Tensor,
+        *,
+        reference: bool = False,
+        reference_BT: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """[B, T] float32 token values, with gradients through pi_phi alone; arguments as `LogprobModel`."""
+        """[B, T] float32 token values, with gradients through pi_phi alone; arguments as `LogprobModel`.
+
+        `reference` asks for log pi_ref itself; `reference_BT` is such an answer and spares the reference pass.
+        """
         batch = (input_ids, attention_mask, target_positions, completion_ids)
-        with torch.no_grad():
-            reference_BT = super().forward(*batch, reference=True)
-        return self.beta * (super().forward(*batch) - reference_BT)
+        if reference_BT is None:
+            with torch.no_grad():
+                reference_BT = super().forward(*batch, reference=True, packing=packing)
+        if reference:
+            return reference_BT
+        return self.beta * (super().forward(*batch, packing=packing) - reference_BT)
 
 
 class ScalarModel(nn.Module):
@@ -169,6 +191,8 @@ class ScalarModel(nn.Module):
     def __init__(self, token_classifier: Any) -> None:
         super().__init__()
         self.wrapped = token_classifier
+        self.padded_because = serve(_base(token_classifier))
+        """Why the model reads padded rows alone; None where it can read packed ones."""
 
     def forward(
         self,
@@ -178,6 +202,7 @@ class ScalarModel(nn.Module):
         state_positions: Tensor | None = None,
         *,
         penalty: Callable[[Tensor, Tensor], Tensor] | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(values, shaping, penalty) of a batch.
 
@@ -189,24 +214,34 @@ class ScalarModel(nn.Module):
         `penalty(values_BU, embeddings_BLH)`, if given, is evaluated HERE on the values and the input
         embeddings, and its result returned as the third item. It may differentiate the values by the
         embeddings with `create_graph=True`; outside of forward, DeepSpeed's hooks would take that for the
-        real backward pass. ZeRO-3 releases weights in between and cannot do it: use stage 0 to 2.
+        real backward pass. ZeRO-3 releases weights in between and cannot do it: use stage 0 to 2. It needs
+        padded rows: a shared prompt's embeddings are those of many rows.
         """
         base = _base(self.wrapped)
-        inputs: dict[str, Tensor] = {"input_ids": input_ids}
+        inputs = model_inputs(input_ids, attention_mask, packing)
         if penalty is not None:
-            embeddings_BLH = base.get_input_embeddings()(input_ids)
+            if packing is not None:
+                raise ValueError("a penalty on embeddings needs padded rows")
+            embeddings_BLH = base.get_input_embeddings()(inputs.pop("input_ids"))
             if not embeddings_BLH.requires_grad:
                 embeddings_BLH.requires_grad_(True)
-            inputs = {"inputs_embeds": embeddings_BLH}
+            inputs["inputs_embeds"] = embeddings_BLH
         # Only the plain attention kernel can be differentiated twice.
         with sdpa_kernel(SDPBackend.MATH) if penalty is not None else nullcontext():
-            logits_BLO = base(**inputs, attention_mask=attention_mask, use_cache=False).logits.float()
+            logits_BLO = _wide(base(**inputs, use_cache=False).logits)
+            if packing is not None:
+                logits_BLO = logits_BLO[0, packing.place]
             values_BU = logits_BLO[..., 0].gather(1, unit_positions)
             shaping_BU = None
             if logits_BLO.shape[-1] == 2 and state_positions is not None:
                 shaping_BU = logits_BLO[..., 1].gather(1, state_positions)
             cost = None if penalty is None else penalty(values_BU, embeddings_BLH)
         return values_BU, shaping_BU, cost
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32, where they are not in float64 already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _base(model: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rairl_ray.config.schema import Density, Model, Reward
 from rairl_ray.config.windows import window_of
-from rairl_ray.data.batching import discriminator_tensors, micro_batches
+from rairl_ray.data.batching import discriminator_tensors, shares
 from rairl_ray.data.rendering import Renderer, load_tokenizer
 from rairl_ray.engines.artifacts import Dtype, RewardModel, system_prompt_of
 from rairl_ray.rewards.reading import ReadTrace, TraceReader, sample_of
@@ -25,7 +25,7 @@ class SavedReward:
         system_prompt: for a reward model that was saved without its own.
         policy_fingerprint: of the tokenizer whose ids traces bring along; with the reward model's own tokenizer
             they are scored as they are, else their text is.
-        tokens_per_micro_batch: padded tokens in one forward pass.
+        tokens_per_micro_batch: tokens in one forward pass.
     """
 
     def __init__(
@@ -58,15 +58,13 @@ class SavedReward:
         reads = [self._reader.read(trace) for trace in traces]
         answers: list[TraceScores | str] = [self._refusal(read) or "" for read in reads]
         good = [index for index, refusal in enumerate(answers) if not refusal]
-        lengths = [len(reads[i].tokens.prompt_ids) + len(reads[i].tokens.completion_ids) for i in good]
-        for rows in micro_batches(lengths, self._budget):
-            batch = [good[row] for row in rows]
+        samples, packed = [sample_of(reads[index]) for index in good], self._model.packs
+        for rows in shares(samples, 1, self._budget, packed=packed)[0]:
             tensors = discriminator_tensors(
-                [sample_of(reads[index]) for index in batch], self._reader.renderer.pad_id
+                [samples[row] for row in rows], self._reader.renderer.pad_id, packed=packed
             )
-            logits = self._model.score(tensors).numpy()
-            for row, index in enumerate(batch):
-                answers[index] = self._scores(reads[index], logits[row])
+            for row, logits in zip(rows, self._model.score(tensors).numpy(), strict=True):
+                answers[good[row]] = self._scores(reads[good[row]], logits)
         return answers
 
     def _scores(self, read: ReadTrace, logits: np.ndarray) -> TraceScores:

@@ -131,9 +131,13 @@ class Run:
             gate = WarmupGate(config.discriminator)
             updates = gate.max_steps + config.trainer.steps * config.discriminator.updates_per_policy_step
             self.parts.discriminator.open(max(1, updates))
+        for role, learner in self.learners.items():
+            if learner.padded_because is not None:
+                self.session.event(f"{role}: {learner.padded_because}")
 
     def _step(self, step: int) -> None:
         config, timer = self.config, PhaseTimer()
+        self._forget_references()
         metrics, groups = self.loop.step(step, timer)
         self.progress.step = step
         self.parts.finished(step)
@@ -152,6 +156,11 @@ class Run:
         self.session.log_rollouts(step, groups)
         self.session.display.step(step, metrics)
 
+    def _forget_references(self) -> None:
+        """Begin a step, evaluation or measurement: none hands on what a resume would make anew."""
+        if self.parts.discriminator is not None:
+            self.parts.discriminator.forget_references()
+
     def _checkpoint_due(self, step: int) -> bool:
         every = self.config.trainer.checkpoint_every
         stopping = bool(self.session.stop)
@@ -162,6 +171,7 @@ class Run:
         name = name or (f"step-{self.progress.step:06d}" if self.progress.step else "start")
         self.session.display.phase(f"evaluating ({name})")
         self.loop.ahead.settle()
+        self._forget_references()
         summary, rows = self.heldout.evaluate()
         self.session.write_evaluation(name, summary, rows)
         self.progress.unevaluated = None
@@ -187,6 +197,7 @@ class Run:
         while not ready:
             update = self.progress.warmup + 1
             timer = PhaseTimer()
+            self._forget_references()
             with timer.phase(names.TIME_DISCRIMINATOR):
                 groups, demonstrations = pool.next()
                 metrics = self.airl.update(groups, demonstrations, epoch=f"warmup/{update}")
@@ -216,6 +227,7 @@ class Run:
 
     def _separation(self, pool: WarmupPool) -> float:
         assert self.airl is not None
+        self._forget_references()
         return self.heldout.separation(pool.heldout)
 
     # --- saving ------------------------------------------------------------------------------------

@@ -75,6 +75,9 @@ class Worker:
         self.renderer = policy_renderer_of(path, task, config)
         self.feed = Feed(usable_rows(task, self.renderer, config), config.seed)
         self.module = LogprobModel(load_causal_lm(path, model, device=self.device, seed=config.seed))
+        self.packed = config.learner.rows == "packed" and self.module.padded_because is None
+        if config.learner.rows == "packed" and not self.packed:
+            self._send("event", 0, f"policy: {self.module.padded_because}")
         self.engine = DeepSpeedEngine(
             self.module,
             config.policy,
@@ -123,8 +126,8 @@ class Worker:
     def _update(self, timer: PhaseTimer) -> dict[str, float]:
         samples = self._samples()
         total = sum(len(sample.completion_ids) for sample in samples)
-        lengths = [len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples]
-        plan = shard(samples, lengths, self.world, self.config.learner.tokens_per_micro_batch)[self.rank]
+        tokens = self.config.learner.tokens_per_micro_batch
+        plan = shard(samples, self.world, tokens, packed=self.packed)[self.rank]
         with timer.phase(names.TIME_POLICY):
             report = self.engine.update([partial(self._loss, samples, part, total) for part in plan])
             loss = torch.tensor([report["loss"]], device=self.device)
@@ -154,10 +157,12 @@ class Worker:
         return samples
 
     def _loss(self, samples: list[PolicySample], part: list[int], total: int) -> torch.Tensor:
-        batch = policy_tensors([samples[i] for i in part] or [IDLE], self.renderer.pad_id).to(self.device)
+        rows = [samples[i] for i in part] or [IDLE]
+        batch = policy_tensors(rows, self.renderer.pad_id, packed=self.packed).to(self.device)
         logprobs = self.engine(
-            batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids
-        )
+            batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids,
+            packing=batch.packing,
+        )  # fmt: skip
         summed = torch.where(batch.completion_mask, logprobs, 0.0).sum()
         return -summed / total if part else summed * 0.0
 
