@@ -21,6 +21,15 @@ RANGES = ("uniform", "loguniform", "randint")
 KINDS = ", ".join(LISTS + RANGES)
 
 
+SCHEDULER_KEYS = {
+    "none": (),
+    "asha": ("grace", "reduction", "longest"),
+    "hyperband": ("grace", "reduction", "longest", "brackets"),
+    "median": ("grace", "min_samples"),
+}
+"""Keys of `scheduler` that each type reads."""
+
+
 class Search(Section):
     type: Literal["grid", "random", "optuna"] = "grid"
     """`optuna`: TPE draws each point from what the points before it reached."""
@@ -29,13 +38,19 @@ class Search(Section):
 
 
 class Scheduler(Section):
-    type: Literal["none", "asha"] = "none"
+    type: Literal["none", "asha", "hyperband", "median"] = "none"
+    """`hyperband`: ASHA with several `brackets`. `median` stops a trial whose best report is worse than the median
+    of the others' mean reports so far."""
     grace: PositiveInt = 1
-    """`asha`: reports of a trial before it may be stopped."""
+    """Reports of a trial before it may be stopped."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """`asha`: one of so many goes on at each rung."""
+    """`asha`, `hyperband`: one of so many goes on at each rung."""
     longest: PositiveInt = 100
-    """`asha`: the number of reports at which comparing ends; a trial that got there runs to its end."""
+    """`asha`, `hyperband`: number of reports at which comparing ends; who got there runs to the end."""
+    brackets: Annotated[int, Field(ge=2)] = 3
+    """`hyperband`: so many ways to begin: bracket s compares from report grace * reduction^s on."""
+    min_samples: PositiveInt = 3
+    """`median`: so many other trials must have come as far before one is stopped."""
 
 
 class Failures(Section):
@@ -45,6 +60,9 @@ class Failures(Section):
 class Budget(Section):
     hours: PositiveFloat | None = None
     """No trial starts, and those that run are stopped, after so many hours of wall time."""
+    gpu_hours: PositiveFloat | None = None
+    """The same once running trials have held GPUs for so long: GPUs of each placement times wall time, over all
+    processes that have worked on the sweep."""
 
 
 class SweepFile(Section):
@@ -66,7 +84,7 @@ class SweepFile(Section):
     search: Search = Search()
     scheduler: Scheduler = Scheduler()
     metric: str = "eval/pass_at_1"
-    """Of the final evaluation's summary (and of metrics.jsonl, for `asha`)."""
+    """Of the final evaluation's summary (and of metrics.jsonl, for a scheduler)."""
     mode: Literal["max", "min"] = "max"
     trials: PositiveInt | None = None
     """`random`, `optuna`: points to draw."""
@@ -190,10 +208,7 @@ def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
         problems.append(f"{document.origin('seeds')}: seeds={list(sweep.seeds)}: must be different numbers")
     if sweep.search.type != "grid" and sweep.trials is None:
         problems.append(f"{document.origin('search')}: search.type={sweep.search.type}: needs trials: N")
-    asha = sweep.scheduler
-    if asha.type == "asha" and asha.grace > asha.longest:
-        place = document.origin("scheduler.grace")
-        problems.append(f"{place}: scheduler.grace={asha.grace}: must be at most longest={asha.longest}")
+    problems += _scheduler_problems(document, sweep.scheduler)
     for key, value in sweep.space.items():
         place = document.origin(f"space.{key}")
         try:
@@ -209,6 +224,25 @@ def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
             if condition == key or condition not in keys:
                 problems.append(f"{place}: space.{key}: when {condition}: is no other axis or override")
     return problems or _circles(document, sweep)
+
+
+def _scheduler_problems(document: Document, settings: Scheduler) -> list[str]:
+    read, problems = SCHEDULER_KEYS[settings.type], []
+    for key in document.data.get("scheduler") or {}:
+        if key != "type" and key not in read:
+            reads = f"has the keys {', '.join(read)}" if read else "has no keys"
+            place = document.origin(f"scheduler.{key}")
+            problems.append(f"{place}: scheduler.{key}: type={settings.type} {reads}; take it out")
+    if settings.type in ("asha", "hyperband"):
+        last = settings.brackets - 1 if settings.type == "hyperband" else 0
+        first = settings.grace * settings.reduction**last
+        if first > settings.longest:
+            begins = f", and grace * reduction^{last} reports, where bracket {last} begins," if last else ""
+            problems.append(
+                f"{document.origin('scheduler.grace')}: scheduler.grace={settings.grace}: it{begins} "
+                f"must be at most longest={settings.longest}"
+            )
+    return problems
 
 
 def _circles(document: Document, sweep: SweepFile) -> list[str]:
