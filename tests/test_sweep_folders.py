@@ -132,7 +132,7 @@ def test_the_log_lies_outside_the_run_folder(tmp_path: Path, monkeypatch: pytest
     log = tmp_path / "logs" / "t.log"
     with pytest.raises(RuntimeError, match="exit code 3: False"):
         supervise.run_trial(
-            {"folder": str(folder), "log": str(log), "metric": "m", "cwd": str(ROOT), "stops": []}
+            {"folder": str(folder), "log": str(log), "metrics": ["m"], "cwd": str(ROOT), "stops": []}
         )
     assert log.read_text() == "False\n" and not folder.exists()
 

@@ -36,7 +36,7 @@ class Compared:
         self.file = load_sweep(text)
         self.planned = trials(self.file)
         self.scheduler = scheduler_of(self.file)
-        self.scheduler.set_search_properties(METRIC, self.file.mode)
+        self.scheduler.set_search_properties(METRIC, self.file.modes[0])
         self.known = {item.id: of_tune(self.file, item) for item in self.planned}
         for trial in self.known.values():
             self.scheduler.on_trial_add(None, trial)
@@ -118,7 +118,7 @@ def test_reports_are_counted_over_the_whole_run(tmp_path: Path, monkeypatch: pyt
     spec = {
         "folder": str(folder.root),
         "log": str(tmp_path / "log"),
-        "metric": "m",
+        "metrics": ["m"],
         "cwd": str(ROOT),
         "stops": [],
     }

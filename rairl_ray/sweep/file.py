@@ -39,8 +39,8 @@ class Search(Section):
 
 class Scheduler(Section):
     type: Literal["none", "asha", "hyperband", "median"] = "none"
-    """`hyperband`: ASHA with several `brackets`. `median` stops a trial whose best report is worse than the median
-    of the others' mean reports so far."""
+    """`hyperband`: ASHA with several `brackets`. `median` stops a trial whose best report is worse than the
+    median of the others' mean reports so far."""
     grace: PositiveInt = 1
     """Reports of a trial before it may be stopped."""
     reduction: Annotated[int, Field(ge=2)] = 3
@@ -83,15 +83,30 @@ class SweepFile(Section):
     seeds: tuple[NonNegativeInt, ...] = (0,)
     search: Search = Search()
     scheduler: Scheduler = Scheduler()
-    metric: str = "eval/pass_at_1"
-    """Of the final evaluation's summary (and of metrics.jsonl, for a scheduler)."""
-    mode: Literal["max", "min"] = "max"
+    metric: str | tuple[str, ...] = "eval/pass_at_1"
+    """Of the final evaluation's summary (and of metrics.jsonl, for a scheduler). Several: the result is a
+    Pareto front."""
+    mode: Literal["max", "min"] | tuple[Literal["max", "min"], ...] = "max"
+    """Of each metric."""
     trials: PositiveInt | None = None
     """`random`, `optuna`: points to draw."""
     max_concurrent: PositiveInt | None = None
     """None: as many as the cluster holds."""
     failures: Failures = Failures()
     budget: Budget = Budget()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (self.metric,) if isinstance(self.metric, str) else self.metric
+
+    @property
+    def modes(self) -> tuple[Literal["max", "min"], ...]:
+        return (self.mode,) if isinstance(self.mode, str) else self.mode
+
+    def by_metric(self) -> list[SweepFile]:
+        """The sweep as each of its metrics alone sees it."""
+        pairs = zip(self.metrics, self.modes, strict=True)
+        return [self.model_copy(update={"metric": metric, "mode": mode}) for metric, mode in pairs]
 
 
 @dataclass(frozen=True)
@@ -208,7 +223,7 @@ def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
         problems.append(f"{document.origin('seeds')}: seeds={list(sweep.seeds)}: must be different numbers")
     if sweep.search.type != "grid" and sweep.trials is None:
         problems.append(f"{document.origin('search')}: search.type={sweep.search.type}: needs trials: N")
-    problems += _scheduler_problems(document, sweep.scheduler)
+    problems += [*_metric_problems(document, sweep), *_scheduler_problems(document, sweep.scheduler)]
     for key, value in sweep.space.items():
         place = document.origin(f"space.{key}")
         try:
@@ -224,6 +239,25 @@ def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
             if condition == key or condition not in keys:
                 problems.append(f"{place}: space.{key}: when {condition}: is no other axis or override")
     return problems or _circles(document, sweep)
+
+
+def _metric_problems(document: Document, sweep: SweepFile) -> list[str]:
+    names, kind = sweep.metrics, sweep.scheduler.type
+    if isinstance(sweep.metric, tuple) and (len(names) < 2 or len(set(names)) < len(names)):
+        return [
+            f"{document.origin('metric')}: metric={list(names)}: a list must have two different names or more"
+        ]
+    if isinstance(sweep.metric, str) != isinstance(sweep.mode, str) or len(names) != len(sweep.modes):
+        told = f"metric={_listed(sweep.metric)}, mode={_listed(sweep.mode)}"
+        return [f"{document.origin('mode')}: {told}: give each metric its mode, such as mode: [max, min]"]
+    if len(names) > 1 and kind != "none":
+        said = f"scheduler.type={kind}: compares trials by one metric, but metric={list(names)}"
+        return [f"{document.origin('scheduler')}: {said}; name one, or take scheduler.type=none"]
+    return []
+
+
+def _listed(value: str | tuple[str, ...]) -> str | list[str]:
+    return value if isinstance(value, str) else list(value)
 
 
 def _scheduler_problems(document: Document, settings: Scheduler) -> list[str]:

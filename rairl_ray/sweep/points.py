@@ -149,9 +149,10 @@ def misfits(sweep: SweepFile, config: RunConfig) -> list[str]:
     kind = sweep.scheduler.type
     if kind != "none" and not config.eval.every:
         found.append(f"eval.every=0: scheduler.type={kind} compares evaluations during a run; set eval.every")
-    size = sweep.metric.removeprefix(EVAL_PASS_AT.format(k=""))
-    if size != sweep.metric and size.isdecimal() and int(size) not in {1, *config.eval.k}:
-        found.append(f"metric={sweep.metric}: eval.k={list(config.eval.k)} lacks {size}; add it")
+    for metric in sweep.metrics:
+        size = metric.removeprefix(EVAL_PASS_AT.format(k=""))
+        if size != metric and size.isdecimal() and int(size) not in {1, *config.eval.k}:
+            found.append(f"metric={metric}: eval.k={list(config.eval.k)} lacks {size}; add it")
     return found
 
 

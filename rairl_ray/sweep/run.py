@@ -192,8 +192,9 @@ class Progress(tune.Callback):
             self.note(f"{id_of(trial)}: stopped; --resume goes on with it")
             return
         self._done += 1
-        value = (trial.last_result or {}).get(self._file.metric, math.nan)
-        self.note(f"{self._done}/{self._total} {id_of(trial)}: {self._file.metric}={value:.4f}")
+        last = trial.last_result or {}
+        values = ", ".join(f"{metric}={last.get(metric, math.nan):.4f}" for metric in self._file.metrics)
+        self.note(f"{self._done}/{self._total} {id_of(trial)}: {values}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ended(trial)
@@ -243,8 +244,8 @@ def _tune(
         trainable,
         param_space={} if searched else {"spec": tune.grid_search([spec(item) for item in left])},
         tune_config=tune.TuneConfig(
-            metric=file.metric,
-            mode=file.mode,
+            metric=file.metrics[0] if len(file.metrics) == 1 else None,
+            mode=file.modes[0] if len(file.metrics) == 1 else None,
             search_alg=Points(file, left, spec) if searched else None,
             num_samples=total if searched else 1,
             scheduler=scheduler_of(file),
@@ -271,7 +272,7 @@ def _spec(file: SweepFile, parent: str | None, item: Trial) -> dict[str, Any]:
         "log": str(trial_log(file, item.id)),
         "base": file.base,
         "overrides": [*started_with(file, item), below(file, item, parent)],
-        "metric": file.metric,
+        "metrics": list(file.metrics),
         "gpus": place(item.config).total("GPU") if file.budget.gpu_hours else 0.0,
         "cwd": os.getcwd(),
         "stops": [str(stop_request(file)), str(stop_request(file, item.id))],

@@ -63,7 +63,7 @@ class Median(MedianStoppingRule):
         self._file = file
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if not math.isfinite(result.get(self._file.metric, math.nan)):
+        if not math.isfinite(result.get(self._file.metrics[0], math.nan)):
             return str(TrialScheduler.CONTINUE)
         return _marked(self._file, trial, super().on_trial_result(tune_controller, trial, result))
 

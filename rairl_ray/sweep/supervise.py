@@ -40,7 +40,7 @@ _KEPT = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
 
 
 def run_trial(spec: dict[str, Any]) -> None:
-    """Tune's function trainable. `spec`: folder, log, base, overrides, metric, cwd, stops.
+    """Tune's function trainable. `spec`: folder, log, base, overrides, metrics, cwd, stops.
 
     A metric that the final evaluation lacks is reported as NaN; the sweep's end says so. Where one of the files
     `stops` exists (stopping.py), the run saves and leaves, or does not start.
@@ -65,7 +65,7 @@ def run_trial(spec: dict[str, Any]) -> None:
         if process.returncode and not _asked(spec):
             raise RuntimeError(f"exit code {process.returncode}: {last_line(log)}")
     values = final_values(folder) if finished(folder) else {}
-    tune.report({spec["metric"]: math.nan, **values, "step": ENDED})
+    tune.report({**dict.fromkeys(spec["metrics"], math.nan), **values, "step": ENDED})
 
 
 def _command(spec: dict[str, Any], folder: RunFolder) -> list[str]:
@@ -97,8 +97,8 @@ def _asked(spec: dict[str, Any]) -> bool:
 def _reports(
     folder: RunFolder, process: subprocess.Popen[bytes], spec: dict[str, Any]
 ) -> Iterator[dict[str, float]]:
-    """The metric in new rows of metrics.jsonl while the run is on and nobody asks for its end."""
-    metric, seen = spec["metric"], len(folder.read_metrics())
+    """The first metric in new rows of metrics.jsonl while the run is on and nobody asks for its end."""
+    metric, seen = spec["metrics"][0], len(folder.read_metrics())
     while True:
         ended = process.poll() is not None
         rows = folder.read_metrics()
