@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,16 @@ def end(file: SweepFile, item: Trial, values: dict[str, float]) -> None:
     (folder.final_reward_model / "reward.json").touch()
     summary = {name: {"value": value} for name, value in values.items()}
     write_summary(folder.evaluation("final") / "summary.json", summary)
+
+
+@dataclass(eq=False)
+class OfTune:
+    """What a scheduler or a callback sees of one of Tune's trials."""
+
+    trial_id: str
+    config: dict[str, Any]
+    last_result: dict[str, float] | None = field(default_factory=dict)
+
+
+def of_tune(file: SweepFile, item: Trial) -> OfTune:
+    return OfTune(item.id, {"spec": {"folder": str(trial_folder(file, item.id)), "gpus": 0.5}})

@@ -129,7 +129,7 @@ def test_ids_depend_on_values_and_seed_alone() -> None:
         ({"base": "nothing.yaml"}, "no such experiment file"),
         ({"search": {"type": "bayes"}}, "search.type: must be 'grid', 'random' or 'optuna'"),
         ({"space": {"trainer.steps": {"randint": [1.5, 4]}}}, r"randint=\[1.5, 4\]: must be whole numbers"),
-        ({"scheduler": {"type": "asha", "grace": 9, "longest": 3}}, "grace=9: must be at most longest=3"),
+        ({"scheduler": {"type": "asha", "grace": 9, "longest": 3}}, "grace=9: it must be at most longest=3"),
         ({"scheduler": {"type": "asha", "reduction": 1}}, "scheduler.reduction: must be greater than or equal"),
         ({"space": CIRCLE}, r"reward\.density\.every: its `when` leads back to itself"),
     ],

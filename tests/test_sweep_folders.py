@@ -8,7 +8,6 @@ import math
 import pickle
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -18,13 +17,12 @@ from rairl_ray.display import Display
 from rairl_ray.errors import ResumeError, RunFailure
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep import run, supervise
-from rairl_ray.sweep.file import SweepFile, load_sweep
-from rairl_ray.sweep.points import Trial, stop_mark, sweep_folder, trial_folder, trial_log, trials
+from rairl_ray.sweep.file import load_sweep
+from rairl_ray.sweep.points import stop_mark, sweep_folder, trial_folder, trial_log, trials
 from rairl_ray.sweep.result import conclude, trial_state
-from rairl_ray.sweep.run import Asha, Progress
-from rairl_ray.sweep.supervise import ENDED
+from rairl_ray.sweep.run import Progress
 from tests.runs import ROOT
-from tests.sweeps import DEMO, SFT, end, table, written
+from tests.sweeps import DEMO, SFT, end, of_tune, table, written
 
 
 @pytest.fixture
@@ -108,37 +106,6 @@ def test_states_and_the_exit_code(tmp_path: Path) -> None:
 # --- under Tune ------------------------------------------------------------------------------------
 
 
-def of_tune(file: SweepFile, item: Trial, **last: float) -> SimpleNamespace:
-    config = {"spec": {"folder": str(trial_folder(file, item.id))}}
-    return SimpleNamespace(trial_id=item.id, config=config, last_result=last)
-
-
-def test_asha_marks_what_it_stops_and_compares_up_to_longest(tmp_path: Path) -> None:
-    asha = {"type": "asha", "grace": 1, "reduction": 2, "longest": 2}
-    overrides = {"warm_start": None, "eval.every": 1}
-    file = load_sweep(written(tmp_path, scheduler=asha, overrides=overrides, seeds=[0, 1, 2]))
-    good, bad, late, ends, *_ = planned = trials(file)
-    asha = Asha(file)
-    asha.set_search_properties("m", "max")
-    for item in planned:
-        asha.on_trial_add(None, of_tune(file, item))
-
-    def report(item: Trial, number: int, value: float, step: int = 1) -> str:
-        result = {"training_iteration": number, "m": value, "step": step}
-        return asha.on_trial_result(None, of_tune(file, item), result)
-
-    assert [report(good, 1, 0.9), report(bad, 1, 0.1), report(late, 1, 0.95)] == [
-        "CONTINUE",
-        "STOP",
-        "CONTINUE",
-    ]
-    assert [report(good, number, 0.0) for number in (2, 3, 9)] == ["CONTINUE"] * 3
-    report(ends, 1, 0.0, step=ENDED)
-    assert [trial_state(file, item) for item in planned] == [
-        "stopped early" if item is bad else "not started" for item in planned
-    ]
-
-
 def test_telling_of_a_trial_never_raises(tmp_path: Path) -> None:
     file = load_sweep(written(tmp_path))
     item, output = trials(file)[0], io.StringIO()
@@ -167,11 +134,18 @@ def test_a_run_that_fails_is_started_again_as_often_as_it_may(
     code = f"import os; print(os.path.exists({str(folder)!r})); raise SystemExit(3)"
     monkeypatch.setattr(supervise, "_command", lambda spec, folder: [sys.executable, "-c", code])
     monkeypatch.setattr(supervise.tune, "report", told.append)
-    spec = {"folder": str(folder), "log": str(log), "metric": "m", "cwd": str(ROOT), "stops": [], "failures": 2}
+    spec = {
+        "folder": str(folder),
+        "log": str(log),
+        "metrics": ["m"],
+        "cwd": str(ROOT),
+        "stops": [],
+        "failures": 2,
+    }
     supervise.run_trial(spec)
     # the log lies outside the run folder, which the run itself makes
     assert log.read_text() == "False\n" * 3 and not folder.exists()
-    assert [row["step"] for row in told] == [ENDED] and math.isnan(told[0]["m"])
+    assert [row["step"] for row in told] == [supervise.ENDED] and math.isnan(told[0]["m"])
 
 
 def test_an_interrupted_warm_start_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from rairl_ray.sweep.file import SweepFile, load_sweep
 from rairl_ray.sweep.points import Trial, drawn, drawn_file, stop_mark, sweep_folder, to_draw, trials
 from rairl_ray.sweep.result import DONE, conclude, trial_state
 from rairl_ray.sweep.search import REPEAT, Points, reached
+from rairl_ray.sweep.supervise import ENDED
 from tests.runs import ROOT
 from tests.sweeps import end, table, written
 
@@ -42,17 +43,18 @@ def objective(item: Trial) -> float:
     return interval - rate**2 - 4 * (item.config.advantage.gamma - 0.5) ** 2 + item.seed / 10
 
 
-def go_on(file: SweepFile, most: int = 10_000, value: Callable[[Trial], float] = objective) -> int:
+def go_on(file: SweepFile, most: int = 10_000, value: Callable[[Trial], Any] = objective) -> int:
     """One process of a sweep, a trial after the other, without Tune; killed in the one after `most`."""
     sweep_folder(file).mkdir(parents=True, exist_ok=True)
     left = [item for item in trials(file) if trial_state(file, item) not in DONE]
     search = Points(file, left, lambda item: {"item": item})
     for done in range(most):
-        found = search.suggest(f"tune-{done}")
-        if isinstance(found, str):
+        suggested = search.suggest(f"tune-{done}")
+        if isinstance(suggested, str):
             return done
-        item = found["spec"]["item"]
-        end(file, item, {METRIC: value(item)})
+        item = suggested["spec"]["item"]
+        found = value(item)
+        end(file, item, found if isinstance(found, dict) else {METRIC: found})
         search.on_trial_complete(f"tune-{done}")
     search.suggest("killed while it ran")
     return most
@@ -106,7 +108,7 @@ def test_optuna_hears_the_mean_over_seeds_once_all_have_ended(tmp_path: Path) ->
     for number in (3, 4, 5):
         search.on_trial_complete(str(number), error=number == 5)
     assert told[1:] == [(None, True)]
-    assert reached(file, first) == (pytest.approx(0.3), False)
+    assert reached(file, first) == ({METRIC: pytest.approx(0.3)}, False)
     assert reached(file, trials(file)[3:5]) == (None, True)
     stopped = stop_mark(file, trials(file)[5].id)
     stopped.parent.mkdir()
@@ -181,22 +183,27 @@ def stand_in(config: dict[str, Any]) -> None:
     spec = config["spec"]
     file = SweepFile.model_validate_json((Path(spec["folder"]).parents[1] / run.SAVED).read_text())
     (item,) = [item for item in trials(file) if item.id == Path(spec["folder"]).name]
-    end(file, item, {METRIC: objective(item)})
-    tune.report({METRIC: objective(item), "step": run.ENDED})
+    values = {metric: (1 - 2 * place) * objective(item) for place, metric in enumerate(file.metrics)}
+    end(file, item, values)
+    tune.report(values | {"step": ENDED})
 
 
 @pytest.mark.slow
-def test_tune_runs_the_search_and_its_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", [{}, {"metric": [METRIC, "eval/truncated"], "mode": ["max", "min"]}])
+def test_tune_runs_the_search_and_its_resume(
+    more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run, "_trainable", stand_in)
     alone = optuna_sweep(tmp_path / "alone", trials=4, seeds=[0, 1])
     go_on(alone)
     overrides = {"warm_start": None, "placement.cpus_per_actor": 0.25}
-    settings: dict[str, Any] = {"seeds": [0, 1], "max_concurrent": 1, "overrides": overrides}
+    settings: dict[str, Any] = {"seeds": [0, 1], "max_concurrent": 1, "overrides": overrides, **more}
     file = optuna_sweep(tmp_path, trials=2, **settings)
     assert run.sweep(file, display=Display("sw", 4)) == 0
     file = optuna_sweep(tmp_path, trials=4, **settings)
     assert run.sweep(file, resume=True, display=Display("sw", 8)) == 0
     assert [row["state"] for row in table(sweep_folder(file))] == ["finished"] * 8
     assert drawn_file(file).read_text() == drawn_file(alone).read_text()
-    best = json.loads((sweep_folder(file) / "summary.json").read_text())["best"]
+    summary = json.loads((sweep_folder(file) / "summary.json").read_text())
+    best = summary["front"][0] if more else summary["best"]
     assert best[METRIC] == max(objective(item) for item in trials(file))

@@ -42,7 +42,7 @@ def lines(sweep: Sweep) -> list[Line]:
         points[key] = result.values
         by_point.setdefault(key, []).append(result.value)
     made = [Line(values=points[key], value=float(np.mean(found))) for key, found in by_point.items()]
-    return sorted(made, key=lambda line: line.value, reverse=sweep.file.mode == "min")
+    return sorted(made, key=lambda line: line.value, reverse=sweep.file.modes[0] == "min")
 
 
 def heights(axis: Axis, found: Sequence[Line]) -> tuple[np.ndarray, list[tuple[float, str]]]:
@@ -75,7 +75,7 @@ def parallel_coordinates(sweep: Sweep) -> list[Part]:
         raise Absent("the sweep has no axis")
     if len(found) < 2:
         raise Absent("fewer than two points have a result")
-    label, kind = label_of(sweep.file.metric)
+    label, kind = label_of(sweep.file.metrics[0])
     values = np.array([line.value for line in found]) * (100.0 if kind == "percent" else 1.0)
     low, high = float(values.min()), float(values.max())
     share = (values - low) / (high - low) if high > low else np.full(len(values), 0.5)

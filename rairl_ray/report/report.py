@@ -19,6 +19,7 @@ from rairl_ray.report import (
     comparison,
     coordinates,
     curves,
+    front,
     heatmap,
     learning,
     localisation,
@@ -28,6 +29,7 @@ from rairl_ray.report import (
     tasks,
 )
 from rairl_ray.report.collect import Evaluation, Material, Run, Sweep, collect
+from rairl_ray.report.labels import label_of
 from rairl_ray.report.page import slug, write_page
 from rairl_ray.report.parts import Figure, Missing, Part, Section, Table, attempt
 from rairl_ray.report.style import STYLE
@@ -88,7 +90,7 @@ def all_sections(material: Material) -> list[Section]:
     for sweep in material.sweeps:
         sections += _named(_sweep_plan(sweep), sweep.file.name if len(material.sweeps) > 1 else "")
     if len(runs) > 1:
-        metric = material.sweeps[0].file.metric if material.sweeps else None
+        metric = material.sweeps[0].file.metrics[0] if material.sweeps else None
         sections += _named(_comparison_plan(runs, metric), "")
     shown = runs if len(runs) <= DETAILED_RUNS else [_best(runs)]
     for run in shown:
@@ -110,12 +112,19 @@ def _best(runs: Sequence[Run]) -> Run:
 
 
 def _sweep_plan(sweep: Sweep) -> Plan:
-    return [
-        ("Best configuration", "Best configuration", lambda: sweeps.best_parts(sweep)),
-        ("Axes", "Effect of each axis", lambda: sweeps.effect_parts(sweep)),
-        ("Axes", "All points", lambda: coordinates.parallel_coordinates(sweep)),
-        ("Cost", "Cost of each trial", lambda: sweeps.cost_parts(sweep)),
-    ]
+    best = ("Best configuration", "Best configuration", lambda: sweeps.best_parts(sweep))
+    plan: Plan = [best]
+    views = sweep.file.by_metric()
+    if len(views) > 1:
+        plan = [("Pareto front", "Pareto front", lambda: front.front_parts(sweep))]
+    for view in views:
+        seen = dataclasses.replace(sweep, file=view)
+        axes = f"Axes ({label_of(view.metrics[0])[0]})" if len(views) > 1 else "Axes"
+        plan += [
+            (axes, "Effect of each axis", partial(sweeps.effect_parts, seen)),
+            (axes, "All points", partial(coordinates.parallel_coordinates, seen)),
+        ]
+    return [*plan, ("Cost", "Cost of each trial", lambda: sweeps.cost_parts(sweep))]
 
 
 def _comparison_plan(runs: Sequence[Run], metric: str | None) -> Plan:

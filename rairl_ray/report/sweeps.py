@@ -40,16 +40,16 @@ def results(sweep: Sweep) -> list[Result]:
     found = []
     for trial, (values, seed) in planned(sweep.file).items():
         run = sweep.runs.get(trial)
-        entry = run.main.summary.get(sweep.file.metric) if run is not None and run.evaluations else None
+        entry = run.main.summary.get(sweep.file.metrics[0]) if run is not None and run.evaluations else None
         if run is not None and entry is not None and math.isfinite(entry["value"]):
             found.append(Result(trial=trial, values=values, seed=seed, run=run, value=entry["value"]))
     if not found:
-        raise Absent(f"no trial has {sweep.file.metric} yet")
+        raise Absent(f"no trial has {sweep.file.metrics[0]} yet")
     return found
 
 
 def best_first(sweep: Sweep, found: Sequence[Result]) -> list[Result]:
-    return sorted(found, key=lambda result: result.value, reverse=sweep.file.mode == "max")
+    return sorted(found, key=lambda result: result.value, reverse=sweep.file.modes[0] == "max")
 
 
 # --- the best -------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def best_first(sweep: Sweep, found: Sequence[Result]) -> list[Result]:
 def best_parts(sweep: Sweep) -> list[Part]:
     """The best trial's values, where its experiment file lies, and the file itself to unfold."""
     best = best_first(sweep, results(sweep))[0]
-    file, metric = sweep.path / "best.yaml", sweep.file.metric
+    file, metric = sweep.path / "best.yaml", sweep.file.metrics[0]
     place = f"As an experiment file: {file}." if file.is_file() else "best.yaml is written when the sweep ends."
     number = number_of(metric, best.run.main.summary[metric])
     table = Table(
@@ -92,7 +92,7 @@ class Level:
 
 def levels(sweep: Sweep, found: Sequence[Result]) -> list[Level]:
     """Mean and difference of each value of each axis, over seeds."""
-    kind, made = label_of(sweep.file.metric)[1], []
+    kind, made = label_of(sweep.file.metrics[0])[1], []
     for axis in axes(sweep.file):
         counted = [result for result in found if axis.key in result.values]
         groups = _groups(axis, counted)
@@ -154,7 +154,7 @@ def effect_parts(sweep: Sweep) -> list[Part]:
     made = levels(sweep, found)
     if not made:
         raise Absent("the sweep has no axis")
-    label = label_of(sweep.file.metric)[0]
+    label = label_of(sweep.file.metrics[0])[0]
     rows: list[Sequence[Cell]] = [
         (lv.axis, lv.name, Number(value=lv.trials, kind="count"), lv.mean, lv.against_first) for lv in made
     ]
@@ -172,7 +172,7 @@ def effect_parts(sweep: Sweep) -> list[Part]:
 
 
 def _effect_figure(sweep: Sweep, made: Sequence[Level]) -> Figure:
-    label, kind = label_of(sweep.file.metric)
+    label, kind = label_of(sweep.file.metrics[0])
     scale = 100.0 if kind == "percent" else 1.0
     keys = list(dict.fromkeys(level.axis for level in made))
     drawing, panel = new_figure(height=min(9.0, 0.7 + 0.17 * (len(made) + len(keys))))
@@ -208,7 +208,7 @@ def _effect_figure(sweep: Sweep, made: Sequence[Level]) -> Figure:
 
 def cost_parts(sweep: Sweep) -> list[Part]:
     """Steps, time and sampled tokens of every trial that began, and of all together."""
-    metric = sweep.file.metric
+    metric = sweep.file.metrics[0]
     rows: list[Sequence[Cell]] = []
     total = np.zeros(3)
     for trial, run in sweep.runs.items():

@@ -21,6 +21,15 @@ RANGES = ("uniform", "loguniform", "randint")
 KINDS = ", ".join(LISTS + RANGES)
 
 
+SCHEDULER_KEYS = {
+    "none": (),
+    "asha": ("grace", "reduction", "longest"),
+    "hyperband": ("grace", "reduction", "longest", "brackets"),
+    "median": ("grace", "min_samples"),
+}
+"""Keys of `scheduler` that each type reads."""
+
+
 class Search(Section):
     type: Literal["grid", "random", "optuna"] = "grid"
     """`optuna`: TPE draws each point from what the points before it reached."""
@@ -29,13 +38,19 @@ class Search(Section):
 
 
 class Scheduler(Section):
-    type: Literal["none", "asha"] = "none"
+    type: Literal["none", "asha", "hyperband", "median"] = "none"
+    """`hyperband`: ASHA with several `brackets`. `median` stops a trial whose best report is worse than the
+    median of the others' mean reports so far."""
     grace: PositiveInt = 1
-    """`asha`: reports of a trial before it may be stopped."""
+    """Reports of a trial before it may be stopped."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """`asha`: one of so many goes on at each rung."""
+    """`asha`, `hyperband`: one of so many goes on at each rung."""
     longest: PositiveInt = 100
-    """`asha`: the number of reports at which comparing ends; a trial that got there runs to its end."""
+    """`asha`, `hyperband`: number of reports at which comparing ends; who got there runs to the end."""
+    brackets: Annotated[int, Field(ge=2)] = 3
+    """`hyperband`: so many ways to begin: bracket s compares from report grace * reduction^s on."""
+    min_samples: PositiveInt = 3
+    """`median`: so many other trials must have come as far before one is stopped."""
 
 
 class Failures(Section):
@@ -45,6 +60,9 @@ class Failures(Section):
 class Budget(Section):
     hours: PositiveFloat | None = None
     """No trial starts, and those that run are stopped, after so many hours of wall time."""
+    gpu_hours: PositiveFloat | None = None
+    """The same once running trials have held GPUs for so long: GPUs of each placement times wall time, over all
+    processes that have worked on the sweep."""
 
 
 class SweepFile(Section):
@@ -65,15 +83,30 @@ class SweepFile(Section):
     seeds: tuple[NonNegativeInt, ...] = (0,)
     search: Search = Search()
     scheduler: Scheduler = Scheduler()
-    metric: str = "eval/pass_at_1"
-    """Of the final evaluation's summary (and of metrics.jsonl, for `asha`)."""
-    mode: Literal["max", "min"] = "max"
+    metric: str | tuple[str, ...] = "eval/pass_at_1"
+    """Of the final evaluation's summary (and of metrics.jsonl, for a scheduler). Several: the result is a
+    Pareto front."""
+    mode: Literal["max", "min"] | tuple[Literal["max", "min"], ...] = "max"
+    """Of each metric."""
     trials: PositiveInt | None = None
     """`random`, `optuna`: points to draw."""
     max_concurrent: PositiveInt | None = None
     """None: as many as the cluster holds."""
     failures: Failures = Failures()
     budget: Budget = Budget()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (self.metric,) if isinstance(self.metric, str) else self.metric
+
+    @property
+    def modes(self) -> tuple[Literal["max", "min"], ...]:
+        return (self.mode,) if isinstance(self.mode, str) else self.mode
+
+    def by_metric(self) -> list[SweepFile]:
+        """The sweep as each of its metrics alone sees it."""
+        pairs = zip(self.metrics, self.modes, strict=True)
+        return [self.model_copy(update={"metric": metric, "mode": mode}) for metric, mode in pairs]
 
 
 @dataclass(frozen=True)
@@ -190,10 +223,7 @@ def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
         problems.append(f"{document.origin('seeds')}: seeds={list(sweep.seeds)}: must be different numbers")
     if sweep.search.type != "grid" and sweep.trials is None:
         problems.append(f"{document.origin('search')}: search.type={sweep.search.type}: needs trials: N")
-    asha = sweep.scheduler
-    if asha.type == "asha" and asha.grace > asha.longest:
-        place = document.origin("scheduler.grace")
-        problems.append(f"{place}: scheduler.grace={asha.grace}: must be at most longest={asha.longest}")
+    problems += [*_metric_problems(document, sweep), *_scheduler_problems(document, sweep.scheduler)]
     for key, value in sweep.space.items():
         place = document.origin(f"space.{key}")
         try:
@@ -209,6 +239,44 @@ def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
             if condition == key or condition not in keys:
                 problems.append(f"{place}: space.{key}: when {condition}: is no other axis or override")
     return problems or _circles(document, sweep)
+
+
+def _metric_problems(document: Document, sweep: SweepFile) -> list[str]:
+    names, kind = sweep.metrics, sweep.scheduler.type
+    if isinstance(sweep.metric, tuple) and (len(names) < 2 or len(set(names)) < len(names)):
+        return [
+            f"{document.origin('metric')}: metric={list(names)}: a list must have two different names or more"
+        ]
+    if isinstance(sweep.metric, str) != isinstance(sweep.mode, str) or len(names) != len(sweep.modes):
+        told = f"metric={_listed(sweep.metric)}, mode={_listed(sweep.mode)}"
+        return [f"{document.origin('mode')}: {told}: give each metric its mode, such as mode: [max, min]"]
+    if len(names) > 1 and kind != "none":
+        said = f"scheduler.type={kind}: compares trials by one metric, but metric={list(names)}"
+        return [f"{document.origin('scheduler')}: {said}; name one, or take scheduler.type=none"]
+    return []
+
+
+def _listed(value: str | tuple[str, ...]) -> str | list[str]:
+    return value if isinstance(value, str) else list(value)
+
+
+def _scheduler_problems(document: Document, settings: Scheduler) -> list[str]:
+    read, problems = SCHEDULER_KEYS[settings.type], []
+    for key in document.data.get("scheduler") or {}:
+        if key != "type" and key not in read:
+            reads = f"has the keys {', '.join(read)}" if read else "has no keys"
+            place = document.origin(f"scheduler.{key}")
+            problems.append(f"{place}: scheduler.{key}: type={settings.type} {reads}; take it out")
+    if settings.type in ("asha", "hyperband"):
+        last = settings.brackets - 1 if settings.type == "hyperband" else 0
+        first = settings.grace * settings.reduction**last
+        if first > settings.longest:
+            begins = f", and grace * reduction^{last} reports, where bracket {last} begins," if last else ""
+            problems.append(
+                f"{document.origin('scheduler.grace')}: scheduler.grace={settings.grace}: it{begins} "
+                f"must be at most longest={settings.longest}"
+            )
+    return problems
 
 
 def _circles(document: Document, sweep: SweepFile) -> list[str]:

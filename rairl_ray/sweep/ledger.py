@@ -23,7 +23,7 @@ from rairl_ray.tracking import Status, Told, Tracker
 
 LEDGER = "ledger"
 PARENT = "mlflow.parentRunId"
-RESULTS = ("table.csv", "best.yaml", "summary.json")
+RESULTS = ("table.csv", "best*.yaml", "summary.json")
 
 
 class Ledger:
@@ -63,12 +63,13 @@ class Ledger:
         folder = sweep_folder(self._file)
         with suppress(OSError, ValueError):
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            values = {k: v for k, v in summary["best"].items() if "/" in k and isinstance(v, int | float)}
+            best = summary.get("best", {})  # a Pareto front has no single one
+            values = {k: v for k, v in best.items() if "/" in k and isinstance(v, int | float)}
             states = {f"trials/{state}": summary["states"].get(state, 0) for state in STATES}
             self._tracker.log(values | states, step=0)
-        for name in RESULTS:
+        for path in (path for name in RESULTS for path in sorted(folder.glob(name))):
             with suppress(OSError):
-                self._tracker.log_text(name, (folder / name).read_text(encoding="utf-8"))
+                self._tracker.log_text(path.name, path.read_text(encoding="utf-8"))
 
     def _start(self) -> None:
         try:

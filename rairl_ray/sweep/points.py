@@ -146,11 +146,13 @@ def misfits(sweep: SweepFile, config: RunConfig) -> list[str]:
     found = []
     if not config.eval.at_end:
         found.append("eval.at_end=false: a sweep compares final evaluations; set eval.at_end=true")
-    if sweep.scheduler.type == "asha" and not config.eval.every:
-        found.append("eval.every=0: scheduler.type=asha compares evaluations during a run; set eval.every")
-    size = sweep.metric.removeprefix(EVAL_PASS_AT.format(k=""))
-    if size != sweep.metric and size.isdecimal() and int(size) not in {1, *config.eval.k}:
-        found.append(f"metric={sweep.metric}: eval.k={list(config.eval.k)} lacks {size}; add it")
+    kind = sweep.scheduler.type
+    if kind != "none" and not config.eval.every:
+        found.append(f"eval.every=0: scheduler.type={kind} compares evaluations during a run; set eval.every")
+    for metric in sweep.metrics:
+        size = metric.removeprefix(EVAL_PASS_AT.format(k=""))
+        if size != metric and size.isdecimal() and int(size) not in {1, *config.eval.k}:
+            found.append(f"metric={metric}: eval.k={list(config.eval.k)} lacks {size}; add it")
     return found
 
 
@@ -287,5 +289,5 @@ def drawn_file(sweep: SweepFile) -> Path:
 
 
 def stop_mark(sweep: SweepFile, name: str) -> Path:
-    """The file that says that ASHA stopped a trial."""
+    """The file that says that a scheduler stopped a trial."""
     return sweep_folder(sweep) / "stopped" / name

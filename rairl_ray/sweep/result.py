@@ -64,42 +64,70 @@ def last_line(file: Path) -> str:
 def conclude(file: SweepFile, planned: Sequence[Trial], display: Display) -> int:
     """Write table.csv, summary.json and best.yaml from the trials' own folders; 1 where some did not end.
 
+    With several metrics the best trials are a Pareto front, and best-1.yaml, best-2.yaml, ... its members.
     Raises RunFailure where no finished trial has the metric.
     """
     folder = sweep_folder(file)
     rows = [_row(file, item) for item in planned]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as output:
-        writer = csv.DictWriter(output, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    sign = 1 if file.mode == "max" else -1
-
-    def merit(row: dict[str, Any]) -> float:
-        value = row.get(file.metric, math.nan)
-        return sign * value if math.isfinite(value) else -math.inf
-
-    best = max(rows, key=merit, default={})
-    if merit(best) == -math.inf:
+    merits = [_merits(file, row) for row in rows]
+    known = [number for number, merit in enumerate(merits) if merit is not None]
+    known.sort(key=lambda number: merits[number] or (), reverse=True)
+    best = known[:1]
+    if len(file.metrics) > 1:
+        best = [known[place] for place in front([merits[number] or () for number in known])]
+        rows = [row | {"front": number in best} for number, row in enumerate(rows)]
+    _write_table(folder / "table.csv", rows)
+    if not best:
         raise RunFailure(_without_best(file, rows))
     states = Counter(row["state"] for row in rows)
-    summary = {"metric": file.metric, "trials": len(rows), "states": dict(states), "best": best}
+    summary: dict[str, Any] = {"metric": file.metric, "trials": len(rows), "states": states}
+    names = ["best.yaml"] if len(file.metrics) == 1 else [f"best-{n}.yaml" for n in range(1, len(best) + 1)]
+    found = [rows[number] for number in best]
+    summary |= {"best": found[0]} if len(file.metrics) == 1 else {"front": found}
     write_atomic(folder / "summary.json", json_text(summary, indent=1) + "\n")
-    config = planned[rows.index(best)].config.model_copy(update={"name": f"{file.name}-best"})
-    write_atomic(folder / "best.yaml", dump_yaml(config))
-    if lacking := sum(row["state"] == FINISHED and merit(row) == -math.inf for row in rows):
-        display.note(f"{lacking} finished trials have no {file.metric}")
-    ordered = sorted(rows, key=merit, reverse=True)
+    for old in folder.glob("best*.yaml"):
+        old.unlink()
+    for name, number in zip(names, best, strict=True):
+        config = planned[number].config.model_copy(update={"name": f"{file.name}-{name.removesuffix('.yaml')}"})
+        write_atomic(folder / name, dump_yaml(config))
+    if lacking := sum(row["state"] == FINISHED for row in rows) - len(known):
+        display.note(f"{lacking} finished trials have no {' or no '.join(file.metrics)}")
+    ordered = [rows[number] for number in known] + [r for n, r in enumerate(rows) if n not in known]
     title = f"{file.name}, the best {SHOWN_ROWS} of {len(rows)}" if len(rows) > SHOWN_ROWS else file.name
-    display.table(title, ordered[:SHOWN_ROWS], ["trial", "state", file.metric])
-    display.finish(
-        [
-            f"table: {folder / 'table.csv'}",
-            f"best: {best['trial']}, as an experiment file: {folder / 'best.yaml'}",
-            f"figures: python launch.py report {folder}",
-        ]
-    )
+    display.table(title, ordered[:SHOWN_ROWS], ["trial", "state", *file.metrics])
+    what = "best" if len(file.metrics) == 1 else "Pareto front"
+    told = [
+        f"{what}: {row['trial']}, as an experiment file: {folder / name}"
+        for row, name in zip(found, names, strict=True)
+    ]
+    figures = f"figures: python launch.py report {folder}"
+    display.finish([f"table: {folder / 'table.csv'}", *told[:SHOWN_ROWS], figures])
     return 0 if all(row["state"] in DONE for row in rows) else 1
+
+
+def front(points: Sequence[Sequence[float]]) -> list[int]:
+    """Indices of the points that no other one reaches everywhere and passes somewhere; larger is better."""
+    return [
+        number
+        for number, point in enumerate(points)
+        if not any(
+            other != point and all(x >= y for x, y in zip(other, point, strict=True)) for other in points
+        )
+    ]
+
+
+def _merits(file: SweepFile, row: dict[str, Any]) -> tuple[float, ...] | None:
+    """The row's metrics, larger being better; None where it lacks one."""
+    signs = [1 if mode == "max" else -1 for mode in file.modes]
+    found = tuple(s * row.get(metric, math.nan) for metric, s in zip(file.metrics, signs, strict=True))
+    return found if all(map(math.isfinite, found)) else None
+
+
+def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as output:
+        writer = csv.DictWriter(output, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _row(file: SweepFile, item: Trial) -> dict[str, Any]:
@@ -119,4 +147,5 @@ def _without_best(file: SweepFile, rows: Sequence[dict[str, Any]]) -> str:
         for key, value in row.items()
         if "/" in key and isinstance(value, float) and math.isfinite(value)
     )
-    return f"{folder}: metric={file.metric}: no finished trial has it; there are {', '.join(there) or 'none'}"
+    asked = " and ".join(file.metrics)
+    return f"{folder}: metric={asked}: no finished trial has it; there are {', '.join(there) or 'none'}"

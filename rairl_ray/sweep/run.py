@@ -1,7 +1,7 @@
 """`launch.py sweep`: Ray Tune over the trials of a sweep file, resumable, with a table at its end.
 
-A resume gives Tune the trials that are neither finished nor stopped early. ASHA compares them among themselves:
-its rungs are not restored. Optuna draws further points after them (`search.py`).
+A resume gives Tune the trials that are neither finished nor stopped early. A scheduler compares them among
+themselves: its reports are not restored. Optuna draws further points after them (`search.py`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from rairl_ray.actors.placement import room
 from rairl_ray.config.load import load_config
-from rairl_ray.config.schema import RunConfig
 from rairl_ray.display import Display
 from rairl_ray.errors import ConfigError, ResumeError, RunFailure
 from rairl_ray.files import write_atomic
 from rairl_ray.runfolder import RunFolder
+from rairl_ray.sweep.budget import GpuMeter
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.ledger import Ledger, below
 from rairl_ray.sweep.points import (
@@ -32,7 +31,6 @@ from rairl_ray.sweep.points import (
     drawn_file,
     examples,
     started_with,
-    stop_mark,
     sweep_folder,
     to_draw,
     trial_folder,
@@ -41,10 +39,11 @@ from rairl_ray.sweep.points import (
     warm_start,
 )
 from rairl_ray.sweep.result import DONE, conclude, last_line, state_of, trial_state
+from rairl_ray.sweep.schedulers import id_of, scheduler_of
 from rairl_ray.sweep.search import Points
 from rairl_ray.sweep.status import SweepDisplay
 from rairl_ray.sweep.stopping import WHOLE, forget_requests, listening, stop_request
-from rairl_ray.sweep.supervise import ENDED, run_trial
+from rairl_ray.sweep.supervise import run_trial
 from rairl_ray.trainer.parts import cluster, place
 from rairl_ray.trainer.run import made_by, train, with_warm_start
 from rairl_ray.trainer.session import resumable
@@ -114,7 +113,9 @@ def _run(
 ) -> None:
     """Args: samples: trials that tell the size of all, and their warm starts."""
     with cluster(samples[0].config), listening(file, display):
-        most = _room(samples[0].config)
+        placement = place(samples[0].config)
+        GpuMeter(file).check(placement)
+        most = max(1, room(placement, ray.cluster_resources()))
         concurrent = min(file.max_concurrent or most, most)
         count = len(left) + to_draw(file)
         display.note(f"{count} trials to run, {concurrent} at once (the cluster holds {most})")
@@ -151,11 +152,6 @@ def _refuse_other_sweep(file: SweepFile, folder: Path, resume: bool) -> None:
             raise ResumeError(f"--resume: the file contradicts the sweep in {', '.join(changed)}; rename it")
 
 
-def _room(config: RunConfig) -> int:
-    """How many such runs the idle cluster holds at once. Raises PlacementError for none."""
-    return max(1, room(place(config), ray.cluster_resources()))
-
-
 def _refuse_other_run(file: SweepFile, item: Trial) -> None:
     """A base that was edited since would mix experiments. Raises ResumeError with every differing key."""
     folder = trial_folder(file, item.id)
@@ -176,78 +172,64 @@ def train_warm_start(file: SweepFile, item: Trial, display: Display) -> None:
             raise KeyboardInterrupt
 
 
-class Asha(ASHAScheduler):
-    """Tune's ASHA; what it stops is marked in the sweep folder, so that no resume trains it on."""
-
-    def __init__(self, file: SweepFile) -> None:
-        settings = file.scheduler
-        super().__init__(
-            grace_period=settings.grace,
-            reduction_factor=settings.reduction,
-            max_t=settings.longest,
-            stop_last_trials=False,
-        )
-        self._file = file
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        action = super().on_trial_result(tune_controller, trial, result)
-        if action == TrialScheduler.STOP and result.get("step") != ENDED:
-            mark = stop_mark(self._file, _id(trial))
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
-        return str(action)
-
-
 class Progress(tune.Callback):
     """Tells when a trial ends. An error here would end the sweep: it takes whatever Tune knows of a trial."""
 
     def __init__(self, file: SweepFile, total: int, display: Display | None) -> None:
         self._file, self._total, self._display, self._done = file, total, display, 0
         self.running: set[str] = set()
+        self.meter = GpuMeter(file)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune keeps its callbacks on disk; a terminal cannot be kept."""
         return {**self.__dict__, "_display": None}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.running.add(_id(trial))
+        self.running.add(id_of(trial))
+        self.meter.starts(id_of(trial), trial.config["spec"]["gpus"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.running.discard(_id(trial))
-        if any(stop_request(self._file, name).exists() for name in (WHOLE, _id(trial))):
-            self._note(f"{_id(trial)}: stopped; --resume goes on with it")
+        self._ended(trial)
+        if any(stop_request(self._file, name).exists() for name in (WHOLE, id_of(trial))):
+            self.note(f"{id_of(trial)}: stopped; --resume goes on with it")
             return
-        if state_of(self._file, _id(trial)) not in DONE:
-            self._note(f"{_id(trial)}: failed; {last_line(trial_log(self._file, _id(trial)))}")
+        if state_of(self._file, id_of(trial)) not in DONE:
+            self.note(f"{id_of(trial)}: failed; {last_line(trial_log(self._file, id_of(trial)))}")
             return
         self._done += 1
-        value = (trial.last_result or {}).get(self._file.metric, math.nan)
-        self._note(f"{self._done}/{self._total} {_id(trial)}: {self._file.metric}={value:.4f}")
+        last = trial.last_result or {}
+        values = ", ".join(f"{metric}={last.get(metric, math.nan):.4f}" for metric in self._file.metrics)
+        self.note(f"{self._done}/{self._total} {id_of(trial)}: {values}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.running.discard(_id(trial))
-        self._note(f"{_id(trial)}: lost; the worker that watched it died more than {LOST_WORKERS} times")
+        self._ended(trial)
+        self.note(f"{id_of(trial)}: lost; the worker that watched it died more than {LOST_WORKERS} times")
 
-    def _note(self, text: str) -> None:
+    def _ended(self, trial: Any) -> None:
+        self.running.discard(id_of(trial))
+        self.meter.ends(id_of(trial))
+
+    def note(self, text: str) -> None:
         if self._display is not None:
             self._display.note(text)
 
 
 class Halt(tune.Stopper):
-    """Ends a sweep that was asked to stop once the trials that ran have left; no other one starts."""
+    """Ends a sweep that was asked to stop once the trials that ran have left, or whose GPU hours are spent."""
 
     def __init__(self, file: SweepFile, progress: Progress) -> None:
-        self._file, self._progress = file, progress
+        self._file, self._progress, self._spent = file, progress, False
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return stop_request(self._file).exists() and not self._progress.running
-
-
-def _id(trial: Any) -> str:
-    return Path(trial.config["spec"]["folder"]).name
+        if self._progress.meter.exhausted and not self._spent:
+            self._spent = True
+            self._progress.meter.save()
+            spent = f"budget.gpu_hours={self._file.budget.gpu_hours:g} is spent"
+            self._progress.note(f"{spent}: trials that run are stopped; --resume with a larger one goes on")
+        return self._spent or (stop_request(self._file).exists() and not self._progress.running)
 
 
 def _tune(
@@ -267,11 +249,11 @@ def _tune(
         trainable,
         param_space={} if searched else {"spec": tune.grid_search([spec(item) for item in left])},
         tune_config=tune.TuneConfig(
-            metric=file.metric,
-            mode=file.mode,
+            metric=file.metrics[0] if len(file.metrics) == 1 else None,
+            mode=file.modes[0] if len(file.metrics) == 1 else None,
             search_alg=Points(file, left, spec) if searched else None,
             num_samples=total if searched else 1,
-            scheduler=Asha(file) if file.scheduler.type == "asha" else None,
+            scheduler=scheduler_of(file),
             max_concurrent_trials=concurrent,
             time_budget_s=None if hours is None else hours * 3600,
         ),
@@ -295,7 +277,8 @@ def _spec(file: SweepFile, parent: str | None, item: Trial) -> dict[str, Any]:
         "log": str(trial_log(file, item.id)),
         "base": file.base,
         "overrides": [*started_with(file, item), below(file, item, parent)],
-        "metric": file.metric,
+        "metrics": list(file.metrics),
+        "gpus": place(item.config).total("GPU") if file.budget.gpu_hours else 0.0,
         "cwd": os.getcwd(),
         "failures": file.failures.max_per_trial,
         "stops": [str(stop_request(file)), str(stop_request(file, item.id))],

@@ -40,7 +40,7 @@ class Points(Searcher):
 
     def __init__(self, file: SweepFile, left: Sequence[Trial], spec: Callable[[Trial], dict[str, Any]]) -> None:
         """Args: left: trials of earlier draws that are to run first; spec: what a trial's process needs."""
-        super().__init__(metric=file.metric, mode=file.mode)
+        super().__init__(metric=_one_or_list(file.metrics), mode=_one_or_list(file.modes))
         self._file, self._spec, self._waiting = file, spec, deque(left)
         self._axes = axes(file)
         self._drawn = drawn(file)
@@ -53,8 +53,8 @@ class Points(Searcher):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._search = OptunaSearch(
             space=self._suggested,
-            metric=file.metric,
-            mode=file.mode,
+            metric=_one_or_list(file.metrics),
+            mode=_one_or_list(file.modes),
             points_to_evaluate=[self._encoded(row.values) for row in self._drawn],
             sampler=KeyedTpe(file.search.seed),
         )
@@ -126,8 +126,7 @@ class Points(Searcher):
         value, error = None, row.refused == REPEAT
         if row.refused is None:
             value, error = reached(self._file, self._points[number])
-        result = None if value is None else {self._file.metric: value}
-        self._search.on_trial_complete(str(number), result, error)
+        self._search.on_trial_complete(str(number), value, error)
 
     def _suggested(self, study_trial: Any) -> None:
         """Optuna's define-by-run function: asks for an axis only where its condition holds."""
@@ -142,16 +141,24 @@ class Points(Searcher):
         return {a.key: json.loads(found[a.key]) if a.kind in LISTS else found[a.key] for a in counting}
 
 
-def reached(file: SweepFile, point: Sequence[Trial]) -> tuple[float | None, bool]:
-    """The mean of the metric over a point's trials; (None, whether it failed) where one has no value."""
+def reached(file: SweepFile, point: Sequence[Trial]) -> tuple[dict[str, float] | None, bool]:
+    """The mean of each metric over a point's trials; (None, whether it failed) where one has no value."""
     states = {trial_state(file, item) for item in point}
     if STOPPED in states:
         return None, False
     if states != {FINISHED}:
         return None, True
-    values = [final_values(RunFolder(trial_folder(file, item.id))).get(file.metric, math.nan) for item in point]
-    mean = math.fsum(values) / len(values)
-    return (mean, False) if math.isfinite(mean) else (None, True)
+    found = [final_values(RunFolder(trial_folder(file, item.id))) for item in point]
+    means = {
+        metric: math.fsum(values.get(metric, math.nan) for values in found) / len(found)
+        for metric in file.metrics
+    }
+    return (means, False) if all(map(math.isfinite, means.values())) else (None, True)
+
+
+def _one_or_list(names: Sequence[str]) -> Any:
+    """As Tune and Optuna want it."""
+    return names[0] if len(names) == 1 else list(names)
 
 
 def _asked(study_trial: Any, axis: Axis) -> Any:

@@ -98,10 +98,11 @@ def _seen(file: SweepFile, name: str, runs: bool) -> Seen:
     if state == NOT_STARTED:
         return Seen(name, state)
     rows = _last_rows(folder.metrics)
-    values = [row[file.metric] for row in rows if isinstance(row.get(file.metric), int | float)]
+    metric = file.metrics[0]
+    values = [row[metric] for row in rows if isinstance(row.get(metric), int | float)]
     value = values[-1] if values else math.nan
     if state == FINISHED:
-        value = final_values(folder).get(file.metric, math.nan)
+        value = final_values(folder).get(metric, math.nan)
     step = int(rows[-1]["step"]) if rows else None
     if state not in (RUNNING, STOPPING):
         return Seen(name, state, step, None, value)
@@ -157,13 +158,13 @@ def headline(file: SweepFile, seen: Sequence[Seen]) -> str:
 
 def blocks(file: SweepFile, seen: Sequence[Seen]) -> list[Block]:
     """All trials where they are few; else those that run, the best ones, and those that failed."""
-    metric = file.metric
+    metric = file.metrics[0]
     columns = ["trial", "state", "step", metric, "ETA"]
     known = [item for item in seen if math.isfinite(item.value)]
-    best = sorted(known, key=lambda item: item.value, reverse=file.mode == "max")
+    best = sorted(known, key=lambda item: item.value, reverse=file.modes[0] == "max")
     if len(seen) <= FEW:
         top = f"; best so far: {best[0].trial} {best[0].value:.4g}" if best else ""
-        return [Block(f"{metric}, {file.mode}{top}", [_row(item, metric) for item in seen], columns)]
+        return [Block(f"{metric}, {file.modes[0]}{top}", [_row(item, metric) for item in seen], columns)]
     run = [item for item in seen if item.state in (RUNNING, STOPPING, STARTING)]
     failed = [item for item in seen if item.state == FAILED]
     said = {item.trial: last_line(trial_log(file, item.trial)) for item in failed[:FAILURES]}

@@ -34,12 +34,14 @@ ASKED_SECONDS = 1800.0
 """The same for one that a person stops: the step is finished first."""
 ENDED = -1
 """`step` of a trial's last report, which holds its final evaluation."""
+REPORT = "report"
+"""Number of the report, counted over the whole run whatever process made it; the last one has none."""
 _PR_SET_PDEATHSIG = 1
 _KEPT = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
 
 
 def run_trial(spec: dict[str, Any]) -> None:
-    """Tune's function trainable. `spec`: folder, log, base, overrides, metric, cwd, stops, failures.
+    """Tune's function trainable. `spec`: folder, log, base, overrides, metrics, cwd, stops, failures.
 
     A run that fails is started again `failures` times and goes on from its newest checkpoint; after that the
     trial ends without a final evaluation. Tune sees a failure only where it loses the worker that does this, or
@@ -54,7 +56,7 @@ def run_trial(spec: dict[str, Any]) -> None:
         if _drained() and not _asked(spec):
             raise Drained([ray.get_runtime_context().get_node_id()], len(folder.read_metrics()))
     values = final_values(folder) if finished(folder) else {}
-    tune.report({spec["metric"]: math.nan, **values, "step": ENDED})
+    tune.report({**dict.fromkeys(spec["metrics"], math.nan), **values, "step": ENDED})
 
 
 def _run(spec: dict[str, Any], folder: RunFolder) -> int:
@@ -67,9 +69,8 @@ def _run(spec: dict[str, Any], folder: RunFolder) -> int:
             env=_environment(), preexec_fn=_end_with_parent,
         )  # fmt: skip
         try:
-            for row in _rows(folder, process, spec):
-                if spec["metric"] in row:
-                    tune.report({spec["metric"]: row[spec["metric"]], "step": row["step"]})
+            for report in _reports(folder, process, spec):
+                tune.report(report)
         finally:
             _end(process, ASKED_SECONDS if _asked(spec) or _drained() else STOP_SECONDS)
     return process.returncode
@@ -106,15 +107,21 @@ def _asked(spec: dict[str, Any]) -> bool:
     return any(Path(stop).exists() for stop in spec["stops"])
 
 
-def _rows(
+def _reports(
     folder: RunFolder, process: subprocess.Popen[bytes], spec: dict[str, Any]
 ) -> Iterator[dict[str, float]]:
-    """New rows of metrics.jsonl while the run is on and nobody asks for its end."""
-    seen = len(folder.read_metrics())
+    """The first metric in new rows of metrics.jsonl while the run is on and nobody asks for its end."""
+    metric, seen = spec["metrics"][0], len(folder.read_metrics())
     while True:
         ended = process.poll() is not None
         rows = folder.read_metrics()
-        yield from rows[seen:]
+        # A run that went back to a checkpoint makes the rows after it again.
+        seen = min(seen, len(rows))
+        number = sum(metric in row for row in rows[:seen])
+        for row in rows[seen:]:
+            if metric in row:
+                number += 1
+                yield {metric: row[metric], "step": row["step"], REPORT: number}
         seen = len(rows)
         if ended or _asked(spec) or _drained():
             return
