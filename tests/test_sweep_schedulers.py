@@ -121,6 +121,7 @@ def test_reports_are_counted_over_the_whole_run(tmp_path: Path, monkeypatch: pyt
         "metrics": ["m"],
         "cwd": str(ROOT),
         "stops": [],
+        "failures": 0,
     }
     supervise.run_trial(spec)
     *reports, last = heard

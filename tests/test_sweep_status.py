@@ -229,7 +229,13 @@ def test_a_watched_run_saves_and_leaves_when_asked(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(supervise, "_command", lambda spec, folder: [sys.executable, "-c", code])
     monkeypatch.setattr(supervise.tune, "report", reports.append)
     monkeypatch.setattr(supervise, "POLL_SECONDS", 0.05)
-    spec = {"folder": str(folder), "log": str(tmp_path / "log"), "metric": "m", "cwd": str(ROOT), "failures": 2}
+    spec: dict[str, Any] = {
+        "folder": str(folder),
+        "log": str(tmp_path / "log"),
+        "metrics": ["m"],
+        "cwd": str(ROOT),
+    }
+    spec |= {"failures": 2, "stops": [str(request)]}
 
     def ask() -> None:
         while not (folder / "on").exists():
@@ -238,12 +244,12 @@ def test_a_watched_run_saves_and_leaves_when_asked(tmp_path: Path, monkeypatch: 
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    supervise.run_trial(spec | {"stops": [str(request)]})
+    supervise.run_trial(spec)
     asking.join()
     assert (folder / "saved").exists() and [report["step"] for report in reports] == [supervise.ENDED]
     # one that is to start only now does not
     (folder / "saved").unlink()
-    supervise.run_trial(spec | {"stops": [str(request)]})
+    supervise.run_trial(spec)
     assert not (folder / "saved").exists() and len(reports) == 2
 
 
