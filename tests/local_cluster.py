@@ -17,14 +17,13 @@ import psutil
 from tests.runs import ROOT
 
 DRAIN = """
-import subprocess, sys, ray
+import sys, time, ray
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
 nodes = sorted(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU"))
-options = {"address": sys.argv[1], "node-id": nodes[int(sys.argv[2])], "reason-message": "spot",
-           "reason": "DRAIN_NODE_REASON_PREEMPTION", "deadline-remaining-seconds": "60"}
-sys.argv = ["ray", "drain-node", *(f"--{name}={value}" for name, value in options.items())]
-from ray.scripts.scripts import main
-main()
+reason, deadline = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), int((time.time() + 60) * 1000)
+client = ray._raylet.GcsClient(address=sys.argv[1])
+assert client.drain_node(nodes[int(sys.argv[2])], reason, "spot", deadline)[0]
 """
 SCRIPT = str(ROOT / "cluster" / "local.sh")
 

@@ -7,6 +7,7 @@ themselves: its reports are not restored. Optuna draws further points after them
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -201,6 +202,9 @@ class Progress(tune.Callback):
         values = ", ".join(f"{metric}={last.get(metric, math.nan):.4f}" for metric in self._file.metrics)
         self.note(f"{self._done}/{self._total} {id_of(trial)}: {values}")
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.note(f"{id_of(trial)}: lost its worker, mostly with its node; goes on from its newest checkpoint")
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ended(trial)
         self.note(f"{id_of(trial)}: lost; the worker that watched it died more than {LOST_WORKERS} times")
@@ -240,6 +244,9 @@ def _tune(
     total = len(left) + to_draw(file)
     spec = functools.partial(_spec, file, parent)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray.tune").setLevel(
+        logging.CRITICAL
+    )  # pages about a worker that was lost: `Progress` says it
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours lets trials save
     # A trial's own process only watches. Tune takes no empty request, and a byte of memory is in nobody's way.
     trainable = tune.with_resources(_trainable, tune.PlacementGroupFactory([{"memory": 1}]))
