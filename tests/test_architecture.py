@@ -36,7 +36,9 @@ SOLE_IMPORTERS = {
         "rairl_ray.engines.weight_transfer_vllm",
     },
     "mlflow": {"rairl_ray.mlflow_run"},
-    "ray.tune": {f"rairl_ray.sweep.{module}" for module in ("run", "schedulers", "search", "supervise")},
+    "ray.tune": {
+        f"rairl_ray.sweep.{module}" for module in ("population", "run", "schedulers", "search", "supervise")
+    },
     "optuna": {"rairl_ray.sweep.search"},
 }
 FORBIDDEN = {

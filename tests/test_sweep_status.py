@@ -229,7 +229,7 @@ def test_a_watched_run_saves_and_leaves_when_asked(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(supervise, "_command", lambda spec, folder: [sys.executable, "-c", code])
     monkeypatch.setattr(supervise.tune, "report", reports.append)
     monkeypatch.setattr(supervise, "POLL_SECONDS", 0.05)
-    spec = {"folder": str(folder), "log": str(tmp_path / "log"), "metric": "m", "cwd": str(ROOT)}
+    spec = {"folder": str(folder), "log": str(tmp_path / "log"), "metrics": ["m"], "cwd": str(ROOT)}
 
     def ask() -> None:
         while not (folder / "on").exists():

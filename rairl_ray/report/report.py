@@ -22,6 +22,7 @@ from rairl_ray.report import (
     front,
     heatmap,
     learning,
+    lineage,
     localisation,
     overview,
     reranking,
@@ -124,6 +125,8 @@ def _sweep_plan(sweep: Sweep) -> Plan:
             (axes, "Effect of each axis", partial(sweeps.effect_parts, seen)),
             (axes, "All points", partial(coordinates.parallel_coordinates, seen)),
         ]
+    if sweep.file.scheduler.type == "pbt":
+        plan += [("Lineage", "Who went on as whose fork", lambda: lineage.lineage_parts(sweep))]
     return [*plan, ("Cost", "Cost of each trial", lambda: sweeps.cost_parts(sweep))]
 
 

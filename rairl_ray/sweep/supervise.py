@@ -2,8 +2,8 @@
 
 The run joins the sweep's cluster and reserves its own placement group; Tune decides when it starts and whether
 it is stopped early. Its folder is the truth: a finished one is not run again, an interrupted one resumes from
-its own newest checkpoint, whatever Tune's snapshot remembers. The log lies outside that folder, which the run
-itself makes.
+its own newest checkpoint, whatever Tune's snapshot remembers, and a population's member (population.py) goes
+on in its newest fork. The log lies outside that folder, which the run itself makes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import ray
 from ray import tune
 
 from rairl_ray.runfolder import RunFolder
-from rairl_ray.sweep.points import override
+from rairl_ray.sweep.points import newest_run, override
 from rairl_ray.sweep.result import final_values, finished, last_line
 
 POLL_SECONDS = 1.0
@@ -48,37 +48,45 @@ def run_trial(spec: dict[str, Any]) -> None:
     Raises:
         RuntimeError: the run failed (the last line that it printed).
     """
-    folder = RunFolder(spec["folder"])
-    if not finished(folder) and not _asked(spec):
-        log = Path(spec["log"])
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as output:
-            process = subprocess.Popen(
-                _command(spec, folder), cwd=spec["cwd"], stdout=output, stderr=subprocess.STDOUT,
-                env=_environment(), preexec_fn=_end_with_parent,
-            )  # fmt: skip
-            try:
-                for report in _reports(folder, process, spec):
-                    tune.report(report)
-            finally:
-                _end(process, ASKED_SECONDS if _asked(spec) else STOP_SECONDS)
-        if process.returncode and not _asked(spec):
-            raise RuntimeError(f"exit code {process.returncode}: {last_line(log)}")
+    folder = _newest(spec)
+    while not finished(folder) and not _asked(spec):
+        failed = _watched(folder, spec)
+        before, folder = folder, _newest(spec)
+        if folder.root == before.root:
+            if failed is not None and not _asked(spec):
+                raise RuntimeError(failed)
+            break
     values = final_values(folder) if finished(folder) else {}
     tune.report({**dict.fromkeys(spec["metrics"], math.nan), **values, "step": ENDED})
 
 
+def _newest(spec: dict[str, Any]) -> RunFolder:
+    """Where the run goes on; another folder once a population has made a fork for it."""
+    return RunFolder(newest_run(Path(spec["folder"])))
+
+
+def _watched(folder: RunFolder, spec: dict[str, Any]) -> str | None:
+    """Run it and report, until it ends or is ended; why it failed, if it did."""
+    log = Path(spec["log"])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            _command(spec, folder), cwd=spec["cwd"], stdout=output, stderr=subprocess.STDOUT,
+            env=_environment(), preexec_fn=_end_with_parent,
+        )  # fmt: skip
+        try:
+            for report in _reports(folder, process, spec):
+                tune.report(report)
+        finally:
+            _end(process, ASKED_SECONDS if _asked(spec) else STOP_SECONDS)
+    return f"exit code {process.returncode}: {last_line(log)}" if process.returncode else None
+
+
 def _command(spec: dict[str, Any], folder: RunFolder) -> list[str]:
-    address = ray.get_runtime_context().gcs_address
-    command = [
-        sys.executable,
-        "-m",
-        "launch",
-        "train",
-        spec["base"],
-        *spec["overrides"],
-        override("cluster.address", address),
-    ]
+    address = override("cluster.address", ray.get_runtime_context().gcs_address)
+    fork = folder.root != Path(spec["folder"]).absolute()
+    words = [str(folder.config)] if fork else [spec["base"], *spec["overrides"]]
+    command = [sys.executable, "-m", "launch", "train", *words, address]
     return [*command, "--resume", str(folder.root)] if folder.config.is_file() else command
 
 
@@ -97,7 +105,7 @@ def _asked(spec: dict[str, Any]) -> bool:
 def _reports(
     folder: RunFolder, process: subprocess.Popen[bytes], spec: dict[str, Any]
 ) -> Iterator[dict[str, float]]:
-    """The first metric in new rows of metrics.jsonl while the run is on and nobody asks for its end."""
+    """The first metric in new rows of metrics.jsonl, while the run is on and is not to end."""
     metric, seen = spec["metrics"][0], len(folder.read_metrics())
     while True:
         ended = process.poll() is not None
@@ -109,6 +117,8 @@ def _reports(
             if metric in row:
                 number += 1
                 yield {metric: row[metric], "step": row["step"], REPORT: number}
+                if _newest(spec).root != folder.root:
+                    return
         seen = len(rows)
         if ended or _asked(spec):
             return
