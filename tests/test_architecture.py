@@ -39,7 +39,7 @@ SOLE_IMPORTERS = {
     "ray.tune": {
         f"rairl_ray.sweep.{module}" for module in ("population", "run", "schedulers", "search", "supervise")
     },
-    "optuna": {"rairl_ray.sweep.search"},
+    "optuna": {"rairl_ray.sweep.search", "rairl_ray.report.importance"},
 }
 FORBIDDEN = {
     "types": {"torch", "ray", "transformers"},
