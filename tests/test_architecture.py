@@ -36,8 +36,10 @@ SOLE_IMPORTERS = {
         "rairl_ray.engines.weight_transfer_vllm",
     },
     "mlflow": {"rairl_ray.mlflow_run"},
-    "ray.tune": {f"rairl_ray.sweep.{module}" for module in ("run", "schedulers", "search", "supervise")},
-    "optuna": {"rairl_ray.sweep.search"},
+    "ray.tune": {
+        f"rairl_ray.sweep.{module}" for module in ("population", "run", "schedulers", "search", "supervise")
+    },
+    "optuna": {"rairl_ray.sweep.search", "rairl_ray.report.importance"},
 }
 FORBIDDEN = {
     "types": {"torch", "ray", "transformers"},

@@ -20,6 +20,7 @@ from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep import run
 from rairl_ray.sweep.file import load_sweep
 from rairl_ray.sweep.ledger import PARENT
+from rairl_ray.sweep.lineage import check_population
 from rairl_ray.sweep.points import examples, trial_id, trials
 from rairl_ray.sweep.status import find_sweep, look
 from rairl_ray.sweep.stopping import ask_to_stop
@@ -174,6 +175,7 @@ def test_the_shipped_sweeps_have_only_good_points() -> None:
     for file in sorted((ROOT / "experiments/sweeps").glob("*.yaml")):
         sweep = load_sweep(str(file))
         assert examples(sweep) if sweep.search.type == "optuna" else trials(sweep), file
+        check_population(sweep, trials(sweep))
 
 
 def test_a_condition_is_met_only_by_what_counts(tmp_path: Path) -> None:

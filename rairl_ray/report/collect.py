@@ -20,7 +20,7 @@ from rairl_ray.metrics import CALIBRATION_AUROC, DISCRIMINATOR_AUROC
 from rairl_ray.report.parts import Absent
 from rairl_ray.runfolder import TRANSFER_PREFIX, RunFolder, Summary, read_summary
 from rairl_ray.sweep.file import SweepFile
-from rairl_ray.sweep.points import SAVED, read_sweep
+from rairl_ray.sweep.points import SAVED, newest_run, read_sweep
 
 ROWS, SUMMARY, LOCALISATION, TRANSFER = "rows.jsonl", "summary.json", "localisation.jsonl", "transfer.json"
 
@@ -171,7 +171,7 @@ def _folder(path: Path, material: Material) -> None:
         folders = sorted(p for p in trials.iterdir() if p.is_dir())
         runs = [folder for folder in folders if _is_run(folder)]
         material.notes += [f"{folder}: has no run yet" for folder in folders if folder not in runs]
-        found = {folder.name: _run(folder, folder.name, material.notes) for folder in runs}
+        found = {folder.name: _run(newest_run(folder), folder.name, material.notes) for folder in runs}
         material.runs += found.values()
         if (path / SAVED).is_file():
             try:

@@ -21,7 +21,9 @@ from rairl_ray.report import (
     curves,
     front,
     heatmap,
+    importance,
     learning,
+    lineage,
     localisation,
     overview,
     reranking,
@@ -119,11 +121,14 @@ def _sweep_plan(sweep: Sweep) -> Plan:
         plan = [("Pareto front", "Pareto front", lambda: front.front_parts(sweep))]
     for view in views:
         seen = dataclasses.replace(sweep, file=view)
-        axes = f"Axes ({label_of(view.metrics[0])[0]})" if len(views) > 1 else "Axes"
+        of = f" ({label_of(view.metrics[0])[0]})" if len(views) > 1 else ""
         plan += [
-            (axes, "Effect of each axis", partial(sweeps.effect_parts, seen)),
-            (axes, "All points", partial(coordinates.parallel_coordinates, seen)),
+            ("Axes" + of, "Effect of each axis", partial(sweeps.effect_parts, seen)),
+            ("Axes" + of, "All points", partial(coordinates.parallel_coordinates, seen)),
+            ("Importance" + of, "Importance of axes", partial(importance.importance_parts, seen)),
         ]
+    if sweep.file.scheduler.type == "pbt":
+        plan += [("Lineage", "Who went on as whose fork", lambda: lineage.lineage_parts(sweep))]
     return [*plan, ("Cost", "Cost of each trial", lambda: sweeps.cost_parts(sweep))]
 
 

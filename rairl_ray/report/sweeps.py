@@ -18,6 +18,7 @@ from rairl_ray.report.parts import Absent, Cell, Figure, Listing, Number, Part, 
 from rairl_ray.report.seeds import over_seeds
 from rairl_ray.report.style import COLOURS, new_figure, shortened
 from rairl_ray.sweep.file import RANGES, Axis, axes
+from rairl_ray.sweep.lineage import newest_exploits
 from rairl_ray.sweep.points import planned
 
 BINS = 3
@@ -37,8 +38,9 @@ class Result:
 
 def results(sweep: Sweep) -> list[Result]:
     """The trials whose main evaluation has the sweep's metric, in the sweep's order. Raises Absent for none."""
-    found = []
+    found, now = [], newest_exploits(sweep.file)
     for trial, (values, seed) in planned(sweep.file).items():
+        values = now[trial].values if trial in now else values
         run = sweep.runs.get(trial)
         entry = run.main.summary.get(sweep.file.metrics[0]) if run is not None and run.evaluations else None
         if run is not None and entry is not None and math.isfinite(entry["value"]):

@@ -26,6 +26,7 @@ SCHEDULER_KEYS = {
     "asha": ("grace", "reduction", "longest"),
     "hyperband": ("grace", "reduction", "longest", "brackets"),
     "median": ("grace", "min_samples"),
+    "pbt": ("grace", "interval", "quantile", "resample", "factors", "mutations"),
 }
 """Keys of `scheduler` that each type reads."""
 
@@ -38,11 +39,12 @@ class Search(Section):
 
 
 class Scheduler(Section):
-    type: Literal["none", "asha", "hyperband", "median"] = "none"
+    type: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
     """`hyperband`: ASHA with several `brackets`. `median` stops a trial whose best report is worse than the
-    median of the others' mean reports so far."""
+    median of the others' mean reports so far. `pbt`: population-based training; bad members go on as forks of
+    good ones."""
     grace: PositiveInt = 1
-    """Reports of a trial before it may be stopped."""
+    """Reports of a trial before it may be stopped, or forked (`pbt`)."""
     reduction: Annotated[int, Field(ge=2)] = 3
     """`asha`, `hyperband`: one of so many goes on at each rung."""
     longest: PositiveInt = 100
@@ -51,6 +53,16 @@ class Scheduler(Section):
     """`hyperband`: so many ways to begin: bracket s compares from report grace * reduction^s on."""
     min_samples: PositiveInt = 3
     """`median`: so many other trials must have come as far before one is stopped."""
+    interval: PositiveInt = 1
+    """`pbt`: a member is judged at each such report."""
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """`pbt`: this share of the members is bad, and as large a one good."""
+    resample: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """`pbt`: how likely a fork draws a value anew instead of moving the donor's."""
+    factors: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.8, 1.2)
+    """`pbt`: what a fork multiplies the donor's value of a range by; of a list it takes a neighbour."""
+    mutations: tuple[str, ...] | None = None
+    """`pbt`: the axes whose values a fork changes; the others are the donor's. None: all axes."""
 
 
 class Failures(Section):
@@ -224,6 +236,7 @@ def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
     if sweep.search.type != "grid" and sweep.trials is None:
         problems.append(f"{document.origin('search')}: search.type={sweep.search.type}: needs trials: N")
     problems += [*_metric_problems(document, sweep), *_scheduler_problems(document, sweep.scheduler)]
+    problems += _population_problems(document, sweep) if sweep.scheduler.type == "pbt" else []
     for key, value in sweep.space.items():
         place = document.origin(f"space.{key}")
         try:
@@ -254,6 +267,41 @@ def _metric_problems(document: Document, sweep: SweepFile) -> list[str]:
         said = f"scheduler.type={kind}: compares trials by one metric, but metric={list(names)}"
         return [f"{document.origin('scheduler')}: {said}; name one, or take scheduler.type=none"]
     return []
+
+
+def mutated(sweep: SweepFile) -> tuple[str, ...]:
+    """`pbt`: the axes whose values a fork changes."""
+    chosen = sweep.scheduler.mutations
+    return tuple(sweep.space) if chosen is None else chosen
+
+
+def _population_problems(document: Document, sweep: SweepFile) -> list[str]:
+    """What a population cannot be: each member goes on from any other's checkpoint."""
+    place, told = document.origin("scheduler.mutations"), "scheduler.type=pbt"
+    if sweep.search.type == "optuna":
+        line = f"{told}: search.type=optuna draws from what has ended, and members start together"
+        return [f"{document.origin('search.type')}: {line}; take random or grid"]
+    if len(sweep.seeds) > 1:
+        line = f"{told}: seeds={list(sweep.seeds)}: a fork has its donor's seed; give one, and a sweep to each"
+        return [f"{document.origin('seeds')}: {line}"]
+    if not mutated(sweep):
+        return [f"{document.origin('space')}: {told}: no axis whose values a fork could change; give space one"]
+    if sweep.search.type == "random" and sweep.trials == 1:
+        return [f"{document.origin('trials')}: {told}: trials=1: a population has two members or more"]
+    problems = []
+    for key in mutated(sweep):
+        if key not in sweep.space:
+            axes_are = ", ".join(sweep.space) or "none"
+            problems.append(f"{place}: scheduler.mutations: {key} is no axis; the axes are {axes_are}")
+    for key, value in sweep.space.items():
+        conditions = value.get("when") if isinstance(value, Mapping) else None
+        changing = [name for name in conditions or {} if name in mutated(sweep)]
+        if conditions and (key in mutated(sweep) or changing):
+            line = (
+                f"space.{key}: {told} changes it or what its `when` names; take `when` out, or narrow mutations"
+            )
+            problems.append(f"{document.origin(f'space.{key}')}: {line}")
+    return problems
 
 
 def _listed(value: str | tuple[str, ...]) -> str | list[str]:
@@ -301,4 +349,8 @@ def _said(document: Document, item: dict[str, Any]) -> str:
     reason = str(item["msg"]).replace("Input should be", "must be")
     if item["type"] == "extra_forbidden":
         reason = f"unknown key; a sweep file has {', '.join(SweepFile.model_fields)}"
+    if key == "search.type" and item["input"] == "pbt":
+        reason = (
+            "pbt is a scheduler: write scheduler.type=pbt; search.type (random or grid) is where members start"
+        )
     return f"{document.origin(key)}: {key}: {reason}"

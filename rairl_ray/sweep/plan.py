@@ -13,12 +13,15 @@ from rairl_ray.config.estimate import memory, work
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.plan import local_gpus, placement_with, print_memory, print_placement
 from rairl_ray.sweep.file import SweepFile
+from rairl_ray.sweep.lineage import check_population
 from rairl_ray.sweep.points import Trial, examples, to_draw, trials, warm_start
 
 
 def list_trials(file: SweepFile) -> None:
     """Print each trial's id, and how many more are drawn as results come."""
-    for item in trials(file):
+    planned = trials(file)
+    check_population(file, planned)
+    for item in planned:
         print(item.id)
     if file.search.type == "optuna" and examples(file):
         print(f"{to_draw(file)} trials are drawn by optuna as results come")
@@ -46,6 +49,7 @@ def show_sweep_plan(
         UserError: bad points; a trial that the cluster can never hold.
     """
     planned, undrawn = trials(file), to_draw(file)
+    check_population(file, planned)
     shown = [*planned, *(examples(file)[:1] if undrawn else [])]
     gpus, cpus = local_gpus() if gpus is None else gpus, cpus or os.cpu_count() or 1
     cluster = [{"CPU": float(cpus), "GPU": float(gpus)} for _ in range(nodes or 1)]

@@ -23,6 +23,8 @@ from rairl_ray.sweep.file import LISTS, Axis, SweepFile, axes
 
 SAVED = "sweep.json"
 """The sweep as it was started, in its folder."""
+FORKS = "forks"
+"""Below the folder of a population's member: 1, 2, ..., each a run of its own."""
 SHOWN_ERRORS = 20
 EXAMPLES = 20
 """Random points that are looked at before optuna draws one."""
@@ -149,6 +151,8 @@ def misfits(sweep: SweepFile, config: RunConfig) -> list[str]:
     kind = sweep.scheduler.type
     if kind != "none" and not config.eval.every:
         found.append(f"eval.every=0: scheduler.type={kind} compares evaluations during a run; set eval.every")
+    if kind == "pbt" and not config.trainer.checkpoint_every:
+        found.append("trainer.checkpoint_every=0: scheduler.type=pbt forks checkpoints; set it to eval.every")
     for metric in sweep.metrics:
         size = metric.removeprefix(EVAL_PASS_AT.format(k=""))
         if size != metric and size.isdecimal() and int(size) not in {1, *config.eval.k}:
@@ -204,10 +208,11 @@ def _grid(every: Sequence[Axis]) -> Iterator[dict[str, Any]]:
 def _draws(every: Sequence[Axis], sweep: SweepFile, count: int) -> Iterator[dict[str, Any]]:
     for number in range(count):
         random = keyed_random("sweep", sweep.search.seed, number)
-        yield {axis.key: _drawn(axis, random) for axis in every}
+        yield {axis.key: drawn_value(axis, random) for axis in every}
 
 
-def _drawn(axis: Axis, random: Any) -> Any:
+def drawn_value(axis: Axis, random: Any) -> Any:
+    """One value of an axis. `random`: what draws, such as the module of that name."""
     if axis.kind in ("grid", "choice"):
         return random.choice(axis.values)
     low, high = axis.values
@@ -274,8 +279,20 @@ def sweep_folder(sweep: SweepFile) -> Path:
 
 
 def trial_folder(sweep: SweepFile, name: str) -> Path:
-    """The run folder of a trial; only the run itself makes it."""
+    """The run folder in which a trial starts; only the run itself makes it."""
     return sweep_folder(sweep) / "trials" / name
+
+
+def newest_run(root: Path) -> Path:
+    """Where a trial's run goes on: the newest fork below its folder (population.py), else the folder itself."""
+    forks = [int(path.name) for path in (root / FORKS).glob("[0-9]*")]
+    return root / FORKS / str(max(forks)) if forks else root
+
+
+def newest_folder(sweep: SweepFile, name: str) -> Path:
+    """`newest_run` of a trial, by its id."""
+    root = trial_folder(sweep, name)
+    return newest_run(root) if sweep.scheduler.type == "pbt" else root
 
 
 def trial_log(sweep: SweepFile, name: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from rairl_ray.errors import RunFailure
 from rairl_ray.files import REWARD_FILE, json_text, write_atomic
 from rairl_ray.runfolder import RunFolder, read_summary
 from rairl_ray.sweep.file import SweepFile
-from rairl_ray.sweep.points import Trial, stop_mark, sweep_folder, trial_folder
+from rairl_ray.sweep.lineage import Exploit, ancestry, newest_exploits
+from rairl_ray.sweep.points import Trial, newest_folder, stop_mark, sweep_folder, trial
 
 STATES = FINISHED, STOPPED, UNFINISHED, NOT_STARTED = "finished", "stopped early", "unfinished", "not started"
 DONE = (FINISHED, STOPPED)
@@ -38,7 +39,7 @@ def trial_state(file: SweepFile, item: Trial) -> str:
 
 def state_of(file: SweepFile, name: str) -> str:
     """One of STATES, for a trial's id."""
-    folder = RunFolder(trial_folder(file, name))
+    folder = RunFolder(newest_folder(file, name))
     if finished(folder):
         return FINISHED
     if stop_mark(file, name).exists():
@@ -68,7 +69,8 @@ def conclude(file: SweepFile, planned: Sequence[Trial], display: Display) -> int
     Raises RunFailure where no finished trial has the metric.
     """
     folder = sweep_folder(file)
-    rows = [_row(file, item) for item in planned]
+    now = newest_exploits(file)
+    rows = [_row(file, item, now) for item in planned]
     merits = [_merits(file, row) for row in rows]
     known = [number for number, merit in enumerate(merits) if merit is not None]
     known.sort(key=lambda number: merits[number] or (), reverse=True)
@@ -88,7 +90,9 @@ def conclude(file: SweepFile, planned: Sequence[Trial], display: Display) -> int
     for old in folder.glob("best*.yaml"):
         old.unlink()
     for name, number in zip(names, best, strict=True):
-        config = planned[number].config.model_copy(update={"name": f"{file.name}-{name.removesuffix('.yaml')}"})
+        item = planned[number]
+        config = trial(file, now[item.id].values, item.seed).config if item.id in now else item.config
+        config = config.model_copy(update={"name": f"{file.name}-{name.removesuffix('.yaml')}"})
         write_atomic(folder / name, dump_yaml(config))
     if lacking := sum(row["state"] == FINISHED for row in rows) - len(known):
         display.note(f"{lacking} finished trials have no {' or no '.join(file.metrics)}")
@@ -130,10 +134,13 @@ def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _row(file: SweepFile, item: Trial) -> dict[str, Any]:
+def _row(file: SweepFile, item: Trial, now: Mapping[str, Exploit]) -> dict[str, Any]:
+    """Args: now: the newest fork of each member of a population, whose values are the member's."""
     state = trial_state(file, item)
-    values = final_values(RunFolder(trial_folder(file, item.id))) if state == FINISHED else {}
-    return {"trial": item.id, "state": state, **item.values, "seed": item.seed, **values}
+    found = final_values(RunFolder(newest_folder(file, item.id))) if state == FINISHED else {}
+    values = now[item.id].values if item.id in now else item.values
+    row = {"trial": item.id, "state": state, **values, "seed": item.seed}
+    return row | ({"lineage": ancestry(file, item.id)} if file.scheduler.type == "pbt" else {}) | found
 
 
 def _without_best(file: SweepFile, rows: Sequence[dict[str, Any]]) -> str:

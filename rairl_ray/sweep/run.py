@@ -1,7 +1,8 @@
 """`launch.py sweep`: Ray Tune over the trials of a sweep file, resumable, with a table at its end.
 
 A resume gives Tune the trials that are neither finished nor stopped early. A scheduler compares them among
-themselves: its reports are not restored. Optuna draws further points after them (`search.py`).
+themselves: its reports are not restored. Optuna draws further points after them (`search.py`), and a
+population goes on as its members' folders stand (`population.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.budget import GpuMeter
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.ledger import Ledger, below
+from rairl_ray.sweep.lineage import check_population, values_now
 from rairl_ray.sweep.points import (
     SAVED,
     Trial,
@@ -39,6 +41,7 @@ from rairl_ray.sweep.points import (
     trials,
     warm_start,
 )
+from rairl_ray.sweep.population import Population, check_side_by_side
 from rairl_ray.sweep.result import DONE, conclude, last_line, state_of, trial_state
 from rairl_ray.sweep.schedulers import id_of, scheduler_of
 from rairl_ray.sweep.search import Points
@@ -65,6 +68,7 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
         RunFailure: no finished trial has the metric.
     """
     planned = trials(file)
+    check_population(file, planned)
     samples = examples(file) if file.search.type == "optuna" else []
     _refuse_other_warm_starts(file, samples)
     folder = sweep_folder(file)
@@ -118,6 +122,7 @@ def _run(
         GpuMeter(file).check(placement)
         most = max(1, room(placement, ray.cluster_resources()))
         concurrent = min(file.max_concurrent or most, most)
+        check_side_by_side(file, len(left), concurrent)
         count = len(left) + to_draw(file)
         display.note(f"{count} trials to run, {concurrent} at once (the cluster holds {most})")
         for item in samples:
@@ -240,7 +245,7 @@ def _tune(
     file: SweepFile, left: Sequence[Trial], concurrent: int, parent: str | None, display: Display
 ) -> None:
     """Hand the trials to Ray Tune."""
-    searched = file.search.type == "optuna"
+    searched, population = file.search.type == "optuna", file.scheduler.type == "pbt"
     total = len(left) + to_draw(file)
     spec = functools.partial(_spec, file, parent)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -260,7 +265,7 @@ def _tune(
             mode=file.modes[0] if len(file.metrics) == 1 else None,
             search_alg=Points(file, left, spec) if searched else None,
             num_samples=total if searched else 1,
-            scheduler=scheduler_of(file),
+            scheduler=Population(file, parent, progress.note) if population else scheduler_of(file),
             max_concurrent_trials=concurrent,
             time_budget_s=None if hours is None else hours * 3600,
         ),
@@ -286,6 +291,8 @@ def _spec(file: SweepFile, parent: str | None, item: Trial) -> dict[str, Any]:
         "overrides": [*started_with(file, item), below(file, item, parent)],
         "metrics": list(file.metrics),
         "gpus": place(item.config).total("GPU") if file.budget.gpu_hours else 0.0,
+        "values": values_now(file, item.id, item.values),
+        "steps": item.config.trainer.steps,
         "cwd": os.getcwd(),
         "failures": file.failures.max_per_trial,
         "stops": [str(stop_request(file)), str(stop_request(file, item.id))],

@@ -22,7 +22,8 @@ from rairl_ray.errors import UserError
 from rairl_ray.metrics import TIME_STEP
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import SweepFile, load_sweep
-from rairl_ray.sweep.points import SAVED, read_sweep, sweep_folder, trial_folder, trial_log
+from rairl_ray.sweep.lineage import lineage
+from rairl_ray.sweep.points import SAVED, newest_folder, read_sweep, sweep_folder, trial_log
 from rairl_ray.sweep.result import FINISHED, NOT_STARTED, STOPPED, UNFINISHED, final_values, last_line, state_of
 from rairl_ray.sweep.stopping import stop_request, trial_ids
 
@@ -32,6 +33,7 @@ FEW = 20
 """So many trials are shown one by one."""
 BEST, RUNS, FAILURES = 5, 16, 5
 """Rows of each table where there are more."""
+FORKS_SHOWN = 8
 TAIL_BYTES = 64 * 1024
 SECONDS_BETWEEN_LOOKS = 2.0
 
@@ -93,7 +95,7 @@ def look(file: SweepFile) -> list[Seen]:
 
 
 def _seen(file: SweepFile, name: str, runs: bool) -> Seen:
-    folder = RunFolder(trial_folder(file, name))
+    folder = RunFolder(newest_folder(file, name))
     state = _state(file, name, folder, runs)
     if state == NOT_STARTED:
         return Seen(name, state)
@@ -164,7 +166,8 @@ def blocks(file: SweepFile, seen: Sequence[Seen]) -> list[Block]:
     best = sorted(known, key=lambda item: item.value, reverse=file.modes[0] == "max")
     if len(seen) <= FEW:
         top = f"; best so far: {best[0].trial} {best[0].value:.4g}" if best else ""
-        return [Block(f"{metric}, {file.modes[0]}{top}", [_row(item, metric) for item in seen], columns)]
+        every = Block(f"{metric}, {file.modes[0]}{top}", [_row(item, metric) for item in seen], columns)
+        return [every, *_forks(file)]
     run = [item for item in seen if item.state in (RUNNING, STOPPING, STARTING)]
     failed = [item for item in seen if item.state == FAILED]
     said = {item.trial: last_line(trial_log(file, item.trial)) for item in failed[:FAILURES]}
@@ -176,8 +179,19 @@ def blocks(file: SweepFile, seen: Sequence[Seen]) -> list[Block]:
             [{"trial": name, "said": text[:100]} for name, text in said.items()],
             ["trial", "said"],
         ),
+        *_forks(file),
     ]
     return [block for block in made if block.rows]
+
+
+def _forks(file: SweepFile) -> list[Block]:
+    """The newest forks of a population."""
+    rows = lineage(file) if file.scheduler.type == "pbt" else []
+    shown: list[dict[str, object]] = [
+        {"trial": row.member, "from": row.origin, "values": row.told} for row in rows[-FORKS_SHOWN:]
+    ]
+    title = "forks" if len(rows) <= FORKS_SHOWN else f"forks (the newest {FORKS_SHOWN} of {len(rows)})"
+    return [Block(title, shown, ["trial", "from", "values"])] if rows else []
 
 
 def _of(title: str, items: Sequence[Seen], most: int) -> str:

@@ -2,8 +2,8 @@
 
 The run joins the sweep's cluster and reserves its own placement group; Tune decides when it starts and whether
 it is stopped early. Its folder is the truth: a finished one is not run again, an interrupted one resumes from
-its own newest checkpoint, whatever Tune's snapshot remembers. The log lies outside that folder, which the run
-itself makes.
+its own newest checkpoint, whatever Tune's snapshot remembers, and a population's member (population.py) goes
+on in its newest fork. The log lies outside that folder, which the run itself makes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ray import tune
 
 from rairl_ray.actors.draining import Drained, draining_nodes
 from rairl_ray.runfolder import RunFolder
-from rairl_ray.sweep.points import override
+from rairl_ray.sweep.points import newest_run, override
 from rairl_ray.sweep.result import final_values, finished
 
 POLL_SECONDS = 1.0
@@ -49,14 +49,26 @@ def run_trial(spec: dict[str, Any]) -> None:
     final evaluation lacks is reported as NaN; the sweep's end says so. Where one of the files `stops` exists
     (stopping.py), the run saves and leaves, or does not start.
     """
-    folder = RunFolder(spec["folder"])
-    for _ in range(spec["failures"] + 1):
-        if finished(folder) or _asked(spec) or _run(spec, folder) == 0:
+    folder, failures = _newest(spec), 0
+    while not (finished(folder) or _asked(spec)):
+        code = _run(spec, folder)
+        before, folder = folder, _newest(spec)
+        if folder.root != before.root:
+            continue
+        if code == 0 or _asked(spec):
             break
-        if _drained() and not _asked(spec):
+        if _drained():
             raise Drained([ray.get_runtime_context().get_node_id()], len(folder.read_metrics()))
+        failures += 1
+        if failures > spec["failures"]:
+            break
     values = final_values(folder) if finished(folder) else {}
     tune.report({**dict.fromkeys(spec["metrics"], math.nan), **values, "step": ENDED})
+
+
+def _newest(spec: dict[str, Any]) -> RunFolder:
+    """Where the run goes on; another folder once a population has made a fork for it."""
+    return RunFolder(newest_run(Path(spec["folder"])))
 
 
 def _run(spec: dict[str, Any], folder: RunFolder) -> int:
@@ -77,16 +89,10 @@ def _run(spec: dict[str, Any], folder: RunFolder) -> int:
 
 
 def _command(spec: dict[str, Any], folder: RunFolder) -> list[str]:
-    address = ray.get_runtime_context().gcs_address
-    command = [
-        sys.executable,
-        "-m",
-        "launch",
-        "train",
-        spec["base"],
-        *spec["overrides"],
-        override("cluster.address", address),
-    ]
+    address = override("cluster.address", ray.get_runtime_context().gcs_address)
+    fork = folder.root != Path(spec["folder"]).absolute()
+    words = [str(folder.config)] if fork else [spec["base"], *spec["overrides"]]
+    command = [sys.executable, "-m", "launch", "train", *words, address]
     return [*command, "--resume", str(folder.root)] if folder.config.is_file() else command
 
 
@@ -110,7 +116,7 @@ def _asked(spec: dict[str, Any]) -> bool:
 def _reports(
     folder: RunFolder, process: subprocess.Popen[bytes], spec: dict[str, Any]
 ) -> Iterator[dict[str, float]]:
-    """The first metric in new rows of metrics.jsonl while the run is on and nobody asks for its end."""
+    """The first metric in new rows of metrics.jsonl, while the run is on and is not to end."""
     metric, seen = spec["metrics"][0], len(folder.read_metrics())
     while True:
         ended = process.poll() is not None
@@ -122,6 +128,8 @@ def _reports(
             if metric in row:
                 number += 1
                 yield {metric: row[metric], "step": row["step"], REPORT: number}
+                if _newest(spec).root != folder.root:
+                    return
         seen = len(rows)
         if ended or _asked(spec) or _drained():
             return

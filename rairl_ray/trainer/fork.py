@@ -147,17 +147,21 @@ def _checkpoint(text: str, root: Path, step: int) -> Path:
 def _refuse_fixed(text: str, changed: Sequence[tuple[str, object, object]]) -> None:
     problems = []
     for key, old, new in changed:
-        why = next((why for fixed, why in FIXED_KEYS.items() if key.startswith(fixed)), None)
+        why = why_fixed(key)
         if key == "discriminator.loss.type" and "airl" in (old, new):
             why = "`airl` alone has a second output, whose weights are in the checkpoint"
-        if why is None and not key.startswith((*FORK_KEYS, *FREE_KEYS)):
-            why = "no key of a fork"
         if why is not None:
             problems.append(f"{key} (run: {show(old)}, now: {show(new)}: {why})")
     if problems:
         raise ConfigError(
             f"--fork {text}: cannot change {', '.join(problems)}; keep the run's values, or start a new run"
         )
+
+
+def why_fixed(key: str) -> str | None:
+    """Why no fork may change a key; None where one may."""
+    why = next((why for fixed, why in FIXED_KEYS.items() if key.startswith(fixed)), None)
+    return why or (None if key.startswith((*FORK_KEYS, *FREE_KEYS)) else "no key of a fork")
 
 
 def _link(source: str, target: str) -> str:
