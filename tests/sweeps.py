@@ -44,7 +44,7 @@ def end(file: SweepFile, item: Trial, values: dict[str, float]) -> None:
     """The folder of a run that has ended."""
     folder = RunFolder(trial_folder(file, item.id))
     folder.create()
-    folder.write_config(dump_yaml(load_config(file.base, started_with(file, item))))
+    folder.write_config(dump_yaml(load_config(item.base, started_with(file, item))))
     folder.final_policy.mkdir(parents=True)
     folder.final_reward_model.mkdir()
     (folder.final_reward_model / "reward.json").touch()

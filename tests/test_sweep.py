@@ -52,6 +52,31 @@ def test_every_point_with_every_seed(tmp_path: Path) -> None:
     assert all(item.config.seed == item.seed for item in made)
 
 
+def test_several_experiments_are_an_axis(tmp_path: Path) -> None:
+    demo = ROOT / "experiments/demo"
+    bases = [str(demo / "airl.yaml"), str(demo / "airl_t*.yaml")]
+    space = {"advantage.gamma": {"grid": [0.25, 0.5], "when": {"base": "demo/airl"}}}
+    changes: dict[str, Any] = {"space": space, "seeds": [0], "overrides": {"warm_start": None}}
+    sweep = load_sweep(written(tmp_path, base=bases, **changes))
+    made = trials(sweep)
+    assert [(item.values, item.config.data.arithmetic.operands_max) for item in made] == [
+        ({"base": "demo/airl", "advantage.gamma": 0.25}, 4),
+        ({"base": "demo/airl", "advantage.gamma": 0.5}, 4),
+        ({"base": "demo/airl_three"}, 3),
+    ]
+    assert made[2].base == str(demo / "airl_three.yaml") and "base=demo-airl_three" in made[2].id
+    for base, said in {
+        "nothing-*.yaml": r"base=nothing-\*\.yaml: no such experiment file",
+        f"{demo}/[": r"no such experiment file",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            load_sweep(written(tmp_path, base=base))
+    with pytest.raises(ConfigError, match="each FOLDER/NAME once"):
+        load_sweep(written(tmp_path, base=[bases[0], bases[0]]))
+    with pytest.raises(ConfigError, match="when base: is no other axis"):
+        load_sweep(written(tmp_path, **changes))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -21,7 +21,7 @@ from rairl_ray.sweep.result import conclude
 from rairl_ray.tracking import Tracker
 from tests.mlflow_server import free_port
 from tests.runs import ROOT
-from tests.sweeps import end, written
+from tests.sweeps import DEMO, end, written
 from tests.tracked import empty_database, eventually, runs, sqlite
 
 
@@ -39,7 +39,7 @@ def ledger(file: SweepFile, output: io.StringIO | None = None) -> Ledger:
 
 def train(file: SweepFile, item: Trial, parent: str | None, value: float) -> str:
     """The trial's run as its own process tracks it; the run's id."""
-    config = load_config(file.base, [*item.overrides, below(file, item, parent)])
+    config = load_config(item.base, [*item.overrides, below(file, item, parent)])
     folder = RunFolder(trial_folder(file, item.id))
     folder.create()
     folder.write_config(dump_yaml(config))
@@ -110,7 +110,7 @@ def test_the_run_of_a_killed_sweep_is_closed_by_the_next_run(file: SweepFile, tm
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "sweep.yaml")], cwd=ROOT, check=False)
     client = sqlite(tmp_path / "runs")
     assert killed.returncode == 9 and list(runs(client).values()) == ["RUNNING"]
-    other = load_config(file.base, ["warm_start=null", f"output_dir={file.output_dir}", "name=other"])
+    other = load_config(DEMO, ["warm_start=null", f"output_dir={file.output_dir}", "name=other"])
     folder = RunFolder(Path(file.output_dir) / "other")
     folder.create()
     folder.write_config(dump_yaml(other))

@@ -42,7 +42,7 @@ def started(tmp_path: Path, **changes: Any) -> SweepFile:
 def begin(file: SweepFile, item: Trial, *rows: dict[str, float], holder: str | None = None) -> RunFolder:
     folder = RunFolder(trial_folder(file, item.id))
     folder.create()
-    folder.write_config(dump_yaml(load_config(file.base, item.overrides)))
+    folder.write_config(dump_yaml(load_config(item.base, item.overrides)))
     for row in rows:
         folder.append_metrics(int(row["step"]), {key: x for key, x in row.items() if key != "step"})
     if holder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from rairl_ray.config.section import NonNegativeInt, Section
 from rairl_ray.config.yamlfile import Document, read_document
 from rairl_ray.errors import ConfigError
 
+BASE = "base"
+"""Key of the axis that several bases make."""
 LISTS = ("grid", "choice")
 RANGES = ("uniform", "loguniform", "randint")
 KINDS = ", ".join(LISTS + RANGES)
@@ -82,8 +85,9 @@ class SweepFile(Section):
 
     name: str
     """Folder below `output_dir`."""
-    base: str
-    """Experiment file of every trial, relative to the sweep file."""
+    base: str | tuple[str, ...]
+    """Experiment file of every trial, relative to the sweep file; several, or a pattern (`../gsm8k/*.yaml`), are
+    the first axis, `base`, whose values are FOLDER/NAME."""
     output_dir: str = "runs"
     address: str | None = None
     """Ray cluster to join, as `cluster.address`; None: what `base` says."""
@@ -106,6 +110,12 @@ class SweepFile(Section):
     """None: as many as the cluster holds."""
     failures: Failures = Failures()
     budget: Budget = Budget()
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """FOLDER/NAME -> path of each base."""
+        paths = (self.base,) if isinstance(self.base, str) else self.base
+        return {f"{Path(path).parent.name}/{Path(path).stem}": path for path in paths}
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -134,7 +144,7 @@ class Axis:
 
 
 def load_sweep(path: str, changes: Sequence[str] = ()) -> SweepFile:
-    """Read and check one sweep file; its `base` comes out as an absolute path.
+    """Read and check one sweep file; its `base` comes out as absolute paths.
 
     Args:
         changes: `key=value` texts that stand over the file: its own keys (`output_dir`, `budget.hours`), and
@@ -148,14 +158,28 @@ def load_sweep(path: str, changes: Sequence[str] = ()) -> SweepFile:
         sweep = SweepFile.model_validate_json(json.dumps(document.data, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError("\n".join(_said(document, dict(item)) for item in error.errors())) from None
-    base = (Path(path).parent / sweep.base).resolve()
-    if not base.is_file():
-        raise ConfigError(f"{document.origin('base')}: base={sweep.base}: no such experiment file {base}")
-    sweep = sweep.model_copy(update={"base": str(base)})
+    sweep = sweep.model_copy(update={"base": _bases(Path(path).parent, document, sweep)})
     problems = [*_key_problems(document, sweep), *_axis_problems(document, sweep)]
     if problems:
         raise ConfigError("\n".join(problems))
     return sweep
+
+
+def _bases(folder: Path, document: Document, sweep: SweepFile) -> str | tuple[str, ...]:
+    """The base, or bases, as absolute paths. Raises ConfigError for one that is not there, or is twice."""
+    place = document.origin("base")
+    found: list[str] = []
+    for text in (sweep.base,) if isinstance(sweep.base, str) else sweep.base:
+        names = sorted(glob.glob(text, root_dir=folder)) if glob.has_magic(text) else [text]
+        paths = [(folder / name).resolve() for name in names]
+        if not paths or not all(path.is_file() for path in paths):
+            raise ConfigError(f"{place}: base={text}: no such experiment file {(folder / text).resolve()}")
+        found += map(str, paths)
+    if isinstance(sweep.base, str) and not glob.has_magic(sweep.base):
+        return found[0]
+    if not found or len(sweep.model_copy(update={"base": tuple(found)}).bases) < len(found):
+        raise ConfigError(f"{place}: base: needs experiment files, each FOLDER/NAME once: {', '.join(found)}")
+    return tuple(found)
 
 
 def _changed(document: Document, changes: Sequence[str]) -> Document:
@@ -185,7 +209,8 @@ def is_sweep(path: str) -> bool:
 
 def axes(sweep: SweepFile) -> list[Axis]:
     """The axes in the file's order. Raises ConfigError for one that is not understood."""
-    return [_axis(key, value) for key, value in sweep.space.items()]
+    bases = [] if isinstance(sweep.base, str) else [Axis(BASE, "grid", tuple(sweep.bases))]
+    return [*bases, *(_axis(key, value) for key, value in sweep.space.items())]
 
 
 def _axis(key: str, value: Any) -> Axis:
@@ -231,6 +256,7 @@ def _key_problems(document: Document, sweep: SweepFile) -> list[str]:
 
 def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
     problems, keys = [], set(sweep.space) | set(sweep.overrides)
+    keys |= set() if isinstance(sweep.base, str) else {BASE}
     if len(set(sweep.seeds)) < len(sweep.seeds) or not sweep.seeds:
         problems.append(f"{document.origin('seeds')}: seeds={list(sweep.seeds)}: must be different numbers")
     if sweep.search.type != "grid" and sweep.trials is None:

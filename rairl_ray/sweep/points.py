@@ -19,7 +19,7 @@ from rairl_ray.files import read_json_lines
 from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import EVAL_PASS_AT
 from rairl_ray.runfolder import RunFolder
-from rairl_ray.sweep.file import LISTS, Axis, SweepFile, axes
+from rairl_ray.sweep.file import BASE, LISTS, Axis, SweepFile, axes
 
 SAVED = "sweep.json"
 """The sweep as it was started, in its folder."""
@@ -42,6 +42,8 @@ class Trial:
     values: dict[str, Any]
     """Dotted key -> value, of the axes that count for it."""
     seed: int
+    base: str
+    """Its experiment file."""
     overrides: tuple[str, ...]
     """As `launch.py train` takes them."""
     config: RunConfig
@@ -111,11 +113,12 @@ def at_point(sweep: SweepFile, values: dict[str, Any]) -> list[Trial]:
 def trial(sweep: SweepFile, values: dict[str, Any], seed: int) -> Trial:
     """One trial. Raises ConfigError where its configuration contradicts itself."""
     name = trial_id(values, seed)
-    settings = {**sweep.overrides, **values}
+    base = sweep.bases[values[BASE]] if BASE in values else str(sweep.base)
+    settings = {**sweep.overrides, **{key: value for key, value in values.items() if key != BASE}}
     settings |= {"seed": seed, "output_dir": sweep.output_dir, "name": f"{sweep.name}/trials/{name}"}
     settings |= {} if sweep.address is None else {"cluster.address": sweep.address}
     overrides = tuple(override(key, value) for key, value in settings.items())
-    return Trial(name, values, seed, overrides, load_config(sweep.base, overrides))
+    return Trial(name, values, seed, base, overrides, load_config(base, overrides))
 
 
 def override(key: str, value: Any) -> str:
