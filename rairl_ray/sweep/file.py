@@ -86,8 +86,8 @@ class SweepFile(Section):
     name: str
     """Folder below `output_dir`."""
     base: str | tuple[str, ...]
-    """Experiment file of every trial, relative to the sweep file; several, or a pattern (`../gsm8k/*.yaml`), are
-    the first axis, `base`, whose values are FOLDER/NAME."""
+    """Experiment file of every trial, relative to the sweep file; several, or a pattern such as `a/*.yaml`,
+    are the first axis, `base`, whose values are FOLDER/NAME."""
     output_dir: str = "runs"
     address: str | None = None
     """Ray cluster to join, as `cluster.address`; None: what `base` says."""
