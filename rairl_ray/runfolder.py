@@ -12,7 +12,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +39,7 @@ class RunFolder:
         self.rollouts = self.root / "rollouts"
         self.evaluations = self.root / "evaluations"
         self.report = self.root / "report"
+        self.fork = self.root / "fork.json"
         self.checkpoints = self.root / "checkpoints"
         self.final_policy = self.root / "final" / "policy"
         self.final_reward_model = self.root / "final" / "reward_model"
@@ -85,6 +86,18 @@ class RunFolder:
                 yield
             finally:
                 file.truncate(0)
+
+    def write_fork(self, run: Path, step: int, changed: Sequence[str]) -> None:
+        """Say whose checkpoint this run goes on from, and what was changed."""
+        write_atomic(self.fork, json_text({"run": str(run), "step": step, "changed": list(changed)}) + "\n")
+
+    def read_fork(self) -> dict[str, Any] | None:
+        """`run`, `step` and `changed` of a fork; None for a run that is none."""
+        try:
+            found = json.loads(self.fork.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and {"run", "step", "changed"} <= found.keys() else None
 
     @property
     def holder(self) -> str | None:

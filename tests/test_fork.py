@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,9 @@ from rairl_ray.config.load import dump_yaml, load_config
 from rairl_ray.errors import ConfigError, ResumeError
 from rairl_ray.files import read_json_lines
 from rairl_ray.runfolder import RunFolder
+from rairl_ray.sweep import supervise
+from rairl_ray.sweep.file import SweepFile, load_sweep
+from rairl_ray.sweep.points import trials
 from rairl_ray.trainer.fork import fork_of, take_over
 from rairl_ray.trainer.parts import cluster
 from rairl_ray.trainer.run import train
@@ -62,7 +66,8 @@ def test_it_takes_over_rows_and_checkpoint_and_leaves_the_run_as_it_was(source: 
     assert newest == store.path(4) and store.steps() == [4] and verify(store.path(4)) is None
     manifest = store.manifest(newest)
     assert manifest["mlflow_run_id"] is None, "the run's own MLflow run is not written to"
-    assert manifest["forked_from"] == f"{source.root}@4"
+    changed = ["advantage.gamma (run: 0.5, now: 0.6)"]
+    assert folder.read_fork() == {"run": str(source.root), "step": 4, "changed": changed}
     assert folder.truncate_to_step(4) == 1 and [row["step"] for row in folder.read_metrics()] == [2, 4]
     assert "advantage.gamma (run: 0.5, now: 0.6)" in folder.events.read_text()
     # a newer checkpoint pushes the linked one out, which its run keeps
@@ -122,6 +127,36 @@ def test_other_bad_forks(source: RunFolder) -> None:
 def test_on_the_command_line(source: RunFolder) -> None:
     assert "has no checkpoint of step 7; the nearest: 4 and 8" in refused("train", "--fork", f"{source.root}@7")
     assert refused("train").startswith("train: CONFIG is missing")
+
+
+def test_a_sweep_of_forks(source: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"name": "sw", "fork": f"{source.root}@4", "output_dir": str(tmp_path / "out")}
+    settings |= {"space": {"policy.learning_rate": [0.5, 0.25]}, "overrides": {"advantage.gamma": 0.6}}
+    file = tmp_path / "sweep.yaml"
+
+    def loaded(**changes: object) -> SweepFile:
+        file.write_text(json.dumps(settings | changes))
+        return load_sweep(str(file))
+
+    made = trials(loaded())
+    assert [item.config.policy.learning_rate for item in made] == [0.5, 0.25]
+    assert all(item.config.advantage.gamma == 0.6 and item.config.warm_start is None for item in made)
+    assert made[0].config.name == f"sw/trials/{made[0].id}" and made[0].seed == 0
+    # what Tune's worker runs: a fork, and once it has a folder its resume
+    monkeypatch.setattr(supervise.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="here"))
+    spec = {"fork": f"{source.root}@4", "base": "", "overrides": list(made[0].overrides), "folder": "/none"}
+    command = supervise._command(spec, RunFolder("/none"))[4:]
+    assert command[:2] == ["--fork", f"{source.root}@4"] and not any(w.startswith("seed=") for w in command)
+    resumed = supervise._command(spec, source)[4:]
+    assert resumed == [str(source.config), 'cluster.address="here"', "--resume", str(source.root)]
+    with pytest.raises(ConfigError, match="needs `base`, experiment files, or `fork`"):
+        loaded(base="x.yaml")
+    with pytest.raises(ConfigError, match=r"seeds=\[1, 2\]: a fork has its run's seed"):
+        loaded(seeds=[1, 2])
+    with pytest.raises(ResumeError, match="has no checkpoint of step 3; the nearest: 2 and 4"):
+        trials(loaded(fork=f"{source.root}@3"))
+    with pytest.raises(ConfigError, match=r"point data\.limit=8: .*cannot change data\.limit"):
+        trials(loaded(space={"data.limit": [8]}))
 
 
 # --- real ones -------------------------------------------------------------------------------------

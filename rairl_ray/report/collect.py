@@ -178,6 +178,9 @@ def _folder(path: Path, material: Material) -> None:
                 material.sweeps.append(Sweep(path=path, file=read_sweep(path), runs=found))
             except ValueError as error:
                 material.notes.append(f"{path / SAVED}: cannot be read ({str(error).splitlines()[0]})")
+        origins = {str(fork["run"]) for run in found.values() if (fork := RunFolder(run.path).read_fork())}
+        if material.sweeps and material.sweeps[-1].file.fork:
+            material.runs += [_run(Path(run), "", material.notes) for run in origins if _is_run(Path(run))]
         if not runs:
             raise DataError(f"{path}: a sweep whose trials/ holds no run folder; let a trial start first")
     elif _is_run(path):

@@ -19,6 +19,7 @@ from rairl_ray.report import (
     comparison,
     coordinates,
     curves,
+    forks,
     front,
     heatmap,
     importance,
@@ -143,6 +144,7 @@ def _comparison_plan(runs: Sequence[Run], metric: str | None) -> Plan:
         ("Comparison", "Runs over seeds", lambda: comparison.seed_table(runs)),
         ("Density", "Reward density", lambda: comparison.density_parts(runs)),
         ("Density", "Density by dataset", lambda: tasks.density_by_task(runs, metric)),
+        ("Forks", "Forks against their runs", lambda: forks.fork_parts(runs)),
         ("Ablation", "Ablation", lambda: comparison.ablation_parts(runs)),
         ("Learning curves", "Learning curves", lambda: learning.learning_curves(families())),
     ]

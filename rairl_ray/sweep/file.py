@@ -85,9 +85,12 @@ class SweepFile(Section):
 
     name: str
     """Folder below `output_dir`."""
-    base: str | tuple[str, ...]
+    base: str | tuple[str, ...] = ()
     """Experiment file of every trial, relative to the sweep file; several, or a pattern such as `a/*.yaml`,
     are the first axis, `base`, whose values are FOLDER/NAME."""
+    fork: str | None = None
+    """RUN@STEP instead of a base: every trial goes on from this checkpoint with its own values, under the run's
+    seed (trainer/fork.py)."""
     output_dir: str = "runs"
     address: str | None = None
     """Ray cluster to join, as `cluster.address`; None: what `base` says."""
@@ -158,7 +161,12 @@ def load_sweep(path: str, changes: Sequence[str] = ()) -> SweepFile:
         sweep = SweepFile.model_validate_json(json.dumps(document.data, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError("\n".join(_said(document, dict(item)) for item in error.errors())) from None
-    sweep = sweep.model_copy(update={"base": _bases(Path(path).parent, document, sweep)})
+    if bool(sweep.base) == (sweep.fork is not None):
+        raise ConfigError(f"{document.name}: needs `base`, experiment files, or `fork`, RUN@STEP: one of them")
+    if sweep.fork is not None and sweep.seeds != (0,):
+        place = document.origin("seeds")
+        raise ConfigError(f"{place}: seeds={list(sweep.seeds)}: a fork has its run's seed; take seeds out")
+    sweep = sweep.model_copy(update={"base": () if sweep.fork else _bases(Path(path).parent, document, sweep)})
     problems = [*_key_problems(document, sweep), *_axis_problems(document, sweep)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -209,7 +217,7 @@ def is_sweep(path: str) -> bool:
 
 def axes(sweep: SweepFile) -> list[Axis]:
     """The axes in the file's order. Raises ConfigError for one that is not understood."""
-    bases = [] if isinstance(sweep.base, str) else [Axis(BASE, "grid", tuple(sweep.bases))]
+    bases = [] if isinstance(sweep.base, str) or not sweep.base else [Axis(BASE, "grid", tuple(sweep.bases))]
     return [*bases, *(_axis(key, value) for key, value in sweep.space.items())]
 
 

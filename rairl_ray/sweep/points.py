@@ -43,7 +43,7 @@ class Trial:
     """Dotted key -> value, of the axes that count for it."""
     seed: int
     base: str
-    """Its experiment file."""
+    """Its experiment file; empty for a fork."""
     overrides: tuple[str, ...]
     """As `launch.py train` takes them."""
     config: RunConfig
@@ -113,11 +113,17 @@ def at_point(sweep: SweepFile, values: dict[str, Any]) -> list[Trial]:
 def trial(sweep: SweepFile, values: dict[str, Any], seed: int) -> Trial:
     """One trial. Raises ConfigError where its configuration contradicts itself."""
     name = trial_id(values, seed)
-    base = sweep.bases[values[BASE]] if BASE in values else str(sweep.base)
     settings = {**sweep.overrides, **{key: value for key, value in values.items() if key != BASE}}
-    settings |= {"seed": seed, "output_dir": sweep.output_dir, "name": f"{sweep.name}/trials/{name}"}
+    settings |= {"output_dir": sweep.output_dir, "name": f"{sweep.name}/trials/{name}"}
     settings |= {} if sweep.address is None else {"cluster.address": sweep.address}
+    settings |= {} if sweep.fork else {"seed": seed}
     overrides = tuple(override(key, value) for key, value in settings.items())
+    if sweep.fork:
+        from rairl_ray.trainer.fork import fork_of  # imports torch, which `--status` does without
+
+        config = fork_of(sweep.fork, overrides).config
+        return Trial(name, values, config.seed, "", overrides, config)
+    base = sweep.bases[values[BASE]] if BASE in values else str(sweep.base)
     return Trial(name, values, seed, base, overrides, load_config(base, overrides))
 
 

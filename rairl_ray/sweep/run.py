@@ -162,7 +162,8 @@ def _refuse_other_run(file: SweepFile, item: Trial) -> None:
     """A base that was edited since would mix experiments. Raises ResumeError with every differing key."""
     folder = trial_folder(file, item.id)
     if RunFolder(folder).config.is_file():
-        resumable(load_config(item.base, started_with(file, item)), str(folder))
+        config = item.config if file.fork else load_config(item.base, started_with(file, item))
+        resumable(config, str(folder))
 
 
 def train_warm_start(file: SweepFile, item: Trial, display: Display) -> None:
@@ -288,6 +289,7 @@ def _spec(file: SweepFile, parent: str | None, item: Trial) -> dict[str, Any]:
         "folder": str(trial_folder(file, item.id)),
         "log": str(trial_log(file, item.id)),
         "base": item.base,
+        "fork": file.fork,
         "overrides": [*started_with(file, item), below(file, item, parent)],
         "metrics": list(file.metrics),
         "gpus": place(item.config).total("GPU") if file.budget.gpu_hours else 0.0,

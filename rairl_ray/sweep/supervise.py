@@ -90,10 +90,13 @@ def _run(spec: dict[str, Any], folder: RunFolder) -> int:
 
 def _command(spec: dict[str, Any], folder: RunFolder) -> list[str]:
     address = override("cluster.address", ray.get_runtime_context().gcs_address)
-    fork = folder.root != Path(spec["folder"]).absolute()
-    words = [str(folder.config)] if fork else [spec["base"], *spec["overrides"]]
+    started, made = folder.config.is_file(), folder.root != Path(spec["folder"]).absolute()
+    if started and (made or spec["fork"]):
+        words = [str(folder.config)]
+    else:
+        words = [*(["--fork", spec["fork"]] if spec["fork"] else [spec["base"]]), *spec["overrides"]]
     command = [sys.executable, "-m", "launch", "train", *words, address]
-    return [*command, "--resume", str(folder.root)] if folder.config.is_file() else command
+    return [*command, "--resume", str(folder.root)] if started else command
 
 
 def _environment() -> dict[str, str]:

@@ -113,15 +113,16 @@ def take_over(fork: Fork, folder: RunFolder) -> None:
             shutil.copyfile(fork.source.metrics, folder.metrics)
         shutil.copytree(fork.checkpoint, temporary, copy_function=_link)
         manifest = json.loads((temporary / MANIFEST).read_bytes())
-        origin = f"{fork.source.root}@{fork.step}"
-        manifest |= {"mlflow_run_id": None, "forked_from": origin}
+        manifest |= {"mlflow_run_id": None}
         write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        folder.write_fork(fork.source.root, fork.step, fork.changed)
         temporary.rename(target)
     except (OSError, shutil.Error) as error:
         raise ResumeError(
             f"--fork: {fork.checkpoint} could not be copied to {target} ({error}); make room on the disk, or "
             "fork a newer step where a run that is still on has removed this one"
         ) from error
+    origin = f"{fork.source.root}@{fork.step}"
     folder.event(f"forked from {origin}: {', '.join(fork.changed) or 'nothing is changed'}")
 
 

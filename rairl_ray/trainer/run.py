@@ -62,6 +62,7 @@ def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, dis
     saved = store.manifest(newest) if newest is not None else {}
     if newest is not None:
         check_references(saved["references"], frozen.result(), newest)
+    fork = folder.read_fork()
     tracker.start(
         config,
         folder.root,
@@ -70,7 +71,7 @@ def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, dis
         tags={
             "rairl.config_hash": config_hash(config),
             "rairl.data_hash": prepared.task.data_hash,
-            **({"rairl.forked_from": saved["forked_from"]} if "forked_from" in saved else {}),
+            **({"rairl.forked_from": f"{fork['run']}@{fork['step']}"} if fork else {}),
         },
     )
     session = Session(prepared, plan, folder, store, tracker, display, resumed, frozen, newest)
