@@ -12,8 +12,9 @@ from rich.table import Table
 from rairl_ray.actors.placement import Plan, bundles, check_against, local_gpus, resolve_device
 from rairl_ray.config.estimate import Memory, memory, work
 from rairl_ray.config.load import config_hash, dump_yaml, warm_start_chain
+from rairl_ray.config.prediction import Assumptions, predict
 from rairl_ray.config.rules import check
-from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.schema import Model, RunConfig
 
 PLENTY = 1e9
 """CPUs of a hypothetical node that nobody described."""
@@ -47,7 +48,9 @@ def show_plan(
         console.print(f"starts from: {earlier.name} ({earlier.trainer.steps} SFT steps)", markup=False)
     print_placement(plan, cluster, console)
     _print_work(config, console)
-    print_memory(memory(config, chain[0].model.policy if chain else None), plan, console)
+    policy = chain[0].model.policy if chain else None
+    print_memory(memory(config, policy), plan, console)
+    print_prediction(config, plan, console, policy)
 
 
 def placement_with(config: RunConfig, gpus: int) -> Plan:
@@ -120,6 +123,31 @@ def _print_work(config: RunConfig, console: Console) -> None:
         table.add_row("discriminator optimizer steps (warm-up included)", a_step, in_all)
     console.print()
     console.print(table)
+
+
+def print_prediction(config: RunConfig, plan: Plan, console: Console, policy: Model | None = None) -> None:
+    """Seconds of a step by phase and GPU hours, where the run is on GPUs and the models' shapes are known."""
+    found = predict(config, plan.total("GPU"), policy)
+    if found is None:
+        return
+    phases = {
+        "rollout": found.rollout, "score": found.score, "discriminator": found.discriminator,
+        "policy": found.policy, "weight sync": found.sync,
+    }  # fmt: skip
+    table = Table(title="time, predicted and not measured")
+    table.add_column("what")
+    table.add_column("seconds a step", justify="right")
+    for phase, seconds in phases.items():
+        if seconds:
+            table.add_row(phase, f"{seconds:.2f}")
+    table.add_row("step" + (" (rollouts overlap)" if found.overlapped else ""), f"{found.step:.2f}")
+    console.print()
+    console.print(table)
+    console.print(
+        f"the whole run, its warm-up and evaluations with it: {found.hours:.1f} hours, {found.gpu_hours:.0f} "
+        f"GPU hours\nassumed: {Assumptions()}",
+        highlight=False,
+    )
 
 
 def print_memory(estimates: list[Memory], plan: Plan, console: Console) -> None:

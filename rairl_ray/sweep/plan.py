@@ -10,6 +10,7 @@ from rich.table import Table
 
 from rairl_ray.actors.placement import Plan, check_against, room
 from rairl_ray.config.estimate import memory, work
+from rairl_ray.config.prediction import Assumptions, predict
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.plan import local_gpus, placement_with, print_memory, print_placement
 from rairl_ray.sweep.file import SweepFile
@@ -77,6 +78,30 @@ def show_sweep_plan(
     drawn = [shown[-1].config] * undrawn
     _print_sum([item.config for item in planned] + drawn, list(warm_starts.values()), console)
     _print_sizes(file, shown, plans, cluster, console)
+    _print_hours(file, shown, plans, undrawn, most, console)
+
+
+def _print_hours(
+    file: SweepFile, shown: Sequence[Trial], plans: Sequence[Plan], undrawn: int, at_once: int, console: Console
+) -> None:
+    """GPU hours of all trials and the time that they take side by side, where each can be predicted."""
+    drawn = len(shown) - bool(undrawn)
+    items = [*zip(shown, plans, strict=True)]
+    found = []
+    for item, plan in [*items[:drawn], *items[drawn:] * undrawn]:
+        earlier = warm_start(file, item)
+        found.append(predict(item.config, plan.total("GPU"), earlier.model.policy if earlier else None))
+    known = [prediction for prediction in found if prediction is not None]
+    if not known or len(known) < len(found):
+        return
+    hours = [prediction.hours for prediction in known]
+    # No schedule is shorter than the longest trial, or than all work shared evenly.
+    wall = max(max(hours), sum(hours) / at_once)
+    console.print(
+        f"\npredicted and not measured: {sum(one.gpu_hours for one in known):,.0f} GPU hours; at least "
+        f"{wall:,.1f} hours, {at_once} trials at once\nassumed: {Assumptions()}",
+        highlight=False,
+    )
 
 
 def _print_trials(
