@@ -322,6 +322,11 @@ def test_a_nudged_answer_may_become_zero_and_so_may_a_slip() -> None:
         assert "0" in answers and "1" not in answers, kind
 
 
+def test_the_number_of_an_answer_in_words_is_nudged_too() -> None:
+    copy = one(demonstration(tagged("2+3=5", "5 apples"), "5"), "answer")
+    assert copy is not None and answer_of(copy.text) in ("4 apples", "6 apples")
+
+
 def test_at_most_three_numbers_are_corrupted() -> None:
     text = " ".join(f"{a}+{a}={2 * a}." for a in range(11, 31))
     item = demonstration(tagged(text, "60"), "60")
