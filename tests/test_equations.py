@@ -20,7 +20,11 @@ def test_where_a_number_and_an_operator_stand() -> None:
     (number,) = find_numbers("x = -5")
     assert (number.start, number.end, number.value) == (4, 6, -5)
     assert [n.value for n in find_numbers("\n2. He has 5 apples.")] == [5]
-    assert [token.text for token in find_operators("3 + 4", 0, 3)] == ["+"]
+    assert [[t.text for t in find_operators("3 + 4", *span)] for span in ((0, 3), (2, 3), (3, 5))] == [
+        ["+"],
+        ["+"],
+        [],
+    ]
     assert [token.text for token in find_operators("(3) + 4 * -5", 0, 12)] == ["+"]
     assert expression_value("3 + 4", 0) == 7 and expression_value("so 3 + 4", 0) is None
     assert evaluate_text("(4 + 5") is None and evaluate_text("(4 + 5)") == 9
