@@ -1,19 +1,16 @@
-"""Numbers, operators and equations in a text, and values near a number."""
+"""Numbers, operators and equations in a text."""
 
 from __future__ import annotations
 
-import random
-from fractions import Fraction
+import pytest
 
 from rairl_ray.algorithms.equations import (
-    Number,
     evaluate_text,
     expression_value,
     find_equations,
     find_numbers,
     find_operators,
 )
-from rairl_ray.algorithms.slip import near_values
 
 
 def test_where_a_number_and_an_operator_stand() -> None:
@@ -31,11 +28,22 @@ def test_where_a_number_and_an_operator_stand() -> None:
     assert find_equations("it is + 3 = 3") == []  # the operand before the plus is not to be seen
 
 
-def test_values_near_a_number_are_off_by_its_unit_and_by_ten_units_where_it_is_large() -> None:
-    def always(value: str, decimals: int) -> set[Fraction]:
-        number = Number(0, 1, Fraction(value), decimals, False)
-        draws = [set(near_values(number, random.Random(seed))) for seed in range(60)]
-        return {v - number.value for v in set.intersection(*draws)}
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("(2) -5", [2, 5]),
+        ("50% -5", [50, 5]),
+        ("x2 -5", [2, 5]),
+        ("34 -5", [34, 5]),
+        ("so -5", [-5]),
+        ("x-5", [5]),
+        ("$ -5", [-5]),
+    ],
+)
+def test_a_minus_behind_a_value_is_no_sign(text: str, values: list[int]) -> None:
+    assert [number.value for number in find_numbers(text, 0, len(text))] == values
 
-    assert always("20", 0) == {1, -1, 2, -2, 10, -10} and always("19", 0) == {1, -1, 2, -2}
-    assert always("2.50", 2) == {Fraction(k, 100) for k in (1, -1, 2, -2, 10, -10)}
+
+def test_a_subtraction_is_no_sign_and_an_enumerator_no_number() -> None:
+    numbers = find_numbers("1. a is 5-3\n2) b is -4\nStep 3: (-6) and 7 -8")
+    assert [int(n.value) for n in numbers] == [5, 3, -4, -6, 7, 8]
