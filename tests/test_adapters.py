@@ -233,8 +233,8 @@ def test_the_revision_of_a_hub_base_travels_with_what_is_made_from_it(
     assert torch.equal(weights(tmp_path / "policy", tmp_path / "c"), trained)
     newest = Model(path="acme/tiny", lora=Lora(rank=2))
     module = LogprobModel(load_causal_lm("acme/tiny", newest))
+    (root / "refs" / "main").write_text(pinned)  # while it trains
     save_policy(tmp_path / "newest", module, get_peft_model_state_dict(module.wrapped), "acme/tiny", newest)
-    (root / "refs" / "main").write_text(pinned)
     first = load_causal_lm(str(root / "snapshots" / main), Model()).state_dict()[ATTENTION]
     assert torch.equal(weights(tmp_path / "newest", tmp_path / "c"), first)
     (root / "refs" / "main").write_text(main)
