@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rairl_ray.config.schema import Lora, Model, RunConfig
@@ -116,6 +119,54 @@ def test_what_cannot_be_merged_is_one_line(tmp_path: Path, fields: dict[str, obj
         merged(adapter, tmp_path / "c")
 
 
+def renamed(adapter: Path, change: Callable[[str], str | None]) -> None:
+    file = adapter / "adapter_model.safetensors"
+    kept = {new: tensor for name, tensor in load_file(file).items() if (new := change(name))}
+    save_file(kept, file, {"format": "pt"})
+
+
+def test_weights_that_peft_would_pass_over_are_one_line(tmp_path: Path) -> None:
+    """It warns, and merges an adapter of which a part is as it was drawn."""
+    base = make_base(tmp_path / "base")
+    cut, foreign = (make_adapter(base, tmp_path / name) for name in ("cut", "foreign"))
+    renamed(cut, lambda name: None if "lora_B" in name else name)
+    renamed(foreign, lambda name: name.replace("model.layers", "model.language_model.layers"))
+    for adapter, why in ((cut, "is missing"), (foreign, "has no place in")):
+        with pytest.raises(ModelError, match=rf"{why}.* weights do not fit") as refused:
+            merged(adapter, tmp_path / "c")
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("beside", ["config.json", "trained tokens"])
+def test_folders_of_other_trainers_load(tmp_path: Path, beside: str) -> None:
+    base = make_base(tmp_path / "base")
+    tokens = {"trainable_token_indices": [1, 2]} if beside == "trained tokens" else {}
+    adapter = make_adapter(base, tmp_path / "adapter", **tokens)
+    if beside == "config.json":
+        shutil.copy(base / beside, adapter / beside)
+    before = load_causal_lm(str(base), Model()).state_dict()[ATTENTION]
+    assert not torch.equal(weights(adapter, tmp_path / "c"), before)
+
+
+def test_what_is_no_adapter_of_a_language_model_is_one_line(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "soft")
+    edit(make_adapter(base, tmp_path / "other"), task_type="SEQ_CLS")
+    both = make_adapter(base, tmp_path / "both")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(base / name, both / name)
+    (tmp_path / "run").mkdir()
+    os.rename(make_adapter(base, tmp_path / "late"), tmp_path / "run" / "checkpoint-10")
+    for folder, why in (
+        ("soft", "peft_type=PROMPT_TUNING cannot be merged"), ("other", "task_type=SEQ_CLS"),
+        ("both", "a model and an adapter"), ("run", "it may be .*checkpoint-10"),
+    ):  # fmt: skip
+        with pytest.raises(ModelError, match=why) as refused:
+            merged(tmp_path / folder, tmp_path / "c")
+        assert "\n" not in str(refused.value)
+
+
 def test_an_adapter_of_ours_names_its_base_from_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,8 +233,8 @@ def test_the_revision_of_a_hub_base_travels_with_what_is_made_from_it(
     assert torch.equal(weights(tmp_path / "policy", tmp_path / "c"), trained)
     newest = Model(path="acme/tiny", lora=Lora(rank=2))
     module = LogprobModel(load_causal_lm("acme/tiny", newest))
+    (root / "refs" / "main").write_text(pinned)  # while it trains
     save_policy(tmp_path / "newest", module, get_peft_model_state_dict(module.wrapped), "acme/tiny", newest)
-    (root / "refs" / "main").write_text(pinned)
     first = load_causal_lm(str(root / "snapshots" / main), Model()).state_dict()[ATTENTION]
     assert torch.equal(weights(tmp_path / "newest", tmp_path / "c"), first)
     (root / "refs" / "main").write_text(main)

@@ -163,4 +163,6 @@ def test_statistics_of_the_smallest_samples() -> None:
     assert welch_t_statistic(correct, scores)(np.ones(4, dtype=int)) == pytest.approx(t)
     assert ece(np.array([True]), np.array([0.25])) == pytest.approx(0.75)
     assert math.isnan(ece(np.array([]), np.array([])))
+    # a certainty lies in the last bin, beside 0.95
+    assert ece(np.array([False, True]), np.array([1.0, 0.95])) == pytest.approx(0.95 / 2)
     assert len(score_histograms(correct, scores)[0]) == 31

@@ -134,7 +134,7 @@ BAD_ROWS = [
     ("aime", {"answer": "1000"}, "not a whole number from 0 to 999"),
     ("aime", {"answer": "x+1"}, "not a whole number from 0 to 999"),
     ("aime", {"problem": None}, "column 'problem' holds NoneType"),
-    ("gsm8k_distilled", {"groud_truth_solution": "four"}, "no number in a box or after ####"),
+    ("gsm8k_distilled", {"groud_truth_solution": "a few"}, "no number in a box or after ####"),
     ("medqa", {"answer_idx": "E"}, r"the answer 'E' is none of the options \(A, B\)"),
     ("medqa", {"answer_idx": 2}, "the answer '2' is none of the options"),
     ("medqa", {"options": 7}, "column 'options' holds no options"),

@@ -200,13 +200,14 @@ def test_metrics_are_means_over_units_with_both_classes_weighing_alike() -> None
         Row([1.0, -1.0, 2.0], [0, 0, 0], [0, 0, 0], True, 0),
         Row([-4.0], [0], [0], False, 0),
         Row([-2.0], [0], [0], False, 1),
+        Row([0.5], [0], [0], False, 1),
     ]
     loss, sums = contribution(rows, totals_of(rows), DiscriminatorLoss(), torch.ones(()))
     means = mean_metrics({name: float(value) for name, value in sums.items()})
     assert means[metrics.DISCRIMINATOR_LOSS] == pytest.approx(float(loss))
     assert means[metrics.DISCRIMINATOR_POSITIVE_LOGIT] == pytest.approx(2 / 3)
-    assert means[metrics.DISCRIMINATOR_NEGATIVE_LOGIT] == pytest.approx(-3.0)
-    assert means[metrics.DISCRIMINATOR_ACCURACY] == pytest.approx(0.5 * 2 / 3 + 0.5)
+    assert means[metrics.DISCRIMINATOR_NEGATIVE_LOGIT] == pytest.approx(-5.5 / 3)
+    assert means[metrics.DISCRIMINATOR_ACCURACY] == pytest.approx(0.5 * 2 / 3 + 0.5 * 2 / 3)
 
 
 def test_airl_needs_the_policy_and_sends_it_no_gradient() -> None:

@@ -131,6 +131,7 @@ def test_equal_scores_make_weighted_majority_plain_majority(
 
 def test_scores_that_do_not_fit_are_refused() -> None:
     scores, correct = np.zeros((2, 3)), np.zeros((2, 3), dtype=bool)
+    assert rerank_at_k(scores[:0], correct[:0], 1).shape == (0,)
     for found, k in ((correct, 0), (correct, 4), (correct[:, :2], 1)):
         with pytest.raises(ValueError, match="do not fit"):
             rerank_at_k(scores, found, k)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rairl_ray.algorithms.warmup import WarmupGate
+from rairl_ray.algorithms.warmup import WarmupGate, frozen
 from rairl_ray.config.schema import Discriminator, RunConfig
 from rairl_ray.trainer import adversarial
 from rairl_ray.trainer.adversarial import Progress, Run
@@ -110,3 +110,10 @@ def test_the_gate_never_opens_on_a_number_of_earlier_weights(
     })  # fmt: skip
     ended, said = warmed_up(config, Progress(), lambda update: 0.9 if update < 10 else 0.6)
     assert ended.warmup == 90 and "gave up" in said[0] and "0.600" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("updates", "warmup", "never"), [(0, 0, True), (0, 5, False), (1, 0, False), (1, 5, False)]
+)
+def test_a_discriminator_is_frozen_where_it_never_learns(updates: int, warmup: int, never: bool) -> None:
+    assert frozen(Discriminator(updates_per_policy_step=updates, warmup_steps=warmup)) is never

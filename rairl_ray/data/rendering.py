@@ -240,24 +240,31 @@ class Renderer:
 
     def _prefilled(self) -> str:
         """The unclosed `<think>` at the end of a generation prompt, with the white space behind it."""
+        _, tag, after = self._probe_prompt().rpartition(_PROBE)[2].rpartition(THINK_OPEN)
+        return tag + after if tag and not after.strip() else ""
+
+    def _probe_prompt(self) -> str:
+        """Some prompt, as rendered; empty where no roles will do."""
         for roles in (("user",), ("system", "user")):
             try:
-                tail = self._rendered([{"role": role, "content": _PROBE} for role in roles]).rpartition(_PROBE)[
-                    2
-                ]
+                return self._rendered([{"role": role, "content": _PROBE} for role in roles])
             except ModelError:
                 continue  # it may want a system message too
-            _, tag, after = tail.rpartition(THINK_OPEN)
-            return tag + after if tag and not after.strip() else ""
         return ""
 
     def _lead_ids(self) -> tuple[int, ...]:
         """Ids of a line end where the tokenizer begins every text with a space of its own; else none.
 
-        A completion goes on after a prompt. Encoded behind a line end it begins as the policy's samples do.
+        A completion goes on after a prompt. Encoded behind a line end it begins as the policy's samples do, but
+        where prompts end in a special token that swallows white space: there, samples begin with the space too.
         """
         alone, lead, behind = (self._ids(text) for text in ("x", "\n", "\nx"))
         spaced = bool(alone) and str(self.tokenizer.convert_ids_to_tokens(alone[0])).startswith("▁")
+        if spaced and (prompt := self._probe_prompt()):
+            start, whole = (
+                self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f"{prompt}x")
+            )
+            spaced = list(whole) != [*start, *alone]
         return tuple(lead) if spaced and behind[: len(lead)] == lead and len(behind) > len(lead) else ()
 
     def _ids(self, text: str) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -50,13 +50,17 @@ class Adapter:
         file = folder / "adapter_config.json"
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
-            base, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+            base, revision, task = (
+                fields.get(key) for key in ("base_model_name_or_path", "revision", "task_type")
+            )
         except (ValueError, AttributeError) as error:
             raise ModelError(f"{file}: not the file of a PEFT adapter ({error}); restore it") from None
-        if not base:
+        if not base or not isinstance(base, str):
             raise ModelError(
                 f"{file}: base_model_name_or_path is missing; write the adapter's base model there"
             )
+        if task not in (None, "CAUSAL_LM"):
+            raise ModelError(f"{file}: task_type={task}: only adapters of language models (CAUSAL_LM) will do")
         expanded = Path(base).expanduser()
         for place in (Path(os.path.abspath(expanded)), folder / expanded, folder.parent / expanded):
             if (place / "config.json").is_file():
@@ -104,7 +108,12 @@ class Adapter:
             rows = self._embedding_rows(base)
             if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:
                 base.resize_token_embeddings(rows, mean_resizing=False)
-            return PeftModel.from_pretrained(base, str(self.folder)).merge_and_unload()
+            adapted = PeftModel.from_pretrained(base, str(self.folder))
+            if not hasattr(adapted.base_model, "merge_and_unload"):
+                kind = adapted.peft_config["default"].peft_type.value
+                raise ModelError(f"{self.folder}: peft_type={kind} cannot be merged into weights; use LoRA")
+            self._check_names(set(get_peft_model_state_dict(adapted)))
+            return adapted.merge_and_unload()
 
         return one_line_errors(str(self.folder), load)
 
@@ -118,12 +127,24 @@ class Adapter:
     def _place(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
+    def _check_names(self, wanted: set[str]) -> None:
+        """PEFT only warns of weights that find no place, and leaves what is missing as it was drawn."""
+        found = set(self._shapes())
+        own = ("lora_", "ia3_")
+        odd = sorted(key for key in wanted ^ found if any(mark in key for mark in own))
+        if odd:
+            why = "is missing" if odd[0] in wanted else f"has no place in {self.base}"
+            raise ModelError(
+                f"{self.folder}: {odd[0]} {why} ({len(odd)} weights do not fit); give the adapter's own base, "
+                "or save the adapter again"
+            )
+
     def _embedding_rows(self, base: Any) -> int | None:
         """Rows of the embedding that the adapter brings along, for tokens that were added; None for none."""
         embedding = base.get_input_embeddings()
         (name,) = (name for name, module in base.named_modules() if module is embedding)
         shapes = {key: shape for key, shape in self._shapes().items() if f".{name}." in f".{key}"}
-        whole = [shape[0] for key, shape in shapes.items() if "lora_" not in key and len(shape) == 2]
+        whole = [shape[0] for key, shape in shapes.items() if key.endswith(f"{name}.weight")]
         return max(whole, default=None)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -163,6 +184,6 @@ def one_line_errors(path: str, load: Callable[[], T]) -> T:
         return load()
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{path}: cannot be loaded ({type(error).__name__}: {reason})") from error

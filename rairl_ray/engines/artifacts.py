@@ -27,7 +27,7 @@ from rairl_ray.data.tasks import task_rules
 from rairl_ray.engines.adapters import save_model
 from rairl_ray.engines.heads import ImplicitModel, ScalarModel
 from rairl_ray.engines.models import DTYPES, adapter_config, load_causal_lm, load_token_classifier
-from rairl_ray.engines.origin import Origin, content_id
+from rairl_ray.engines.origin import Origin, commit_of
 from rairl_ray.engines.sources import atomic_folder
 from rairl_ray.engines.weights import checksum
 from rairl_ray.errors import ModelError
@@ -80,6 +80,7 @@ def save_policy(
     `base` is the path that the module was loaded from. The tokenizer and `origin.json` are saved beside the
     weights.
     """
+    model = _as_loaded(module, model)
     tokenizer = load_tokenizer(base, model)
     origin = Origin.of(base, model, tokenizer)
     with atomic_folder(folder) as temporary:
@@ -106,7 +107,7 @@ def save_reward_model(
     into `reference/` where it is a local folder, so that the artifact does not depend on a cache. Where `base`
     is itself a saved reward, its reference stays the reference.
     """
-    model = config.model.read_discriminator
+    model = _as_loaded(module, config.model.read_discriminator)
     implicit = isinstance(module, ImplicitModel)
     start = read_settings(Path(base))
     with atomic_folder(folder) as temporary:
@@ -239,9 +240,7 @@ def _save_reference(target: Path, base: str, model: Model) -> dict[str, str | No
     saved = read_settings(Path(base))
     reference = saved_reference(base, model.dtype)
     if saved is None or reference is None:
-        name, revision, local = base, model.revision, Path(base).is_dir()
-        if not local:
-            revision = content_id(base, revision).rpartition("@")[2]
+        name, revision, local = base, commit_of(base, model.revision), Path(base).is_dir()
         reference = load_causal_lm(base, model, trainable=False)
     else:
         name, revision = saved.reference or "", saved.reference_revision
@@ -250,6 +249,12 @@ def _save_reference(target: Path, base: str, model: Model) -> dict[str, str | No
         name, revision = REFERENCE_FOLDER, None
         save_model(reference, target / REFERENCE_FOLDER)
     return dict(zip(REFERENCE_FIELDS, (name, checksum(reference.state_dict()), revision), strict=True))
+
+
+def _as_loaded(module: nn.Module, model: Model) -> Model:
+    """The model section with the commit that was loaded from the hub: a branch may have moved on since."""
+    commit = getattr(module.wrapped, "loaded_commit", None)
+    return model.model_copy(update={"revision": commit}) if commit else model
 
 
 def _quiet(model: Model) -> Model:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClas
 
 from rairl_ray.config.schema import Model
 from rairl_ray.engines.adapters import one_line_errors
+from rairl_ray.engines.origin import commit_of
 from rairl_ray.engines.sources import materialise
 from rairl_ray.errors import ModelError
 from rairl_ray.keys import key_seed
@@ -83,7 +84,8 @@ def _from_pretrained(kind: Any, path: str, model: Model, device: str, **extra: A
     Only a 4-bit base is loaded to `device` (where it is packed), everything else to the CPU.
     """
     check_device(path, model, device)
-    shared = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    revision = one_line_errors(path, lambda: commit_of(path, model.revision))
+    shared = {"revision": revision, "trust_remote_code": model.trust_remote_code}
     config = one_line_errors(path, lambda: AutoConfig.from_pretrained(path, **shared))
     for key in _DROPOUTS:
         if getattr(config, key, None):
@@ -91,7 +93,7 @@ def _from_pretrained(kind: Any, path: str, model: Model, device: str, **extra: A
     if kind is AutoModelForTokenClassification:
         config.classifier_dropout = 0.0  # absent, it means 0.1
         config.num_labels = extra.pop("num_labels")
-    return one_line_errors(
+    loaded = one_line_errors(
         path,
         lambda: kind.from_pretrained(
             path,
@@ -103,6 +105,8 @@ def _from_pretrained(kind: Any, path: str, model: Model, device: str, **extra: A
             **extra,
         ),
     )
+    (loaded[0] if isinstance(loaded, tuple) else loaded).loaded_commit = revision
+    return loaded
 
 
 def _quantised(model: Model, device: str) -> dict[str, Any]:

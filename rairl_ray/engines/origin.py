@@ -41,13 +41,11 @@ class Origin:
     @classmethod
     def of(cls, base: str, model: Model, tokenizer: Any) -> Origin:
         """What is made from `base` by a `model.*` section with this tokenizer."""
-        content = content_id(base, model.revision)
-        local = Path(base).is_dir()
         template = model.chat_template
         return cls(
-            base=os.path.abspath(base) if local else base,
-            revision=None if local else content.rpartition("@")[2],
-            content=content,
+            base=os.path.abspath(base) if Path(base).is_dir() else base,
+            revision=commit_of(base, model.revision),
+            content=content_id(base, model.revision),
             trust_remote_code=model.trust_remote_code,
             tokenizer=fingerprint(tokenizer),
             chat_template=None if template is None else os.path.abspath(template),
@@ -70,6 +68,11 @@ class Origin:
 
     def write(self, folder: Path) -> None:
         (folder / ORIGIN_FILE).write_text(json.dumps(asdict(self), indent=2, sort_keys=True), encoding="utf-8")
+
+
+def commit_of(path: str, revision: str | None) -> str | None:
+    """The commit of a hub model at `revision`; None for a folder."""
+    return None if Path(path).is_dir() else content_id(path, revision).rpartition("@")[2]
 
 
 def content_id(path: str, revision: str | None = None) -> str:

@@ -71,7 +71,9 @@ def materialise(model: Model, *, role: str, cache_dir: Path, seed: int) -> str:
     local = Path(model.path).expanduser()
     if local.is_dir():
         local = Path(os.path.abspath(local))
-        if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
+        if (local / "adapter_config.json").is_file() and not _weights(
+            local
+        ):  # some leave a config.json beside it
             adapter = Adapter.read(key, local, model.trust_remote_code)
             return _once(Path(cache_dir) / f"merged-{adapter.digest()}", lambda folder: _merge(adapter, folder))
         _check_folder(key, local)
@@ -198,12 +200,22 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _weights(folder: Path) -> bool:
+    """Whether a folder has the weights of a whole model."""
+    names = [path.name for path in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))]
+    return any(not name.startswith("adapter") for name in names)
+
+
 def _check_folder(key: str, folder: Path) -> None:
     """Name the first missing piece of a local model folder."""
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{key}={folder}: config.json is missing; give a Hugging Face model folder")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        below = next(iter(sorted(folder.glob("*/*config.json"))), None)
+        remedy = f"it may be {below.parent}" if below else "give a Hugging Face model folder"
+        raise ModelError(f"{key}={folder}: config.json is missing; {remedy}")
+    if not _weights(folder):
         raise ModelError(f"{key}={folder}: no weights (*.safetensors); give a Hugging Face model folder")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{key}={folder}: holds a model and an adapter; move one of them into another folder")
     if not has_tokenizer(folder):
         raise ModelError(f"{key}={folder}: no tokenizer files; save the model's tokenizer into the folder")
 

@@ -82,13 +82,14 @@ class Population(PopulationBasedTraining):
         self, trial: Any, tune_controller: Any, upper_quantile: list[Any], lower_quantile: list[Any]
     ) -> None:
         """Tune's hook: a bad member becomes a fork of a good one, unless it is at its end."""
-        state = self._trial_state[trial]
-        if trial not in lower_quantile or state.last_result["step"] >= trial.config["spec"]["steps"]:
+        state, end = self._trial_state[trial], trial.config["spec"]["steps"]
+        if trial not in lower_quantile or state.last_result["step"] >= end:
             return
         member = id_of(trial)
         with _keyed("donor", self._file.search.seed, member, state.last_result[REPORT]):
             donor = random.choice(upper_quantile)
-        steps = [step for step in CheckpointStore(newest_folder(self._file, id_of(donor))).steps() if step > 0]
+        store = CheckpointStore(newest_folder(self._file, id_of(donor)))
+        steps = [step for step in store.steps() if 0 < step < end]
         if not steps:
             self._tell(f"{member}: goes on as it is: {id_of(donor)} has no checkpoint yet")
             return
