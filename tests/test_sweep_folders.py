@@ -21,6 +21,7 @@ from rairl_ray.sweep.file import load_sweep
 from rairl_ray.sweep.points import stop_mark, sweep_folder, trial_folder, trial_log, trials
 from rairl_ray.sweep.result import conclude, trial_state
 from rairl_ray.sweep.run import Progress
+from rairl_ray.sweep.stopping import forget_requests, stop_request
 from tests.runs import ROOT
 from tests.sweeps import DEMO, SFT, end, of_tune, table, written
 
@@ -125,6 +126,22 @@ def test_telling_of_a_trial_never_raises(tmp_path: Path) -> None:
     assert "lost; the worker that watched it died" in said
     assert "No such file" in said and "failed; DataError: row 3" in said
     assert said.count("eval/pass_at_1=nan") == 2
+
+
+def test_a_metric_that_no_trial_has_stops_the_sweep_at_the_first_one(tmp_path: Path) -> None:
+    file, output = load_sweep(written(tmp_path, metric="eval/passed")), io.StringIO()
+    item = trials(file)[0]
+    display = Display("sw", 4, console=Console(file=output, width=300))
+    end(file, item, {"eval/pass_at_1": 0.5})
+    Progress(file, 4, display).on_trial_complete(0, [], of_tune(file, item))
+    assert not stop_request(file).exists(), "trials of other algorithms may have it"
+    Progress(file, 4, display, alike=True).on_trial_complete(0, [], of_tune(file, item))
+    said = "metric=eval/passed: no trial will have it, so the sweep stops; there are eval/pass_at_1"
+    assert stop_request(file).exists() and output.getvalue().count(said) == 1
+    forget_requests(file)
+    good = file.model_copy(update={"metric": "eval/pass_at_1"})
+    Progress(good, 4, display, alike=True).on_trial_complete(0, [], of_tune(file, item))
+    assert not stop_request(file).exists()
 
 
 def test_a_run_that_fails_is_started_again_as_often_as_it_may(

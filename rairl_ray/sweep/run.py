@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from rairl_ray.sweep.points import (
     Trial,
     drawn_file,
     examples,
+    newest_folder,
     started_with,
     sweep_folder,
     to_draw,
@@ -42,7 +43,7 @@ from rairl_ray.sweep.points import (
     warm_start,
 )
 from rairl_ray.sweep.population import Population, check_side_by_side
-from rairl_ray.sweep.result import DONE, conclude, last_line, state_of, trial_state
+from rairl_ray.sweep.result import DONE, FINISHED, conclude, final_values, last_line, state_of, trial_state
 from rairl_ray.sweep.schedulers import id_of, scheduler_of
 from rairl_ray.sweep.search import Points
 from rairl_ray.sweep.status import SweepDisplay
@@ -182,8 +183,10 @@ def train_warm_start(file: SweepFile, item: Trial, display: Display) -> None:
 class Progress(tune.Callback):
     """Tells when a trial ends. An error here would end the sweep: it takes whatever Tune knows of a trial."""
 
-    def __init__(self, file: SweepFile, total: int, display: Display | None) -> None:
+    def __init__(self, file: SweepFile, total: int, display: Display | None, alike: bool = False) -> None:
+        """Args: alike: whether one trial that lacks a metric of the sweep shows that all will."""
         self._file, self._total, self._display, self._done = file, total, display, 0
+        self._alike = alike
         self.running: set[str] = set()
         self.meter = GpuMeter(file)
 
@@ -207,6 +210,17 @@ class Progress(tune.Callback):
         last = trial.last_result or {}
         values = ", ".join(f"{metric}={last.get(metric, math.nan):.4f}" for metric in self._file.metrics)
         self.note(f"{self._done}/{self._total} {id_of(trial)}: {values}")
+        if self._alike and state_of(self._file, id_of(trial)) == FINISHED:
+            self._stop_for_lack(final_values(RunFolder(newest_folder(self._file, id_of(trial)))))
+
+    def _stop_for_lack(self, there: Mapping[str, float]) -> None:
+        """Nobody waits a night for a metric that no trial will have."""
+        lacking = [metric for metric in self._file.metrics if metric not in there]
+        if lacking and not stop_request(self._file).exists():
+            names = ", ".join(sorted(there)) or "none"
+            self.note(f"metric={lacking[0]}: no trial will have it, so the sweep stops; there are {names}")
+            stop_request(self._file).parent.mkdir(exist_ok=True)
+            stop_request(self._file).touch()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.note(f"{id_of(trial)}: lost its worker, mostly with its node; goes on from its newest checkpoint")
@@ -257,7 +271,8 @@ def _tune(
     # A trial's own process only watches. Tune takes no empty request, and a byte of memory is in nobody's way.
     trainable = tune.with_resources(_trainable, tune.PlacementGroupFactory([{"memory": 1}]))
     hours = file.budget.hours
-    progress = Progress(file, total, display)
+    alike = len({item.config.algorithm.type for item in left}) <= 1
+    progress = Progress(file, total, display, alike)
     tuner = tune.Tuner(
         trainable,
         param_space={} if searched else {"spec": tune.grid_search([spec(item) for item in left])},
