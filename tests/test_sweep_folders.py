@@ -22,6 +22,7 @@ from rairl_ray.sweep.points import stop_mark, sweep_folder, trial_folder, trial_
 from rairl_ray.sweep.result import conclude, trial_state
 from rairl_ray.sweep.run import Progress
 from rairl_ray.sweep.stopping import forget_requests, stop_request
+from rairl_ray.trainer.session import code_version
 from tests.runs import ROOT
 from tests.sweeps import DEMO, SFT, end, of_tune, table, written
 
@@ -142,6 +143,18 @@ def test_a_metric_that_no_trial_has_stops_the_sweep_at_the_first_one(tmp_path: P
     good = file.model_copy(update={"metric": "eval/pass_at_1"})
     Progress(good, 4, display, alike=True).on_trial_complete(0, [], of_tune(file, item))
     assert not stop_request(file).exists()
+
+
+def test_a_resume_under_another_version_of_the_code_is_said(tmp_path: Path) -> None:
+    output, file = io.StringIO(), tmp_path / "code_version"
+    display = Display("sw", 4, console=Console(file=output, width=300))
+    run._tell_other_code(file, display)
+    run._tell_other_code(file, display)
+    assert output.getvalue() == "" and file.read_text().strip() == code_version()
+    file.write_text("an earlier one\n")
+    run._tell_other_code(file, display)
+    assert f"the sweep was started by code an earlier one, this is {code_version()}" in output.getvalue()
+    assert file.read_text() == "an earlier one\n"
 
 
 def test_a_run_that_fails_is_started_again_as_often_as_it_may(

@@ -51,11 +51,13 @@ from rairl_ray.sweep.stopping import WHOLE, forget_requests, listening, stop_req
 from rairl_ray.sweep.supervise import run_trial
 from rairl_ray.trainer.parts import cluster, place
 from rairl_ray.trainer.run import made_by, train, with_warm_start
-from rairl_ray.trainer.session import resumable
+from rairl_ray.trainer.session import code_version, resumable
 
 TUNE = "tune"
 LOST_WORKERS = 100
 """How often a trial may lose the worker that watches it, mostly with its node, and goes on elsewhere."""
+CODE = "code_version"
+"""File of the version of the code that started the sweep."""
 REPEATABLE = {"seeds", "trials", "max_concurrent", "failures", "budget", "address"}
 """Keys that a resume may change: they add trials or say how many run at once and where, never what one is."""
 
@@ -83,6 +85,7 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
         for item in planned:
             _refuse_other_run(file, item)
         write_atomic(folder / SAVED, file.model_dump_json(indent=1) + "\n")
+        _tell_other_code(folder / CODE, display)
         display.note(f"sweep folder: {folder}")
         left = [item for item in planned if trial_state(file, item) not in DONE]
         ledger = Ledger(file, [*planned, *samples][0].config, display)
@@ -141,6 +144,14 @@ def _refuse_other_warm_starts(file: SweepFile, samples: Sequence[Trial]) -> None
                 f"space: its values change the warm start {item.config.warm_start}; search.type=optuna draws "
                 "while trials run: take out the axis that does, or use search.type=random"
             )
+
+
+def _tell_other_code(file: Path, display: Display) -> None:
+    """A sweep whose trials were made by two versions of the code is allowed, and said."""
+    now, before = code_version(), file.read_text().strip() if file.is_file() else None
+    if before not in (None, now):
+        display.note(f"the sweep was started by code {before}, this is {now}")
+    write_atomic(file, (before or now) + "\n")
 
 
 def _refuse_other_sweep(file: SweepFile, folder: Path, resume: bool) -> None:

@@ -75,6 +75,9 @@ def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, dis
         },
     )
     session = Session(prepared, plan, folder, store, tracker, display, resumed, frozen, newest)
+    before = saved.get("code_version", session.code_version)
+    if before != session.code_version:
+        session.event(f"the checkpoint was written by code {before}, this is {session.code_version}")
     if prepared.start is not None:
         session.event(prepared.start.describe())
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
