@@ -4,6 +4,7 @@
 # make cluster-test  local clusters, jobs and Slurm (where it is installed), ten minutes
 # make mutants  ten minutes of small faults that tests must notice (docs/mutants.md)
 # make lint   ruff and mypy
+# make audit  known weaknesses of the locked packages (pip-audit, asks PyPI)
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -11,7 +12,7 @@ PYTEST_ARGS ?=
 # Two at a time: most of an end-to-end test is waiting. More than two need more memory than a laptop has.
 TWO := -n 2 --dist worksteal --durations=20
 
-.PHONY: install demo test test-slow test-matrix cluster-test gpu-test mutants lint format clean
+.PHONY: audit install demo test test-slow test-matrix cluster-test gpu-test mutants lint format clean
 
 install:
 	@PYTHON=$(PYTHON) bash requirements/install.sh
@@ -38,6 +39,12 @@ gpu-test: install
 mutants: install
 	$(BIN)/python tests/mutants.py $(or $(MINUTES),10) $(or $(SEED),0)
 
+audit: install
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet pip-audit==2.10.1
+	.venv-audit/bin/pip-audit --no-deps --disable-pip -r requirements/cpu.txt
+	.venv-audit/bin/pip-audit --no-deps --disable-pip -r requirements/cuda.txt
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +55,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-audit build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -37,6 +37,7 @@ from rairl_ray.config.schema import Optimizer
 from rairl_ray.engines import zero_shards
 from rairl_ray.engines.background import BackgroundWriter, snapshot
 from rairl_ray.engines.optimizer import RecordingAdamW, learning_rate_factor
+from rairl_ray.engines.safe_files import refuse_foreign_code
 from rairl_ray.engines.weights import CHUNK_BYTES, bounded, exported_name
 from rairl_ray.keys import key_seed
 from rairl_ray.types import Written
@@ -311,7 +312,10 @@ class DeepSpeedEngine:
 
         On as many ranks and at the ZeRO stage of `save` it is bit-exact in all that follows. On others the
         state is the same bits, cut anew; later updates then differ by rounding.
+
+        Raises ResumeError for a file that would run foreign code.
         """
+        refuse_foreign_code(folder)
         facts = json.loads((folder / LEARNER_FILE).read_bytes())
         if (facts["ranks"], facts["zero_stage"]) == (self.world_size, self._stage):
             strict = self._saves_all
