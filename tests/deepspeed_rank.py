@@ -78,7 +78,7 @@ def make_samples(step: int) -> list[DiscriminatorSample]:
     random = keyed_generator("deepspeed test", step)
     samples: list[DiscriminatorSample] = []
     for row in range(ROWS):
-        size, completion = int(random.integers(2, 9)), int(random.integers(5, 20))
+        size, completion = int(random.integers(9, 16)), int(random.integers(5, 20))
         prompt = tuple(int(i) for i in random.integers(10, 90, size=size))
         ends = sorted({int(e) for e in random.integers(2, completion, size=3)} | {completion - 1})
         samples.append(

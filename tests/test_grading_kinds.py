@@ -104,6 +104,7 @@ def test_the_given_cases_but_for_those_with_a_reason(shared_faults: Path) -> Non
     ("grader", "answers"),
     [
         ("number", ["50%", "0.5", "1/2", "½", "\\frac12", "x = 0.5", "0.50 liters"]),
+        ("number", ["2k", "2000", "two thousand", "2,000 apples left"]),
         ("math", ["50\\%", "0.5", "\\frac{1}{2}", "x=1/2"]),
         ("math", ["\\sqrt{12}", "2\\sqrt3", "2√3"]),
         ("math", ["(x+1)^2", "x^2+2x+1", "1 + 2x + x²"]),

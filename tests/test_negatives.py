@@ -304,6 +304,7 @@ def test_a_nudged_answer_may_become_zero_and_so_may_a_slip() -> None:
     nothing = demonstration(tagged("3-3=0", "0"), "0")
     copies = [one(nothing, "answer", key) for key in range(20)]
     assert {answer_of(copy.text) for copy in copies if copy} == {"1"}
+    assert any(one(nothing, "slip", key) for key in range(20))
 
 
 def test_the_number_of_an_answer_in_words_is_nudged_too() -> None:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from rairl_ray.actors.learner import shard
+from rairl_ray.data import packing as packing_module
 from rairl_ray.data.batching import KEYS_PER_TOKEN, DiscriminatorTensors, discriminator_tensors, shares
 from rairl_ray.data.packing import pack
 from rairl_ray.engines.heads import ImplicitModel, LogprobModel, ScalarModel
@@ -133,9 +134,10 @@ def sample(prompt: tuple[int, ...], completion: tuple[int, ...]) -> Discriminato
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("head", HEADS)
-def test_values_and_gradients_equal_padded_rows(kind: str, head: str) -> None:
+def test_values_and_gradients_equal_padded_rows(kind: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = module_of(kind, head)
     assert module.padded_because is None
+    monkeypatch.setattr(packing_module, "SHORTEST", 2)
 
     @settings(max_examples=12, deadline=None)
     @given(groups())
@@ -153,7 +155,7 @@ def test_values_and_gradients_equal_padded_rows(kind: str, head: str) -> None:
 def test_adapters_and_recomputed_layers_too(head: str) -> None:
     module = module_of("mistral in a window", head, lora=True, checkpointing=True)
     token = iter(range(1, 1000))
-    prompts = [tuple(next(token) % 39 + 1 for _ in range(6)) for _ in range(2)]
+    prompts = [tuple(next(token) % 39 + 1 for _ in range(12)) for _ in range(2)]
     samples = [sample(prompts[i % 2], tuple(next(token) % 39 + 1 for _ in range(3 + i))) for i in range(6)]
     found, gradients = both(module, samples)
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
@@ -165,7 +167,7 @@ def test_adapters_and_recomputed_layers_too(head: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_float32_differs_by_rounding(kind: str) -> None:
     module = module_of(kind, "policy").float()
-    samples = [sample((5, 6, 7, 8), tuple(range(i + 1, i + 9))) for i in range(5)]
+    samples = [sample(tuple(range(5, 15)), tuple(range(i + 1, i + 9))) for i in range(5)]
     found, gradients = both(module, samples)
     assert found[0].dtype == found[1].dtype == torch.float32
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
@@ -177,14 +179,18 @@ def test_float32_differs_by_rounding(kind: str) -> None:
 # --- which tokens are there, and what each sees -----------------------------------------------------
 
 
-@given(groups())
-def test_a_token_sees_its_own_trace_so_far_and_a_prompt_is_there_once(
-    samples: list[DiscriminatorSample],
+@given(groups(), st.integers(1, 9))
+def test_a_token_sees_its_own_trace_so_far_and_what_is_shared_is_there_once(
+    samples: list[DiscriminatorSample], shortest: int
 ) -> None:
-    packing = pack([s.prompt_ids for s in samples], [len(s.completion_ids) for s in samples])
-    prompts = {s.prompt_ids for s in samples}
-    expected = sum(map(len, prompts)) + sum(len(s.completion_ids) for s in samples)
-    assert len(packing.source) == len(packing.position_ids) == len(packing.order) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing_module, "SHORTEST", shortest)
+        packing = pack([s.prompt_ids + s.completion_ids for s in samples])
+    expected = len(packing.source)
+    traces = [s.prompt_ids + s.completion_ids for s in samples]
+    beginnings = len({trace[:end] for trace in traces for end in range(1, len(trace) + 1)})
+    assert expected == beginnings if shortest == 1 else beginnings <= expected <= sum(map(len, traces))
+    assert len(packing.position_ids) == len(packing.order) == expected
     answering = torch.cat([stretches.queries.flatten() for stretches in packing.stretches])
     assert answering[packing.order].tolist() == list(range(expected))
     visible = []
@@ -208,12 +214,21 @@ def test_a_token_sees_its_own_trace_so_far_and_a_prompt_is_there_once(
 
 def test_a_window_counts_positions_not_places() -> None:
     """The second completion stands far from its prompt in the packed row, and sees it all the same."""
-    packing = pack([(1, 2, 3), (1, 2, 3)], [4, 2])
-    leaf = next(s for s in packing.stretches if s.queries[0, 0] == 7)
+    prompt = tuple(range(1, 11))
+    packing = pack([(*prompt, 20, 20, 20, 20), (*prompt, 21, 21)])
+    leaf = next(s for s in packing.stretches if s.queries[0, 0] == 14)
     allowed = leaf.mask(3, torch.float32)
     assert allowed is not None
     seen = [set(leaf.keys[0, row == 0].tolist()) for row in allowed[0, 0]]
-    assert seen == [{1, 2, 7}, {2, 7, 8}]
+    assert seen == [{8, 9, 14}, {9, 14, 15}]
+
+
+def test_system_prompts_and_experts_up_to_an_edit_are_there_once() -> None:
+    system, one, two = tuple(range(100, 130)), (*range(1, 20), 5), (*range(1, 20), 6)
+    expert, copy = tuple(range(40, 60)), (*range(40, 55), 1, 2, 3)
+    traces = [system + question + answer for question in (one, two) for answer in (expert, copy, (7, 8, 9))]
+    # the one token by which a question ends otherwise is no branch of its own
+    assert len(pack(traces).source) == 30 + 19 + 2 * ((1 + 15 + 5 + 3) + (1 + 3))
 
 
 # --- which traces go together -----------------------------------------------------------------------

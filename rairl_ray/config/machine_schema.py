@@ -49,7 +49,7 @@ class Learner(Section):
     tokens_per_micro_batch: PositiveInt = 16384
     """Tokens in one forward pass of one rank: those of packed rows, or rows x longest row of padded ones."""
     rows: Literal["packed", "padded"] = "packed"
-    """`packed`: traces end to end without padding, and a prompt once for all its traces in a pass. `padded`:
+    """`packed`: traces end to end without padding, and what they begin with alike (a prompt) once. `padded`:
     one row a trace. Models that cannot read packed rows read padded ones and say so. The losses are the same;
     under `lora.dropout` other values are dropped, and a shared prompt's are the same for all its traces."""
     offload: Literal["none", "cpu"] = "none"

@@ -285,7 +285,7 @@ def _sequences(samples: Samples, pad_id: int, packed: bool) -> dict[str, Any]:
         "completion_ids": _padded(completions, pad_id, torch.int64),
         "completion_mask": _mask([len(ids) for ids in completions]),
         "target_positions": _padded(targets, 1, torch.int64),
-        "packing": pack([s.prompt_ids for s in samples], [len(ids) for ids in completions]) if packed else None,
+        "packing": pack([s.prompt_ids + s.completion_ids for s in samples]) if packed else None,
     }
 
 

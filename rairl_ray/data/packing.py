@@ -1,11 +1,11 @@
-"""Traces of one micro-batch laid end to end: no padding, and a prompt is there once for all its completions.
+"""Traces of one micro-batch laid end to end: no padding, and what several traces begin with is there once.
 
-Traces of one prompt become a stretch for the prompt and one for each completion; a trace alone is one stretch.
-Position ids start again after the prompt for each completion; a token sees its own stretch and its prompt's.
-Heads go on speaking of rows: `Packing.place` says where each position of a padded row is.
+A system prompt, a prompt for all its completions, an expert's completion up to the edit of a perturbed copy:
+the traces are a tree of stretches. Position ids go on along each trace, and a token sees what its own trace has
+before it. Heads go on speaking of rows: `Packing.place` says where each position of a padded row is.
 
 No mask over all pairs of tokens is ever made: attention runs stretch by stretch (engines/packed_attention.py),
-over no more pairs than rows of their own would have, so that sharing never costs more than it saves.
+over about as many pairs as rows of their own have, so that sharing costs no more and there is nothing to weigh.
 Dimensions: B rows, L positions of a padded row, N packed tokens, S stretches of one attention call, Q queries
 and K keys of the longest of them.
 """
@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+
+SHORTEST = 8
+"""Tokens in common that are worth a branch, which is a row more in attention."""
 
 NEVER = np.iinfo(np.int64).max // 2
 """Position of a key that is padding: after every query."""
@@ -36,7 +39,7 @@ class Stretches:
     key_positions: Tensor
     """[S, K] int64: position ids; padding has NEVER."""
     causal: bool
-    """Queries and keys are the same stretch from its start: without a window no mask is needed."""
+    """Queries and keys are the same stretches, from position 0 on: without a window no mask is needed."""
     _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
     """Made once for all layers."""
 
@@ -87,96 +90,113 @@ class Packing:
         )
 
 
-def pack(prompts: Sequence[tuple[int, ...]], completions: Sequence[int]) -> Packing:
-    """The packing of traces whose padded rows are prompt, completion, padding.
-
-    Args:
-        prompts: the prompt's ids of each trace.
-        completions: the number of completion tokens of each.
-    """
-    width = max(len(prompt) + size for prompt, size in zip(prompts, completions, strict=True))
-    place = np.zeros((len(prompts), width), dtype=np.int64)
-    source: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    roots: list[tuple[int, int]] = []  # (packed start, length)
-    leaves: list[tuple[int, int, int, int]] = []  # (prompt's start, its length, completion's start, its length)
-    start = 0
-
-    def lay(row: int, first: int, length: int) -> None:
-        """Append positions first..first + length of a row."""
-        nonlocal start
-        source.append(row * width + np.arange(first, first + length))
-        positions.append(np.arange(first, first + length))
-        place[row, first : first + length] = np.arange(start, start + length)
-        start += length
-
-    for rows in _together(prompts):
-        size, root = len(prompts[rows[0]]), start
-        if len(rows) == 1:
-            lay(rows[0], 0, size + completions[rows[0]])
-            roots.append((root, start - root))
-            continue
-        lay(rows[0], 0, size)
-        roots.append((root, size))
-        for row in rows:
-            place[row, :size] = np.arange(root, root + size)
-            leaves.append((root, size, start, completions[row]))
-            lay(row, size, completions[row])
-    stretches, order = _stretches(roots, [leaf for leaf in leaves if leaf[3]], start)
+def pack(traces: Sequence[Sequence[int]]) -> Packing:
+    """The packing of padded rows, each a trace's prompt and completion ids and then padding."""
+    tree = _Tree(traces)
+    stretches, order = _stretches(tree.nodes, tree.size)
     return Packing(
-        source=torch.from_numpy(np.concatenate(source)),
-        position_ids=torch.from_numpy(np.concatenate(positions)),
-        place=torch.from_numpy(place),
+        source=torch.from_numpy(np.concatenate(tree.source)),
+        position_ids=torch.from_numpy(np.concatenate(tree.positions)),
+        place=torch.from_numpy(tree.place),
         stretches=stretches,
         order=torch.from_numpy(order),
     )
 
 
-def _together(prompts: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    rows: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(row)
-    return list(rows.values())
+@dataclass(frozen=True)
+class _Node:
+    """A stretch of tokens that stands in the packed row once."""
+
+    before: np.ndarray
+    """Packed indexes of all tokens before it in its traces."""
+    start: int
+    """Packed index of its first token."""
+    length: int
 
 
-def _stretches(
-    roots: Sequence[tuple[int, int]], leaves: Sequence[tuple[int, int, int, int]], tokens: int
-) -> tuple[tuple[Stretches, ...], np.ndarray]:
-    """All stretches, those of about one length (within a power of two) in one call, and `Packing.order`."""
-    found: list[Stretches] = []
+class _Tree:
+    """Traces as a tree of stretches: a branch where traces that begin alike go apart."""
+
+    def __init__(self, traces: Sequence[Sequence[int]]) -> None:
+        self._rows = [np.asarray(trace, dtype=np.int64) for trace in traces]
+        self._sorted = sorted(range(len(traces)), key=lambda row: tuple(traces[row]))
+        self._alike = [0] + [self._common(i) for i in range(1, len(traces))]
+        """Tokens that each trace has in common with the one before it in sorted order."""
+        self.width = max(map(len, traces))
+        self.place = np.zeros((len(traces), self.width), dtype=np.int64)
+        self.source: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.nodes: list[_Node] = []
+        self.size = 0
+        self._grow(0, len(traces), 0, np.zeros(0, dtype=np.int64))
+
+    def _common(self, index: int) -> int:
+        one, other = self._rows[self._sorted[index - 1]], self._rows[self._sorted[index]]
+        length = min(len(one), len(other))
+        different = np.flatnonzero(one[:length] != other[:length])
+        return int(different[0]) if len(different) else length
+
+    def _grow(self, first: int, last: int, depth: int, before: np.ndarray) -> None:
+        """Stretches of the sorted traces first..last - 1 from `depth` on; until there they are alike."""
+        while first < last:
+            end = first + 1
+            while end < last and self._alike[end] >= depth + SHORTEST:
+                end += 1
+            if end == first + 1:
+                self._lay(first, end, depth, len(self._rows[self._sorted[first]]), before)
+            else:
+                common = min(self._alike[first + 1 : end])
+                self._lay(first, end, depth, common, before)
+                own = np.arange(self.size - (common - depth), self.size)
+                self._grow(first, end, common, np.concatenate([before, own]))
+            first = end
+
+    def _lay(self, first: int, last: int, depth: int, end: int, before: np.ndarray) -> None:
+        """Positions depth..end - 1 of the sorted traces first..last - 1, once for all of them."""
+        if end == depth:
+            return
+        places = np.arange(self.size, self.size + end - depth)
+        self.place[self._sorted[first:last], depth:end] = places
+        self.source.append(self._sorted[first] * self.width + np.arange(depth, end))
+        self.positions.append(np.arange(depth, end))
+        self.nodes.append(_Node(before, self.size, end - depth))
+        self.size += end - depth
+
+
+def _stretches(nodes: Sequence[_Node], tokens: int) -> tuple[tuple[Stretches, ...], np.ndarray]:
+    """All stretches, those of about one size (within powers of two) in one call, and `Packing.order`."""
+    sizes: dict[tuple[int, int], list[_Node]] = {}
+    for node in nodes:
+        sizes.setdefault((len(node.before).bit_length(), node.length.bit_length()), []).append(node)
     order = np.zeros(tokens, dtype=np.int64)
     offset = 0
-    for causal, items in ((True, [(0, 0, *root) for root in roots]), (False, list(leaves))):
-        sizes: dict[int, list[tuple[int, int, int, int]]] = {}
-        for item in items:
-            sizes.setdefault(item[3].bit_length(), []).append(item)
-        for _, members in sorted(sizes.items()):
-            longest = max(item[3] for item in members)
-            for row, (_, _, start, length) in enumerate(members):
-                order[start : start + length] = offset + row * longest + np.arange(length)
-            offset += len(members) * longest
-            found.append(_one_call(members, causal))
-    return tuple(found), order
+    for _, members in sorted(sizes.items()):
+        longest = max(node.length for node in members)
+        for row, node in enumerate(members):
+            order[node.start : node.start + node.length] = offset + row * longest + np.arange(node.length)
+        offset += len(members) * longest
+    return tuple(_one_call(members) for _, members in sorted(sizes.items())), order
 
 
-def _one_call(members: Sequence[tuple[int, int, int, int]], causal: bool) -> Stretches:
-    """Keys are the prompt, padded to the longest, then the stretch itself, padded likewise."""
-    longest_prompt = max(item[1] for item in members)
-    longest = max(item[3] for item in members)
+def _one_call(members: Sequence[_Node]) -> Stretches:
+    """Keys are what stands before, padded to the longest, then the stretch itself, padded likewise."""
+    longest_before = max(len(node.before) for node in members)
+    longest = max(node.length for node in members)
     queries = np.zeros((len(members), longest), dtype=np.int64)
     query_positions = np.zeros_like(queries)
-    keys = np.zeros((len(members), longest_prompt + longest), dtype=np.int64)
+    keys = np.zeros((len(members), longest_before + longest), dtype=np.int64)
     key_positions = np.full_like(keys, NEVER)
-    for row, (root, size, start, length) in enumerate(members):
-        own, at = np.arange(start, start + length), size + np.arange(length)
+    for row, node in enumerate(members):
+        size, length = len(node.before), node.length
+        own, at = np.arange(node.start, node.start + length), size + np.arange(length)
         queries[row, :length], query_positions[row, :length] = own, at
-        keys[row, :size], key_positions[row, :size] = np.arange(root, root + size), np.arange(size)
-        keys[row, longest_prompt : longest_prompt + length] = own
-        key_positions[row, longest_prompt : longest_prompt + length] = at
+        keys[row, :size], key_positions[row, :size] = node.before, np.arange(size)
+        keys[row, longest_before : longest_before + length] = own
+        key_positions[row, longest_before : longest_before + length] = at
     return Stretches(
         queries=torch.from_numpy(queries),
         keys=torch.from_numpy(keys),
         query_positions=torch.from_numpy(query_positions),
         key_positions=torch.from_numpy(key_positions),
-        causal=causal,
+        causal=longest_before == 0,
     )

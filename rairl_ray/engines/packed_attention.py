@@ -34,17 +34,22 @@ def _attention(
         return padded
     window = options.get("sliding_window")
     query_NHD, key_NHD, value_NHD = (states[0].transpose(0, 1) for states in (query, key, value))
+    sharing = query.shape[1] // key.shape[1]
     answers = []
     for stretches in packing.stretches:
         mask = stretches.mask(window, query.dtype)
+        keys, values = _gather(key_NHD, stretches.keys), _gather(value_NHD, stretches.keys)
+        if sharing > 1 and query.is_cuda and mask is not None:  # else CUDA takes its slowest kernel
+            keys, values = keys.repeat_interleave(sharing, 1), values.repeat_interleave(sharing, 1)
         answer_SHQD = F.scaled_dot_product_attention(
             _gather(query_NHD, stretches.queries),
-            _gather(key_NHD, stretches.keys),
-            _gather(value_NHD, stretches.keys),
+            keys,
+            values,
             attn_mask=mask,
+            dropout_p=options.get("dropout", 0.0),
             is_causal=mask is None,
             scale=options.get("scaling"),
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=keys.shape[1] != query.shape[1],
         )
         answers.append(answer_SHQD.transpose(1, 2).flatten(0, 1))
     return torch.cat(answers).index_select(0, packing.order)[None], None
