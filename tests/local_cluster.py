@@ -50,6 +50,7 @@ class SeparateNodes:
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.address = folder, f"127.0.0.1:{port}"
+        self._begun: subprocess.Popen[bytes] | None = None
         self.options = ["--dir", str(folder), "--port", str(port), "--dashboard-port", str(port + 10)]
 
     @property
@@ -61,8 +62,16 @@ class SeparateNodes:
 
     def call(self, *arguments: str) -> None:
         """A verb of the script. Raises AssertionError with what it said where it fails."""
+        if self._begun is not None:
+            assert self._begun.wait(200) == 0
+            self._begun = None
         done = local(*arguments, *self.options)
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def begin(self, *arguments: str) -> None:
+        """The same, which the next `call` waits for."""
+        command = ["bash", SCRIPT, *arguments, *self.options]
+        self._begun = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def drain(self, worker: int) -> None:
         """Give the drain notice of a spot machine that ends in a minute."""
