@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray import cloudpickle
 
 from rairl_ray.checkpoint import CheckpointStore, Identity
 from rairl_ray.config.load import dump_yaml, load_config, read_saved
@@ -230,6 +229,14 @@ def test_a_donor_without_a_checkpoint_waits_for_one(tmp_path: Path, monkeypatch:
     assert planned_exploits(process.file) == []
 
 
+def test_a_tie_forks_nothing(tmp_path: Path) -> None:
+    process = Process(population_sweep(tmp_path))
+    for item in process.planned:
+        member = process.members[item.id]
+        process.scheduler.on_trial_result(process.controller, member, {METRIC: 0.5, "step": 1, REPORT: 1})
+    assert planned_exploits(process.file) == [] and process.told == []
+
+
 def test_only_mutations_change_the_rest_is_the_donors(tmp_path: Path) -> None:
     file = whole(tmp_path, scheduler={"type": "pbt", "mutations": [RATE], "resample": 0.0})
     now = {item.id: item.values for item in trials(file)}
@@ -249,12 +256,6 @@ def test_a_standing_by_hand() -> None:
     born = Exploit("m", 1, 4, 40, -1.0, "d", 0, 0.9, 3, 20, {})
     assert dataclasses.astuple(replayed(reports[:2], settings, born)) == (-1.0, 3, 3), "no report of its own"
     assert dataclasses.astuple(replayed(reports, settings, born)) == (0.5, 5, 5)
-
-
-def test_the_scheduler_can_be_kept_by_tune(tmp_path: Path) -> None:
-    file = population_sweep(tmp_path)
-    scheduler = cloudpickle.loads(cloudpickle.dumps(Population(file, None, print)))
-    assert scheduler._file == file
 
 
 def test_table_status_report_and_best_show_the_lineage(tmp_path: Path) -> None:

@@ -81,13 +81,15 @@ class Population(PopulationBasedTraining):
     def _checkpoint_or_exploit(
         self, trial: Any, tune_controller: Any, upper_quantile: list[Any], lower_quantile: list[Any]
     ) -> None:
-        """Tune's hook: a bad member becomes a fork of a good one, unless it is at its end."""
+        """Tune's hook: a bad member becomes a fork of a better one, unless it is at its end."""
         state, end = self._trial_state[trial], trial.config["spec"]["steps"]
         if trial not in lower_quantile or state.last_result["step"] >= end:
             return
         member = id_of(trial)
         with _keyed("donor", self._file.search.seed, member, state.last_result[REPORT]):
             donor = random.choice(upper_quantile)
+        if self._trial_state[donor].last_score <= state.last_score:
+            return
         store = CheckpointStore(newest_folder(self._file, id_of(donor)))
         steps = [step for step in store.steps() if 0 < step < end]
         if not steps:
