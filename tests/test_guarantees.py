@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize(("page", "least"), [("guarantees", 40), ("security", 8)])
+@pytest.mark.parametrize(("page", "least"), [("guarantees", 40), ("security", 8), ("reliability", 12)])
 def test_every_named_test_exists(page: str, least: int) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text()
     named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", text)
