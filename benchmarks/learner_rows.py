@@ -1,7 +1,7 @@
 """A learner's forward and backward pass over padded rows (a prompt for each sample) and packed ones, in turn.
 
 Usage: python -m benchmarks.learner_rows [--head policy|implicit|scalar] [--prompt 250] [--completion 62]
-       [--group 4] [--groups 2] [--spread 0] [--rounds 7] [--json FILE]
+       [--group 4] [--groups 2] [--spread 0] [--rounds 7] [--threads 2] [--json FILE]
 
 The model has the shape of SmolLM2-135M with random weights and a LoRA adapter of rank 16. `--spread 0.5` draws
 completion lengths between half of `--completion` and all of it, so that padded rows have padding.
@@ -108,9 +108,10 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--spread", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(arguments.threads)
     module, samples = module_of(arguments.head), samples_of(arguments)
     said = [once(module, samples, packed)[1] for packed in (False, True)]  # the first of each is not counted
     seconds: list[dict[str, float]] = []
@@ -120,7 +121,6 @@ def main() -> None:
     ratios = [row["padded"] / row["packed"] for row in seconds]
     result = {
         "settings": {key: value for key, value in vars(arguments).items() if key != "json"},
-        "threads": torch.get_num_threads(),
         "tokens": tokens_of(samples),
         "seconds": seconds,
         "ratio_median": statistics.median(ratios),
