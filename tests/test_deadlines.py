@@ -21,6 +21,7 @@ from rairl_ray.actors.group import ActorGroup, GroupFailure, RankActor, create_m
 from rairl_ray.actors.placement import Plan, Slot
 from rairl_ray.actors.roster import Roster
 from rairl_ray.errors import DataError, PlacementError, RunFailure
+from rairl_ray.files import read_json_lines
 from rairl_ray.trainer import attempts
 from rairl_ray.trainer.run import train
 from rairl_ray.trainer.session import StopRequest
@@ -258,4 +259,26 @@ def test_a_run_recovers_from_a_stopped_process(
     assert at - float(fault.mark(tmp_path).read_text()) < 12 + 30
     assert len(events(folder, f"^recovered from the failure of {fault.role} in phase {fault.verb}")) == 1
     assert steps(folder) == [1, 2]
+    assert_nothing_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_lost_rollout_replica_is_replaced_and_no_learner_begins_again(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["rollout.replicas=2", "timeouts.rollout_seconds=12", "learner.replicas=1"]
+    assert train(configuration(tmp_path / "calm", *words)) == 0
+    plant(Fault("rollout", 1, "generate", call=2, number=number), tmp_path, monkeypatch)
+    assert train(configuration(tmp_path / "lost", *words)) == 0
+    calm, folder = (tmp_path / name / "demo" / "airl" for name in ("calm", "lost"))
+    [(_, text)] = events(folder, "^rollout rank 1 replaced in ")
+    assert (
+        "rollout rank 1 (node " in text and "in phase generate, last finished step 1" in text
+    ) or "is stopped" in text
+    assert not events(folder, "^failure ") and not events(folder, "^recovered ")
+    assert steps(folder) == [1, 2, 3]
+    for step in (1, 2, 3):
+        rows = [read_json_lines(run / "rollouts" / f"step-{step:06d}.jsonl") for run in (calm, folder)]
+        texts = [[(row["prompt_id"], row["sample_index"], row["text"]) for row in part] for part in rows]
+        assert texts[0] == texts[1] and texts[0], f"step {step}"
     assert_nothing_left()
