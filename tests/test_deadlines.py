@@ -21,6 +21,7 @@ from rairl_ray.actors.group import ActorGroup, GroupFailure, RankActor, create_m
 from rairl_ray.actors.placement import Plan, Slot
 from rairl_ray.actors.roster import Roster
 from rairl_ray.errors import DataError, PlacementError, RunFailure
+from rairl_ray.files import read_json_lines
 from rairl_ray.trainer import attempts
 from rairl_ray.trainer.run import train
 from rairl_ray.trainer.session import StopRequest
@@ -258,4 +259,26 @@ def test_a_run_recovers_from_a_stopped_process(
     assert at - float(fault.mark(tmp_path).read_text()) < 12 + 30
     assert len(events(folder, f"^recovered from the failure of {fault.role} in phase {fault.verb}")) == 1
     assert steps(folder) == [1, 2]
+    assert_nothing_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_lost_rollout_replica_is_replaced_and_no_learner_begins_again(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["rollout.replicas=2", "timeouts.rollout_seconds=12", "learner.replicas=1"]
+    assert train(configuration(tmp_path / "calm", *words)) == 0
+    plant(Fault("rollout", 1, "generate", call=2, number=number), tmp_path, monkeypatch)
+    assert train(configuration(tmp_path / "lost", *words)) == 0
+    calm, folder = (tmp_path / name / "demo" / "airl" for name in ("calm", "lost"))
+    [(_, text)] = events(folder, "^rollout rank 1 replaced in ")
+    assert ("is stopped" if number == signal.SIGSTOP else "is gone") in text and "last finished step 1" in text
+    assert not events(folder, "^failure ") and not events(folder, "^recovered ")
+    assert steps(folder) == [1, 2, 3]
+    for step in (1, 2, 3):
+        file = f"rollouts/step-{step:06d}.jsonl"
+        was, now = (
+            [(row["seed"], row["generation"]) for row in read_json_lines(run / file)] for run in (calm, folder)
+        )
+        assert was == now and was, f"step {step}"
     assert_nothing_left()

@@ -18,7 +18,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from rairl_ray.actors.group import RankActor, create_members, reserve, start_members
 from rairl_ray.actors.placement import bundles
-from rairl_ray.actors.rollout import RolloutActor
+from rairl_ray.actors.rollout_actor import RolloutActor
 from rairl_ray.actors.roster import Roster
 from rairl_ray.config.load import from_dict
 from rairl_ray.config.schema import Build, Model, RunConfig
@@ -165,7 +165,7 @@ def test_an_engine_sleeps_while_the_learners_work(tmp_path: Path, monkeypatch: p
     path = materialise(Model(build=build), role="policy", cache_dir=tmp_path, seed=0)
     opened = EngineOptions(model_path=path, eos_id=2, max_prompt_tokens=8, max_completion_tokens=4, sleep=True)
     engine = Sleeper(opened, lambda _ids: "")
-    monkeypatch.setattr("rairl_ray.actors.rollout.open_engine", lambda *_arguments: engine)
+    monkeypatch.setattr("rairl_ray.actors.rollout_actor.open_engine", lambda *_arguments: engine)
     actor = RolloutActor(0, make(), path, "cpu")
     actor.open()
     actor.serve_disk_weights()

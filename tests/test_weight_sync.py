@@ -15,7 +15,8 @@ import torch
 
 from rairl_ray import metrics as names
 from rairl_ray.actors.group import GroupFailure, Member
-from rairl_ray.actors.rollout import RolloutActor, RolloutWorkers
+from rairl_ray.actors.rollout import RolloutWorkers
+from rairl_ray.actors.rollout_actor import RolloutActor
 from rairl_ray.actors.roster import Roster
 from rairl_ray.actors.weight_sync import EngineClient, WeightUpdate, fetched
 from rairl_ray.config.load import load_config

@@ -246,15 +246,18 @@ def create_members(
     roster: Roster,
     environment: Mapping[str, str],
     arguments: tuple[object, ...],
+    ranks: Sequence[int] | None = None,
 ) -> list[Member]:
     """Create the role's actors in their bundles, without waiting for their processes.
 
     Args:
+        ranks: of these alone; None: of all.
         environment: variables that must be set before the process imports its heavy library.
         arguments: positional constructor arguments after `rank`.
     """
     members = []
-    for rank, (bundle, resources) in enumerate(plan.roles[role]):
+    for rank in range(len(plan.roles[role])) if ranks is None else ranks:
+        bundle, resources = plan.roles[role][rank]
         others = {key: value for key, value in resources.items() if key not in ("CPU", "GPU")}
         options = ray.remote(actor_class).options(
             num_cpus=resources.get("CPU", 0),

@@ -1,130 +1,25 @@
-"""Rollout actors: one engine each, spread over the cluster; the driver sees `RolloutWorkers`."""
+"""All rollout replicas as one sampler, which is what the driver sees of them."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from rairl_ray.actors.group import ActorGroup, GroupFailure, Interrupted, Member, Pending, RankActor
-from rairl_ray.actors.weight_sync import WeightUpdate, fetched
+from rairl_ray.actors.group import ActorGroup, GroupFailure, Interrupted, Member, Pending
+from rairl_ray.actors.rollout_actor import Traces
+from rairl_ray.actors.weight_sync import WeightUpdate
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import balance
-from rairl_ray.data.rendering import Renderer, load_tokenizer
+from rairl_ray.data.rendering import Renderer
 from rairl_ray.engines.rollout_engine import (
     Generation,
     GenerationRequest,
-    RolloutEngine,
     SamplingSettings,
-    SyncReport,
-    engine_options,
 )
-from rairl_ray.engines.sources import end_tokens
-from rairl_ray.engines.weights import whole
 from rairl_ray.keys import key_seed, occurrences
 from rairl_ray.types import Prompt, Rollout, RolloutGroup
-
-Traces = Sequence[tuple[Sequence[int], Sequence[int]]]
-"""Prompt ids and completion ids of each trace."""
-
-
-class RolloutActor(RankActor):
-    """One rollout engine in its own process."""
-
-    def __init__(self, rank: int, config: RunConfig, policy_path: str, device: Literal["cpu", "cuda"]) -> None:
-        super().__init__(rank)
-        self._config = config
-        self._policy_path = policy_path
-        self._device = device
-        self._engine: RolloutEngine | None = None
-
-    def open(self) -> None:
-        """Load the engine, anew if there is one. It is STALE, and serves nothing, until its first sync."""
-        self.close()
-        self._engine = open_engine(self._config, self._policy_path, self._device)
-        self._engine.sleep()
-
-    @property
-    def engine(self) -> RolloutEngine:
-        if self._engine is None:
-            raise RuntimeError("the rollout engine is not open; call open() first")
-        return self._engine
-
-    def generate(
-        self, requests: list[GenerationRequest], sampling: SamplingSettings
-    ) -> tuple[list[Generation], int | None, float]:
-        """Completions in the order of the requests, the version that made them, and the seconds it took."""
-        started = time.perf_counter()
-        generations = self.engine.generate(requests, sampling)
-        seconds = time.perf_counter() - started
-        self.engine.sleep()  # the learners work next
-        return generations, self.engine.version, seconds
-
-    def sync(self, update: WeightUpdate, probe: Traces = ()) -> tuple[SyncReport, list[list[float]]]:
-        """Take new weights; answers the version and checksum that the engine now serves, and its
-        log-probabilities of the probe's completions ([N][T_i], at temperature 1)."""
-        report = self.load(update)
-        return report, self.engine.score_tokens([p for p, _ in probe], [c for _, c in probe])
-
-    def load(self, update: WeightUpdate) -> SyncReport:
-        if update.chunks is None:
-            assert self.engine.version is not None and self.engine.checksum is not None
-            return SyncReport(version=self.engine.version, checksum=self.engine.checksum, seconds=0.0)
-        chunks = fetched(update.chunks)
-        if update.adapter_config is not None:
-            return self.engine.load_adapter(whole(chunks), update.adapter_config, update.version)
-        return self.engine.load_weights(chunks, update.version)
-
-    # What a learner calls while it pushes weights itself (vLLM's own verbs, see weight_sync.EngineClient).
-
-    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
-        self._vllm.init_weight_transfer_engine(init_info)
-
-    def start_weight_update(self) -> None:
-        self._update_started = time.perf_counter()
-        self._vllm.start_weight_update()
-
-    def update_weights(self, update_info: Mapping[str, Any], version: int) -> None:
-        self._vllm.update_weights(update_info, version)
-
-    def finish_weight_update(self, version: int) -> None:
-        self._vllm.finish_weight_update(version, self._update_started)
-
-    @property
-    def _vllm(self) -> Any:
-        """The engine, where it is one that a learner can push weights into (config.transport)."""
-        return self.engine
-
-    def serve_disk_weights(self) -> None:
-        """Declare the weights that the engine was opened with to be version 0."""
-        self.engine.mark_synced(0)
-
-    def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-
-
-def open_engine(config: RunConfig, policy_path: str, device: Literal["cpu", "cuda"]) -> RolloutEngine:
-    """The engine that `rollout.engine` names; each heavy library is imported only where it is used."""
-    renderer = Renderer(load_tokenizer(policy_path, config.model.policy), "")
-    stops = {*renderer.stop_ids, *end_tokens(policy_path, config.model.policy.revision)}
-    options = engine_options(
-        config,
-        model_path=policy_path,
-        eos_id=renderer.eos_id,
-        stop_ids=tuple(sorted(stops - {renderer.eos_id})),
-        device=device,
-    )
-    if config.rollout.engine == "vllm":
-        from rairl_ray.engines.vllm_engine import VllmEngine
-
-        return VllmEngine(options, renderer.completion_text)
-    from rairl_ray.engines.hf_engine import HfEngine
-
-    return HfEngine(options, renderer.completion_text)
 
 
 @dataclass(frozen=True)
@@ -136,6 +31,7 @@ class PendingGroups:
     """Samples of each prompt."""
     shares: Sequence[Sequence[int]]
     requests: Sequence[Sequence[GenerationRequest]]
+    settings: SamplingSettings
     pending: Pending
 
 
@@ -157,6 +53,19 @@ class Sampled:
     """How long the slowest replica sampled."""
 
 
+@dataclass
+class Replacement:
+    """How a replica that is lost while it samples is replaced, and the learners not disturbed."""
+
+    respawn: Callable[[int], Member]
+    """Makes a new process for a rank, in its bundle."""
+    bring_up: Callable[[RolloutWorkers], None]
+    """Gives a new replica the policy that the others serve, and checks it."""
+    tell: Callable[[str], None]
+    left: int
+    """Replicas that may still be lost; the next one is a failure of the group."""
+
+
 class RolloutWorkers(ActorGroup):
     """All rollout replicas as one sampler."""
 
@@ -164,6 +73,8 @@ class RolloutWorkers(ActorGroup):
         super().__init__("rollout", members)
         self._config = config
         self._renderer = renderer
+        self.replacement: Replacement | None = None
+        """None: a lost replica is a failure of the group."""
         self._busy = False
         """Whether the engines still sample what nobody waits for."""
 
@@ -227,12 +138,12 @@ class RolloutWorkers(ActorGroup):
             self._config.timeouts.rollout_seconds,
             lambda actor, rank: actor.generate.remote(requests[rank], settings),
         )
-        return PendingGroups(tuple(prompts), count, shares, requests, pending)
+        return PendingGroups(tuple(prompts), count, shares, requests, settings, pending)
 
     def collect(self, started: PendingGroups, unless: Callable[[], bool] | None = None) -> Sampled:
         """Wait for what `start` began; `unless` as in `generate`."""
         try:
-            answers = self.wait(started.pending, unless)
+            answers = self._answers(started, unless)
         except Interrupted:
             self._busy = True
             raise
@@ -249,6 +160,70 @@ class RolloutWorkers(ActorGroup):
                 )
                 groups[i] = RolloutGroup(prompt=started.prompts[i], rollouts=rollouts)
         return Sampled([groups[i] for i in range(len(started.prompts))], seconds)
+
+    def _answers(
+        self, started: PendingGroups, unless: Callable[[], bool] | None
+    ) -> list[tuple[list[Generation], int | None, float]]:
+        """The replicas' answers by rank. What a lost one was asked, all sample again once it is replaced."""
+        pending, lost = started.pending, list[int]()
+        while True:
+            try:
+                self.wait(pending, unless)
+                break
+            except GroupFailure as failure:
+                lost.append(self._replace(failure))
+                refs = {ref: member for ref, member in pending.refs.items() if member.rank not in lost}
+                pending = replace(pending, refs=refs)
+                self._queue.append(pending)
+        answers = {rank: answer for rank, answer in pending.results.items() if rank not in lost}
+        for rank in dict.fromkeys(lost):
+            answers[rank] = self._sampled_again(started.requests[rank], started, unless)
+        return [answers[rank] for rank in range(len(self))]
+
+    def _sampled_again(
+        self, requests: Sequence[GenerationRequest], started: PendingGroups, unless: Callable[[], bool] | None
+    ) -> tuple[list[Generation], int | None, float]:
+        """A lost share, divided among all replicas by whole prompts; their seeds give the same samples."""
+        shares = balance([1] * (len(requests) // started.count), len(self))
+        rows = [[p * started.count + i for p in share for i in range(started.count)] for share in shares]
+        answers = self.wait(
+            self.submit(
+                "generate",
+                self._config.timeouts.rollout_seconds,
+                lambda actor, rank: actor.generate.remote(
+                    [requests[row] for row in rows[rank]], started.settings
+                ),
+            ),
+            unless,
+        )
+        made = {
+            row: g
+            for own, (found, *_) in zip(rows, answers, strict=True)
+            for row, g in zip(own, found, strict=True)
+        }
+        return [made[row] for row in range(len(requests))], answers[0][1], max(spent for *_, spent in answers)
+
+    def _replace(self, failure: GroupFailure) -> int:
+        """End the lost replica, put a new one in its place; its rank. Raises the failure if it is not ours."""
+        how = self.replacement
+        alone = len(self) < 2 or self.roster is None
+        if how is None or how.left < 1 or alone or (failure.role, failure.phase) != (self.role, "generate"):
+            raise failure
+        how.left -= 1
+        begun = time.monotonic()
+        assert self.roster is not None and failure.rank is not None
+        self.roster.end_member(self.members[failure.rank], self._config.timeouts.teardown_seconds)
+        member = how.respawn(failure.rank)
+        one = RolloutWorkers([member], self._config, self._renderer)
+        one.roster, one.last_step = self.roster, self.last_step
+        one.open()
+        how.bring_up(one)
+        self.members[failure.rank] = member
+        spent, waited = time.monotonic() - begun, failure.waited_seconds
+        how.tell(
+            f"rollout rank {failure.rank} replaced in {spent:.1f} s, after waiting {waited:.1f} s: {failure}"
+        )
+        return failure.rank
 
     def sync(self, update: WeightUpdate, probe: Traces = ()) -> list[list[list[float]]]:
         """Every replica takes the update and answers the sender's version and checksum.
@@ -327,12 +302,3 @@ def _rollout(prompt: Prompt, sample: int, made: Generation, seed: int, version: 
         policy_version=-1 if version is None else version,
         seed=seed,
     )
-
-
-def rollout_environment(config: RunConfig, device: Literal["cpu", "cuda"], threads: int) -> dict[str, str]:
-    """Environment of the actor's process, set before it starts."""
-    if config.rollout.engine == "vllm":
-        from rairl_ray.engines.vllm_engine import vllm_environment
-
-        return vllm_environment(device=device, threads=threads)
-    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -109,6 +110,14 @@ class Roster:
             left += [f"pid {pid} on node {node[:8]} survived SIGKILL" for pid in pids or ()]
         return left
 
+    def end_member(self, member: Member, seconds: float) -> None:
+        """End the processes of one member, stopped or not, and leave all others alone."""
+        with suppress(ray.exceptions.RayError):
+            ray.kill(member.handle, no_restart=True)
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        of = (member.role, member.rank)
+        _on_nodes({member.node_id} & alive, lambda attempt: kill(attempt, of=of), self.attempt, seconds)
+
     def release(self) -> None:
         """Give the bundles back; the actors in them end."""
         for group in self.groups:
@@ -167,11 +176,12 @@ def look(attempt: str) -> list[Seen]:
     return seen
 
 
-def kill(attempt: str, seconds: float = 10.0) -> list[int]:
-    """Runs on a node: SIGKILL to the attempt's processes there; the ids of those that remain."""
+def kill(attempt: str, seconds: float = 10.0, of: tuple[str, int] | None = None) -> list[int]:
+    """Runs on a node: SIGKILL to the attempt's processes there (`of`: to those of one role and rank); the ids
+    of those that remain."""
     deadline = time.monotonic() + seconds
     while True:
-        processes = [process for process, _, _ in _marked(attempt)]
+        processes = [process for process, *whose in _marked(attempt) if of in (None, tuple(whose))]
         for process in processes:
             try:
                 process.kill()

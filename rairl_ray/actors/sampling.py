@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rairl_ray.actors.chunks import Line
-from rairl_ray.actors.rollout import open_engine, sampling_seed
+from rairl_ray.actors.rollout import sampling_seed
+from rairl_ray.actors.rollout_actor import open_engine
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.rendering import Renderer, load_tokenizer
 from rairl_ray.engines.rollout_engine import Generation, GenerationRequest, RolloutEngine, SamplingSettings

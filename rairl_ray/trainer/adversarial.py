@@ -15,7 +15,9 @@ from rairl_ray import metrics as names
 from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import Interrupted
 from rairl_ray.actors.learner import LearnerWorkers
+from rairl_ray.actors.rollout import Replacement
 from rairl_ray.algorithms.warmup import WarmupGate
+from rairl_ray.config.transport import weight_transport
 from rairl_ray.data.cursor import Cursor
 from rairl_ray.metrics import PhaseTimer
 from rairl_ray.runfolder import Summary
@@ -74,6 +76,10 @@ class Run:
         strategy = self.airl or GrpoStrategy(prepared.task, prepared.policy_renderer, config.reward)
         self.strategy = strategy
         self.loop = Loop(config, self.feed, parts.rollouts, parts.policy, strategy)
+        if config.trainer.max_staleness_steps == 0 and weight_transport(config, parts.device) == "object_store":
+            parts.rollouts.replacement = Replacement(
+                parts.respawn_rollout, self.loop.bring_up, session.event, config.trainer.failure_retries
+            )
         self.heldout = HeldOut(config, prepared.task, parts.rollouts, self.airl, lambda: bool(session.stop))
 
     def run(self, resume: bool, ready: Callable[[], None]) -> bool:

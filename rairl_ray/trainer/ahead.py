@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rairl_ray.actors.rollout import PendingGroups, PendingSync, RolloutWorkers, Sampled, Traces
+from rairl_ray.actors.rollout import PendingGroups, PendingSync, RolloutWorkers, Sampled
+from rairl_ray.actors.rollout_actor import Traces
 from rairl_ray.actors.weight_sync import WeightUpdate
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.trainer.feed import Feed

@@ -95,6 +95,12 @@ class Loop:
         learner = self.policy.logprobs(self.probe.samples, temperature=1.0)
         self.ahead.sync(update, self.probe.traces, partial(self._compare, update.version, learner))
 
+    def bring_up(self, replica: RolloutWorkers) -> None:
+        """Give one new replica the newest policy, with the checks of `sync`; the learners must be at rest."""
+        update = self.policy.weights(replica.members)
+        learner = self.policy.logprobs(self.probe.samples, temperature=1.0)
+        self._compare(update.version, learner, replica.sync(update, self.probe.traces))
+
     def _compare(
         self, version: int, learner: Sequence[np.ndarray], answers: Sequence[Sequence[Sequence[float]]]
     ) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,8 +18,9 @@ from rairl_ray.actors.joining import join
 from rairl_ray.actors.learner import learner_environment
 from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device, this_machine
 from rairl_ray.actors.policy import PolicyActor, PolicyWorkers
-from rairl_ray.actors.rollout import RolloutActor, RolloutWorkers, rollout_environment
-from rairl_ray.actors.roster import Roster
+from rairl_ray.actors.rollout import RolloutWorkers
+from rairl_ray.actors.rollout_actor import RolloutActor, rollout_environment
+from rairl_ray.actors.roster import Member, Roster
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import PlacementError
 from rairl_ray.trainer.prepare import Prepared
@@ -119,6 +120,8 @@ class Parts:
     rollouts: RolloutWorkers
     policy: PolicyWorkers | None
     discriminator: DiscriminatorWorkers | None
+    respawn_rollout: Callable[[int], Member]
+    """Makes a new process for one rollout replica, in its bundle."""
 
     def finished(self, step: int) -> None:
         """Tell every group the newest finished step, for their failure reports."""
@@ -159,12 +162,19 @@ def start_parts(prepared: Prepared, plan: Plan, roster: Roster) -> Parts:
         for role in plan.roles
     }
     members = start_members(created, roster, config.timeouts.start_seconds)
+
+    def respawn(rank: int) -> Member:
+        kind, environment, arguments = roles["rollout"]
+        made = create_members("rollout", kind, plan, roster, environment, (config, *arguments), [rank])
+        return start_members({"rollout": made}, roster, config.timeouts.start_seconds)["rollout"][0]
+
     parts = Parts(
         roster,
         device,
         RolloutWorkers(members["rollout"], config, prepared.policy_renderer),
         PolicyWorkers(members["policy"], config) if "policy" in members else None,
         DiscriminatorWorkers(members["discriminator"], config) if "discriminator" in members else None,
+        respawn,
     )
     for workers in (parts.rollouts, parts.policy, parts.discriminator):
         if workers is not None:

@@ -9,7 +9,7 @@ import ray
 
 from rairl_ray.actors.chunks import Pool
 from rairl_ray.actors.placement import resolve_device
-from rairl_ray.actors.rollout import rollout_environment
+from rairl_ray.actors.rollout_actor import rollout_environment
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import PlacementError
 
