@@ -106,7 +106,10 @@ def report(summaries: dict[str, Summary], target: Path, airl: RunConfig, steps: 
 def gaps(run: RunFolder) -> dict[str, str]:
     """Mean |difference| a token between learner and rollout engine, in the worst step."""
     rows = run.read_metrics()
-    return {title: f"{max(row[name] for row in rows if name in row):.1e}" for name, title in GAPS.items()}
+    return {
+        title: f"{max((row[name] for row in rows if name in row), default=float('nan')):.1e}"
+        for name, title in GAPS.items()
+    }
 
 
 def cell(summary: Summary, name: str) -> str:
