@@ -1,9 +1,9 @@
 """What learner and engines must agree on: a few fixed traces after a sync, and the samples of every step.
 
-The checksum says that the right bytes arrived; these say that the engine computes the same function of them. The
-probe is scored by both sides at temperature 1 over the whole vocabulary, whatever the rollouts sample with. The samples
-cost nothing: what sampling recorded against what the learner's first pass over them computes (`rollout/logprob_gap`).
-They tell the same where both mean one distribution: on-policy samples, `top_p: 1`, no dropout.
+The checksum says that the right bytes arrived; these say that the engine computes the same function of them.
+The probe is scored by both sides at temperature 1 over the whole vocabulary, whatever the rollouts sample with.
+The samples cost nothing: what sampling recorded against what the learner's first pass over them computes
+(`rollout/logprob_gap`). They tell the same where both mean one distribution: on-policy, `top_p: 1`, no dropout.
 """
 
 from __future__ import annotations
