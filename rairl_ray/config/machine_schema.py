@@ -33,8 +33,8 @@ class Rollout(Section):
     """How full weights reach the engines; auto: `ipc` where they share GPUs with the policy learner, `nccl`
     where they have GPUs of their own, else `object_store`. Adapters always use the object store."""
     probe_every: NonNegativeInt | None = None
-    """After the first sync and every n-th one, compare learner and engines on a few fixed traces; 0: never. None:
-    50 where each step's own samples are compared too (trainer/probe.py), else 1."""
+    """After the first sync and every n-th one, compare learner and engines on a few fixed traces; 0: never.
+    None: 50 where each step's own samples are compared too (trainer/probe.py), else 1."""
     max_sync_logprob_gap: PositiveFloat | None = None
     """Largest mean |difference| a token in these comparisons; None: 0.001 in float32, 0.1 in bfloat16."""
 
