@@ -84,7 +84,7 @@ def test_vllm_and_a_warm_start(tmp_path: Path) -> None:
     row = last_step(tmp_path / "demo" / "airl")
     # What vLLM says of its samples and what the learner says of them must agree: weights arrived whole.
     assert row[names.POLICY_IMPORTANCE_WEIGHT] == pytest.approx(1.0, abs=0.02)
-    assert row[names.SYNC_LOGPROB_GAP] < 1e-4 and row[names.ROLLOUT_LOGPROB_GAP] < 1e-4
+    assert row[names.ROLLOUT_LOGPROB_GAP] < 1e-4
     assert (tmp_path / "demo" / "sft" / "final" / "policy" / "model.safetensors").is_file()
     assert "trained first" in done.stdout
 

@@ -27,12 +27,14 @@ from rairl_ray.trainer.grpo import GrpoStrategy
 from rairl_ray.trainer.loop import Loop
 from rairl_ray.trainer.parts import Parts, cluster, place, start_parts
 from rairl_ray.trainer.prepare import Prepared, prepare
+from rairl_ray.trainer.probe import samples_tell
 from rairl_ray.types import RewardedTrace
 from tests.runs import ROOT, TINY
 
 Chunk = dict[str, torch.Tensor]
 
 SMALL = [
+    "rollout.probe_every=1",
     *TINY,
     "warm_start=null",
     "tracking.uri=none",
@@ -231,6 +233,34 @@ def test_silently_wrong_numerics_fail_the_run_by_the_probe(joined: None, tmp_pat
     finally:
         perturbed.close()
         machine.parts.roster.end(60)
+
+
+def test_without_a_probe_the_samples_of_the_next_step_find_it(joined: None, tmp_path: Path) -> None:
+    machine = started(tmp_path, "rollout.replicas=1", "rollout.probe_every=0")
+    config = machine.prepared.config
+    handle = ray.remote(PerturbedActor).remote(0, config, machine.prepared.policy_path, "cpu")
+    perturbed = RolloutWorkers([Member("rollout", 0, handle)], config, machine.prepared.policy_renderer)
+    perturbed.open()
+    assert machine.parts.policy is not None
+    loop = Loop(config, machine.feed, perturbed, machine.parts.policy, EvenTokens(machine.prepared))
+    try:
+        loop.sync()
+        metrics, _ = loop.step(1, PhaseTimer())
+        assert metrics[names.ROLLOUT_LOGPROB_GAP] < 1e-5 and names.SYNC_LOGPROB_GAP not in metrics
+        with pytest.raises(GroupFailure, match=r"policy version 1 .* on the samples of its step, and at most"):
+            loop.step(2, PhaseTimer())
+    finally:
+        perturbed.close()
+        machine.parts.roster.end(60)
+
+
+def test_when_the_samples_tell() -> None:
+    def tells(*words: str) -> bool:
+        return samples_tell(load_config(ROOT / "experiments/demo/airl.yaml", words))
+
+    assert tells()
+    assert not tells("rollout.top_p=0.95") and not tells("trainer.max_staleness_steps=1")
+    assert not tells("model.policy.lora.rank=4", "model.policy.lora.dropout=0.1")
 
 
 def test_the_probe_can_be_thinned_out(machine: Machine) -> None:

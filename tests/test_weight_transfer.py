@@ -89,6 +89,7 @@ def test_full_weights_move_between_gpus(transport: str, zero_stage: int, tmp_pat
         "placement.device=gpu",
         f"placement.type={placement}",
         "policy.learning_rate=0.01",
+        "rollout.probe_every=1",
         "trainer.steps=3",
         f"output_dir={tmp_path}",
         "tracking.uri=none",

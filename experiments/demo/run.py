@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def report(summaries: dict[str, Summary], target: Path, airl: RunConfig, steps: 
 def gaps(run: RunFolder) -> dict[str, str]:
     """Mean |difference| a token between learner and rollout engine, in the worst step."""
     rows = run.read_metrics()
-    return {title: f"{max(row[name] for row in rows if name in row):.1e}" for name, title in GAPS.items()}
+    worst = {name: max((row[name] for row in rows if name in row), default=math.nan) for name in GAPS}
+    return {title: f"{worst[name]:.1e}" for name, title in GAPS.items()}
 
 
 def cell(summary: Summary, name: str) -> str:

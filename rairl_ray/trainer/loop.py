@@ -30,8 +30,8 @@ from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import PhaseTimer, mean
 from rairl_ray.trainer.ahead import RunAhead, StepRollouts
 from rairl_ray.trainer.feed import Feed
-from rairl_ray.trainer.probe import PROBE_TRACES, make_probe
-from rairl_ray.types import PolicyBatch, PolicySample, RewardedTrace, RolloutGroup
+from rairl_ray.trainer.probe import PROBE_TRACES, RARELY, make_probe, samples_tell
+from rairl_ray.types import PolicyBatch, PolicySample, RewardedTrace, RolloutGroup, UpdateResult
 
 
 class Strategy(Protocol):
@@ -62,6 +62,7 @@ class Loop:
         self.ahead = RunAhead(config, feed, rollouts)
         self.policy = policy
         self.strategy = strategy
+        self._probed = False
         self.probe = make_probe(feed.fixed(PROBE_TRACES, "probe"), rollouts.renderer, config)
 
     def step(self, step: int, timer: PhaseTimer) -> tuple[dict[str, float], list[RolloutGroup]]:
@@ -73,6 +74,7 @@ class Loop:
         batches = policy_batches(rewarded, self.config, step)
         with timer.phase(names.TIME_POLICY):
             result = self.policy.update(batches)
+        self._check_samples(result)
         with timer.phase(names.TIME_SYNC):
             self.sync()
         metrics |= rollout_metrics(rollouts, result.version - 1)
@@ -89,9 +91,12 @@ class Loop:
         """
         update = self.policy.weights(self.rollouts.members)
         every = self.config.rollout.probe_every
-        if not every or update.version % every:
+        if every is None:
+            every = RARELY if samples_tell(self.config) else 1
+        if not every or (self._probed and update.version % every):
             self.ahead.sync(update)
             return
+        self._probed = True
         learner = self.policy.logprobs(self.probe.samples, temperature=1.0)
         self.ahead.sync(update, self.probe.traces, partial(self._compare, update.version, learner))
 
@@ -100,6 +105,16 @@ class Loop:
         update = self.policy.weights(replica.members)
         learner = self.policy.logprobs(self.probe.samples, temperature=1.0)
         self._compare(update.version, learner, replica.sync(update, self.probe.traces))
+
+    def _check_samples(self, result: UpdateResult) -> None:
+        """The standing check of the engines: what they recorded of the step's samples. Raises GroupFailure."""
+        gap = result.metrics.get(names.ROLLOUT_LOGPROB_GAP)
+        if gap is None or not result.metrics[names.POLICY_TOKENS] or not samples_tell(self.config):
+            return
+        dtype = self.config.model.policy.dtype
+        cause = self.probe.refusal(gap, result.version - 1, dtype, "the samples of its step")
+        if cause is not None:
+            raise self.rollouts.refused(0, cause)
 
     def _compare(
         self, version: int, learner: Sequence[np.ndarray], answers: Sequence[Sequence[Sequence[float]]]

@@ -1,7 +1,9 @@
-"""The probe: a few fixed traces whose log-probabilities learner and engines must agree on after every sync.
+"""What learner and engines must agree on: a few fixed traces after a sync, and the samples of every step.
 
-The checksum says that the right bytes arrived; the probe says that the engine computes the same function of
-them. Both sides score at temperature 1 over the whole vocabulary, whatever the rollouts sample with.
+The checksum says that the right bytes arrived; these say that the engine computes the same function of them.
+The probe is scored by both sides at temperature 1 over the whole vocabulary, whatever the rollouts sample with.
+The samples cost nothing: what sampling recorded against what the learner's first pass over them computes
+(`rollout/logprob_gap`). They tell the same where both mean one distribution: on-policy, `top_p: 1`, no dropout.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from rairl_ray.types import Demonstration, PolicySample, Trace
 PROBE_TRACES = 4
 PROBE_TOKENS = 64
 """Completion tokens of a trace that are compared, at most."""
+
+RARELY = 50
+"""Syncs between two probes where every step's samples are compared."""
 
 LARGEST_GAP = {"float32": 1e-3, "bfloat16": 0.1}
 """Default of `rollout.max_sync_logprob_gap` by model.policy.dtype, well above what was measured on a CPU."""
@@ -38,16 +43,23 @@ class Probe:
         differences = np.concatenate(learner) - np.concatenate([np.asarray(row) for row in engine])
         return float(np.abs(differences).mean())
 
-    def refusal(self, gap: float, version: int, dtype: str) -> str | None:
+    def refusal(self, gap: float, version: int, dtype: str, where: str = "") -> str | None:
         """Why an engine with this gap cannot be trusted; None where it can. A NaN cannot."""
         if gap <= self.bound:
             return None
+        where = where or f"the probe of {len(self.samples)} traces"
         return (
             f"policy version {version} arrived whole, but its log-probabilities are {gap:.3g} a token away "
-            f"from the learner's on the probe of {len(self.samples)} traces, and at most {self.bound:g} is "
+            f"from the learner's on {where}, and at most {self.bound:g} is "
             f"allowed (rollout.max_sync_logprob_gap, for model.policy.dtype={dtype}): the engine does not "
             "compute what the learner computes; if their numerics differ by intent, raise the bound"
         )
+
+
+def samples_tell(config: RunConfig) -> bool:
+    """Whether `rollout/logprob_gap` of a step is rounding alone where engines compute what the learner does."""
+    fresh = config.trainer.max_staleness_steps == 0
+    return fresh and config.rollout.top_p == 1.0 and config.model.policy.lora.dropout == 0.0
 
 
 def make_probe(demonstrations: Sequence[Demonstration], renderer: Renderer, config: RunConfig) -> Probe:
