@@ -19,7 +19,8 @@ from tests.runs import ROOT
 DRAIN = """
 import sys, time, ray
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+from rairl_ray.actors.joining import join
+join(sys.argv[1])
 nodes = sorted(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU"))
 reason, deadline = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), int((time.time() + 60) * 1000)
 client = ray._raylet.GcsClient(address=sys.argv[1])
@@ -76,7 +77,9 @@ class SeparateNodes:
     def drain(self, worker: int) -> None:
         """Give the drain notice of a spot machine that ends in a minute."""
         command = [sys.executable, "-c", DRAIN, self.address, str(worker)]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
 
     def processes(self) -> list[psutil.Process]:
