@@ -43,12 +43,14 @@ class Mirror:
     """Local folders -> their remote copies. `sync` is one pass; `start` repeats it in a thread."""
 
     def __init__(self, store: Store, staging: Path, names: Sequence[str], warn: Callable[[str], None]) -> None:
+        """The run's own name is the last of `names`; those before it are its warm starts'."""
         self.store, self.staging, self.names, self._warn = store, staging, tuple(names), warn
         self._sent: dict[str, dict[str, Signature]] = {name: {} for name in names}
         self._fetched: dict[str, dict[str, Signature]] = {}
         self._claimed: dict[str, str] = {}
         self._found: dict[str, str | None] = {}
         self._aside: dict[str, int] = {}
+        self._taken: dict[str, str] = {}
         self._ending, self._finished = threading.Event(), threading.Event()
         self._moved = time.monotonic()
         self._problem: str | None = "nothing was uploaded yet"
@@ -61,7 +63,7 @@ class Mirror:
         self._found = {name: self._remote_mark(name) for name in self.names}
 
     def begin(self, name: str) -> None:
-        """Say that a run starts afresh: a folder that is there now will be moved aside, and is left alone."""
+        """Say that a run starts afresh: a folder that is there now is left alone; one in its place is not."""
         if (self.staging / name / "config.yaml").is_file():
             self._aside[name] = (self.staging / name).stat().st_ino
 
@@ -97,10 +99,14 @@ class Mirror:
         temporary.rename(folder)
         return folder
 
-    def has_policy(self, name: str) -> bool:
-        """Whether the remote copy is of a run with its final policy."""
-        names = self.store.names(f"{name}/final/policy")
-        return "config.json" in names or "adapter_config.json" in names
+    def borrow(self, name: str) -> None:
+        """Fetch a warm start that has its final policy. A copy that others own stays theirs: nothing goes up
+        unless this run trains it anew. Raises one of FAULTS."""
+        policy = self.store.names(f"{name}/final/policy").keys()
+        if policy & {"config.json", "adapter_config.json"}:  # Uploaded last.
+            folder = self.fetch(name)
+            if folder is not None and (_mark(folder) or {}).get("token") != self._found[name]:
+                self.begin(name)
 
     def _fetch_checkpoint(self, name: str, step: str, sizes: Mapping[str, Object], folder: Path) -> bool:
         for file in sizes:
@@ -126,7 +132,9 @@ class Mirror:
         while not self._finished.wait(0.1) and time.monotonic() - self._moved < PATIENCE_SECONDS:
             if self._thread is None or not self._thread.is_alive():
                 break
-        return None if self._finished.is_set() else self._problem or "the last upload did not end"
+        if self._finished.is_set():
+            return self._taken.get(self.names[-1])
+        return self._problem or "the last upload did not end"
 
     def _run(self) -> None:
         warned = False
@@ -141,10 +149,6 @@ class Mirror:
                 if last:
                     self._finished.set()
                     return
-            except TakenError as error:
-                self._problem = str(error)
-                self._warn(self._problem)
-                return
             except FAULTS as error:
                 self._problem = " ".join(str(error).split())[:300]
                 if not warned:
@@ -157,13 +161,19 @@ class Mirror:
                 self._ending.wait(PAUSE_SECONDS)
 
     def sync(self) -> None:
-        """Upload what changed since the last pass. Raises one of FAULTS, TakenError."""
+        """Upload what changed since the last pass. Raises one of FAULTS."""
         for name in self.names:
             folder = self.staging / name
             # A fresh start makes the folder, then moves what is in it aside, then writes its configuration.
-            if (folder / "config.yaml").is_file() and folder.stat().st_ino != self._aside.get(name):
-                self._claim(name, folder)
-                self._send(name, folder)
+            if not (folder / "config.yaml").is_file() or folder.stat().st_ino == self._aside.get(name):
+                continue
+            try:
+                if name not in self._taken:
+                    self._claim(name, folder)
+                    self._send(name, folder)
+            except TakenError as error:
+                self._taken[name] = str(error)
+                self._warn(str(error))
 
     def _claim(self, name: str, folder: Path) -> None:
         """See that the remote copy is this folder's. An earlier run there is moved aside, as it was here."""
@@ -189,8 +199,8 @@ class Mirror:
         sent, local = self._sent[name], _local_files(folder)
         if not sent:
             self._skip_equal(name, folder, local)
-        for file, signature in local.items():
-            if not file.startswith(CHECKPOINTS):
+        for file, signature in sorted(local.items(), key=lambda item: item[0].endswith("config.json")):
+            if not file.startswith(CHECKPOINTS):  # Whoever sees a model's config.json finds its weights.
                 self._put(name, folder, file, signature)
         fresh = [self._send_checkpoint(name, folder, step, local) for step in sorted(_steps(local))]
         # With a new checkpoint all that is no longer kept here goes, one that no manifest finished included.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from rairl_ray import metrics as names
 from rairl_ray import mirror as mirror_module
-from rairl_ray.checkpoint import CheckpointStore, verify
+from rairl_ray.checkpoint import MANIFEST, CheckpointStore, verify
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import ConfigError, ResumeError, RunFailure
 from rairl_ray.mirror import Mirror
+from rairl_ray.runfolder import RunFolder
 from rairl_ray.storage import STAGING_ENV, Store, staging_folder, within
 from rairl_ray.sweep.file import load_sweep
 from rairl_ray.trainer.fork import fork_of
@@ -24,7 +27,7 @@ from rairl_ray.verbs.score import reward_of
 from rairl_ray.verbs.target import find_target
 from rairl_ray.verbs.transfer import transfer
 from tests.mlflow_server import free_port
-from tests.runs import launch
+from tests.runs import ROOT, TINY_AIRL, launch, launch_background
 from tests.s3_server import BUCKET, Line, refusing_all, s3_server
 from tests.test_checkpoint import save
 
@@ -292,8 +295,11 @@ def test_a_run_that_went_on_elsewhere_comes_back_newer_and_the_older_process_sto
     second.mirror.fetch(NAME)
     make_run(second.folder, (4,), keep=1)
     second.mirror.sync()
-    with pytest.raises(mirror_module.TakenError, match="another process writes there now"):
-        first.mirror.sync()
+    (first.folder / "late").touch()
+    first.mirror.sync()
+    assert "another process writes there now" in first.warnings[0] and "late" not in first.there()
+    first.mirror.start()
+    assert "another process writes there now" in (first.mirror.finish() or "")
     again = Machine(uri, tmp_path / "first")
     again.mirror.fetch(NAME)
     assert "continued elsewhere" in again.warnings[0]
@@ -304,6 +310,25 @@ def test_a_run_that_went_on_elsewhere_comes_back_newer_and_the_older_process_sto
     third = Machine(uri, tmp_path / "first")
     third.mirror.fetch(NAME)
     assert (third.folder / "mine").is_file() and third.warnings == []
+
+
+def test_a_warm_start_that_others_use_stays_theirs_unless_it_is_trained_anew(uri: str, tmp_path: Path) -> None:
+    owner = Machine(uri, tmp_path / "owner")
+    make_run(owner.folder)
+    owner.mirror.sync()
+    for _ in range(2):  # Also with the staging folder of the time before.
+        user = Machine(uri, tmp_path / "user")
+        user.mirror.borrow(NAME)
+        assert (user.folder / "final" / "policy" / "config.json").is_file()
+        (user.folder / "mine").touch()
+        user.mirror.sync()
+        (owner.folder / "more").touch()
+        owner.mirror.sync()
+        assert "mine" not in owner.there() and owner.warnings == []
+    user.folder.rename(tmp_path / "aside")
+    make_run(user.folder, ())
+    user.mirror.sync()
+    assert "mine" not in user.there() and "more" in user.store.names(f"{NAME}~1")
 
 
 @pytest.mark.parametrize("machine", ["same", "other"])
@@ -360,6 +385,44 @@ def test_a_resume_of_nothing_names_both_places(uri: str) -> None:
     said = f"neither {uri}/demo/none nor .*demo/none is a run folder"
     with pytest.raises(ResumeError, match=said), mirrored(config, "demo/none", print):
         pass
+
+
+@pytest.mark.slow
+def test_a_run_stopped_on_one_machine_goes_on_on_another(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sft = tmp_path / "sft.yaml"
+    sft.write_text(f"base: {ROOT}/experiments/demo/sft.yaml\nname: demo/first\ntrainer: {{steps: 2}}\n")
+    arguments = ["train", "experiments/demo/airl.yaml", *TINY_AIRL, f"warm_start={sft}"]
+    arguments += ["trainer.steps=4", f"output_dir={uri}"]
+    process = launch_background(*arguments)
+    staged = staging_folder(uri)
+    deadline = time.monotonic() + 400
+    while not list((staged / "demo" / "airl" / "checkpoints").glob("step-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 130, output
+    store = Store(uri)
+    steps = {int(name.split("/")[1][5:]) for name in store.names("demo/airl") if name.endswith(MANIFEST)}
+    assert steps and max(steps) < 4
+
+    monkeypatch.setenv(STAGING_ENV, str(tmp_path / "another"))
+    done = launch(*arguments, "--resume", "demo/airl")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = staging_folder(uri) / "demo" / "airl"
+    assert folder.is_relative_to(tmp_path / "another")
+    rows = [row for row in RunFolder(folder).read_metrics() if names.POLICY_LOSS in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    before = [row for row in RunFolder(staged / "demo" / "airl").read_metrics() if names.POLICY_LOSS in row]
+    assert rows[: max(steps)] == before[: max(steps)]  # Its own rows: nothing was made again.
+    assert "is trained first" in output and "is trained first" not in done.stdout  # The warm start was fetched.
+    assert store.names("demo/airl").keys() == contents(folder).keys() | {".mirror"}
+    assert str(tmp_path) not in (store.read("demo/airl/config.yaml") or b"").decode()
+    assert SECRET not in output + done.stdout + done.stderr
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert left == []
 
 
 # --- last: pyarrow lets a new client wait for the requests of others that hang -----------------------

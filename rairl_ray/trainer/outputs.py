@@ -38,8 +38,7 @@ def mirrored(
         staging.mkdir(parents=True, exist_ok=True)
         mirror.look()
         for name in earlier:
-            if mirror.has_policy(name):
-                mirror.fetch(name)
+            mirror.borrow(name)
         if resume is None:
             mirror.begin(run)
         elif mirror.fetch(run) is None:
