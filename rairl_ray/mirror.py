@@ -304,17 +304,15 @@ def _mark(folder: Path) -> dict[str, Any] | None:
 
 
 def _local_files(folder: Path) -> dict[str, Signature]:
-    """Path below the folder -> signature, of what is mirrored: no locks, links or unfinished files.
+    """Path below the folder -> signature, of what is mirrored: no links, and nothing hidden (locks, unfinished files).
 
     Of checkpoints only those with a manifest, which the trainer's rename has finished.
     """
     found = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        hidden = path.name.startswith(".") and (path.suffix == ".tmp" or path.name == ".lock")
-        if hidden or name == MARK or path.name.startswith(".writable-") or path.is_symlink():
-            continue
-        if name.startswith((f"{CHECKPOINTS}.", f"{CHECKPOINTS}latest")):
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if hidden or path.is_symlink() or name.startswith(f"{CHECKPOINTS}latest"):
             continue
         try:
             facts = path.stat()

@@ -61,6 +61,8 @@ def make_run(root: Path, steps: tuple[int, ...] = (2,), keep: int = 2) -> Checkp
     (root / "final" / "policy").mkdir(parents=True, exist_ok=True)
     (root / "final" / "policy" / "config.json").write_text("{}")
     (root / ".lock").write_text("process 1 on here")
+    (root / "final" / ".policy-x1").mkdir(exist_ok=True)
+    (root / "final" / ".policy-x1" / "model.safetensors").write_text("half")
     (root / "checkpoints" / ".tmp-step-000009-aa").mkdir(parents=True, exist_ok=True)
     (root / "checkpoints" / ".tmp-step-000009-aa" / "half").write_text("half")
     store = CheckpointStore(root, keep)
