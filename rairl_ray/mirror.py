@@ -7,9 +7,11 @@ not bear is another run, or the same one as another machine has continued.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import stat
 import threading
 import time
 import uuid
@@ -304,22 +306,18 @@ def _mark(folder: Path) -> dict[str, Any] | None:
 
 
 def _local_files(folder: Path) -> dict[str, Signature]:
-    """Path below the folder -> signature, of what is mirrored: no links, and nothing hidden (locks, unfinished files).
+    """Path below the folder -> signature, of what is mirrored: no links, no locks or unfinished files (hidden).
 
     Of checkpoints only those with a manifest, which the trainer's rename has finished.
     """
     found = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        if hidden or path.is_symlink() or name.startswith(f"{CHECKPOINTS}latest"):
-            continue
-        try:
-            facts = path.stat()
-        except FileNotFoundError:
-            continue
-        if path.is_file():
-            found[name] = (facts.st_size, facts.st_mtime_ns)
+    for above, folders, files in os.walk(folder):  # It passes over what vanishes meanwhile.
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(above, name) for name in files if not name.startswith(".")):
+            with contextlib.suppress(FileNotFoundError):
+                facts = path.lstat()
+                if stat.S_ISREG(facts.st_mode):
+                    found[path.relative_to(folder).as_posix()] = (facts.st_size, facts.st_mtime_ns)
     whole = {step for step in _steps(found) if f"{step}/{MANIFEST}" in found}
     return {
         n: s for n, s in found.items() if not n.startswith(CHECKPOINTS) or "/".join(n.split("/")[:2]) in whole
