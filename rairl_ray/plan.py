@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +42,7 @@ def show_plan(
 
     console.print(dump_yaml(config).rstrip(), markup=False, highlight=False, soft_wrap=True)
     console.print(f"\nconfig hash: {config_hash(config)}", highlight=False)
-    console.print(f"run folder: {Path(config.output_dir) / config.name}", markup=False, highlight=False)
+    console.print(f"run folder: {config.output_dir}/{config.name}", markup=False, highlight=False)
     for earlier in chain:
         console.print(f"starts from: {earlier.name} ({earlier.trainer.steps} SFT steps)", markup=False)
     print_placement(plan, cluster, console)

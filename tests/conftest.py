@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,28 @@ def shared_faults() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the collected faults in ../shared/faults, which are not here")
     return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Address of a real S3 server."""
+    from tests.s3_server import s3_server
+
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def uri(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A remote `output_dir` of this test alone, with credentials and a staging folder in the environment."""
+    from rairl_ray import mirror
+    from rairl_ray.storage import STAGING_ENV
+    from tests.remote_runs import SECRET
+    from tests.s3_server import BUCKET
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv(STAGING_ENV, str(tmp_path / "staging"))
+    monkeypatch.setattr(mirror, "PAUSE_SECONDS", 0.2)
+    return f"s3://{BUCKET}/{abs(hash(request.node.name))}"

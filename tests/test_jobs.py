@@ -181,10 +181,15 @@ def test_other_verbs_are_named_by_all_their_arguments() -> None:
 def test_a_relative_output_is_refused_unless_the_cluster_is_this_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(ArgumentError, match=r"^output_dir=runs: a relative path .* output_dir=/shared/runs$"):
+    with pytest.raises(
+        ArgumentError, match=r"^output_dir=runs: a relative path .* output_dir=/shared/runs, or s3://"
+    ):
         call("train", SFT)
     with pytest.raises(ArgumentError, match=r"^--output=scored\.jsonl: a relative path"):
         call("score", "/shared/runs/a", "/shared/rows.jsonl", "--output", "scored.jsonl")
+    remote = call("train", SFT, "output_dir=s3://bucket/runs/?region=eu-west-1")
+    assert "output_dir=s3://bucket/runs/?region=eu-west-1" in remote.arguments
+    assert remote.output == "s3://bucket/runs/demo/sft"
     here = call("train", SFT, here=True)
     assert f"output_dir={Path.cwd() / 'runs'}" in here.arguments
     scored = call("score", "/shared/a", "rows.jsonl", "--output=scored.jsonl", here=True)

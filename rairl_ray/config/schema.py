@@ -285,6 +285,7 @@ class RunConfig(Section):
     """Run folder below `output_dir`; slashes make subfolders."""
     seed: NonNegativeInt = 0
     output_dir: FilePath = "runs"
+    """A folder, or of `train` also s3://BUCKET/PREFIX, gs://... or file:///... (docs/storage.md)."""
     warm_start: str | None = None
     """An SFT experiment file, trained first where its final policy does not exist yet; its policy is ours."""
     algorithm: Algorithm = Algorithm()

@@ -93,6 +93,7 @@ class Places:
         raise ArgumentError(
             f"{what}={text}: a relative path lies in the job's working directory, which Ray deletes; give an "
             f"absolute one on a disk that all nodes share: {what}=/shared/{path.name}"
+            + (", or s3://BUCKET/PREFIX (train)" if what == "output_dir" else "")
         )
 
     def _take(self, whole: Path) -> str:
@@ -204,6 +205,8 @@ def _output(
         if config is None or said != f"output_dir={config.output_dir}":
             words.append(said)
     folder = said.partition("=")[2]
+    if "://" in folder:
+        folder = folder.partition("?")[0].rstrip("/")
     return f"{folder}/{config.name}" if config is not None and verb in NAMED_BY_RUN else folder
 
 

@@ -21,7 +21,7 @@ from rairl_ray.jobs.arguments import NAMED_BY_RUN, Call, Places, prepare_call
 from rairl_ray.jobs.client import Cluster, Connection, check_versions
 from rairl_ray.jobs.pack import Pack, make_pack, write_zip
 from rairl_ray.jobs.secrets import HOOK, SEALED, cluster_token, refuse_visible, seal
-from rairl_ray.jobs.verbs import Job, attempts, follow, said, show
+from rairl_ray.jobs.verbs import Job, attempts, follow, said, show, where
 from rairl_ray.plan import placement_with, print_placement
 
 STOP_SECONDS = 600
@@ -263,4 +263,4 @@ def _describe(
 
 def _say_where(request: Request, console: Console) -> None:
     if request.call.output:
-        show(console, f"results, on the cluster's disk: {request.call.output}")
+        show(console, where(request.call.output))

@@ -100,7 +100,7 @@ def status(connection: Connection, name: str, console: Console) -> int:
     show(console, f"{job.id} {said(job)}")
     show(console, f"command: {job.metadata.get('rairl.command', job.entrypoint)}")
     if job.metadata.get("rairl.output"):
-        show(console, f"results, on the cluster's disk: {job.metadata['rairl.output']}")
+        show(console, where(job.metadata["rairl.output"]))
     return 0
 
 
@@ -184,6 +184,11 @@ def said(job: Job) -> str:
     if job.status == "FAILED" and job.code is None:
         reason = f" ({' '.join(job.message.split())[:200]})"
     return f"{words} with exit code {job.exit_code}{reason}"
+
+
+def where(output: str) -> str:
+    """The line that says where a job's results lie."""
+    return f"results: {output}" if "://" in output else f"results, on the cluster's disk: {output}"
 
 
 def show(console: Console, text: str) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from rairl_ray.config.load import known_keys, nearest_key, read_override
+from rairl_ray.config.rules import check_local
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.config.section import NonNegativeInt, Section
 from rairl_ray.config.yamlfile import Document, read_document
@@ -163,6 +164,7 @@ def load_sweep(path: str, changes: Sequence[str] = ()) -> SweepFile:
         raise ConfigError("\n".join(_said(document, dict(item)) for item in error.errors())) from None
     if bool(sweep.base) == (sweep.fork is not None):
         raise ConfigError(f"{document.name}: needs `base`, experiment files, or `fork`, RUN@STEP: one of them")
+    check_local("sweep", sweep.output_dir)
     if sweep.fork is not None and sweep.seeds != (0,):
         place = document.origin("seeds")
         raise ConfigError(f"{place}: seeds={list(sweep.seeds)}: a fork has its run's seed; take seeds out")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rairl_ray.checkpoint import MANIFEST, CheckpointStore, verify
 from rairl_ray.config.load import config_hash, differences, load_config, read_saved
-from rairl_ray.config.rules import show
+from rairl_ray.config.rules import check_local, show
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import ConfigError, ResumeError
 from rairl_ray.files import write_atomic
@@ -81,7 +81,10 @@ def fork_of(text: str, overrides: Sequence[str], resume: str | None = None) -> F
         raise ConfigError(f"--fork {text}: must be RUN@STEP, such as --fork demo/airl@20")
     # The folder alone: the rest of the configuration is the run's own.
     output = [word for word in overrides if word.partition("=")[0].strip() == "output_dir"]
-    root = run_root("--fork", run, load_config(None, output).output_dir)
+    output_dir = load_config(None, output).output_dir
+    if not (Path(run) / "config.yaml").is_file():
+        check_local(f"--fork {text}", output_dir)
+    root = run_root("--fork", run, output_dir)
     checkpoint = _checkpoint(text, root, int(step))
     saved = read_saved(root / "config.yaml").model_copy(update={"warm_start": None})
     # The policy's path names the warm start's result already; what follows must not train another one.

@@ -16,6 +16,7 @@ from rairl_ray.runfolder import RunFolder
 from rairl_ray.tracking import Tracker
 from rairl_ray.trainer import adversarial, sft
 from rairl_ray.trainer.fork import Fork, take_over
+from rairl_ray.trainer.outputs import mirrored
 from rairl_ray.trainer.parts import check_room, cluster, place
 from rairl_ray.trainer.prepare import Prepared, check_machine, prepare
 from rairl_ray.trainer.saving import check_references, references
@@ -35,6 +36,11 @@ def train(
     """
     display = display or Display(config.name, config.trainer.steps)
     check(config)
+    with mirrored(config, resume, display.note) as (staged, resumed):
+        return _prepare_and_train(staged, resumed, display, fork)
+
+
+def _prepare_and_train(config: RunConfig, resume: str | None, display: Display, fork: Fork | None) -> int:
     if resume is not None:
         resumable(filled_in(config), resume)
     check_room(config)

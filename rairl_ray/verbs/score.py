@@ -8,6 +8,7 @@ from typing import Any
 
 from rairl_ray.actors.chunks import Chunk, Line, map_file, rows_of, split
 from rairl_ray.config.load import load_config
+from rairl_ray.config.rules import check_local
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.rows import BadRow
 from rairl_ray.data.tasks import task_rules
@@ -85,9 +86,12 @@ def _join(parts: Path, chunks: Sequence[Chunk], output: Path) -> tuple[int, int]
 def reward_of(source: str, overrides: Sequence[str]) -> tuple[RunConfig, Path]:
     """The configuration that a reward was trained under (of a bare folder: the schema's), and its folder."""
     named = load_config(None, [text for text in overrides if text.startswith("output_dir=")])
+    check_local("a verb", named.output_dir)
     folder = reward_folder(source, named.output_dir)
     saved = folder.parent.parent / "config.yaml"
-    return load_config(saved if saved.is_file() else None, overrides), folder
+    config = load_config(saved if saved.is_file() else None, overrides)
+    check_local("a verb", config.output_dir)
+    return config, folder
 
 
 def score_chunks(

@@ -46,8 +46,11 @@ def find_target(text: str, overrides: Sequence[str]) -> Target:
         UserError: nothing there, an unfinished run, a configuration that contradicts itself.
     """
     if Path(text).suffix in (".yaml", ".yml"):
-        return _of_file(text, overrides)
+        target = _of_file(text, overrides)
+        rules.check_local("evaluate", target.config.output_dir)
+        return target
     output_dir = load_config(None, [o for o in overrides if o.startswith("output_dir=")]).output_dir
+    rules.check_local("evaluate", output_dir)
     places = [Path(text).expanduser(), Path(output_dir) / text]
     for place in places:
         root = next((above for above in (place, *place.parents) if _is_run(above)), None)
@@ -85,6 +88,7 @@ def _of_run(root: Path, overrides: Sequence[str]) -> Target:
             f"{root}: the run has no final/policy (it is not finished); finish it with `train --resume {root}`"
         )
     config = load_config(folder.config, overrides)
+    rules.check_local("evaluate", config.output_dir)
     policy = plain_policy(config.model.policy, str(folder.final_policy))
     config = config.model_copy(update={"model": config.model.model_copy(update={"policy": policy})})
     reward = _reward(config)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rairl_ray.config.load import load_config
+from rairl_ray.config.rules import check_local
 from rairl_ray.display import Display
 from rairl_ray.errors import ConfigError, DataError
 from rairl_ray.files import json_text, write_atomic
@@ -43,6 +44,7 @@ def transfer(
             "transfer: needs runs on both sides; write `transfer POLICY_RUN ... --reward RUN ...`"
         )
     named = load_config(None, [text for text in overrides if text.startswith(("output_dir=", "name="))])
+    check_local("transfer", named.output_dir)
     passed = [text for text in overrides if not text.startswith("name=")]
     targets = {_name(text): find_target(text, [*passed, f"eval.reward={NO_REWARD}"]) for text in policies}
     folders = {_name(text): reward_folder(text, named.output_dir) for text in rewards}

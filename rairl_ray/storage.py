@@ -1,0 +1,183 @@
+"""The place behind an `output_dir` with a scheme (s3://, gs://, file://), through pyarrow's file systems.
+
+Credentials come from the environment (AWS_*, GOOGLE_APPLICATION_CREDENTIALS), never from the URI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from pyarrow import fs as arrow_fs
+
+from rairl_ray.config.rules import show
+from rairl_ray.errors import ConfigError
+
+SCHEMES = ("s3", "gs", "file")
+STAGING_ENV = "RAIRL_STAGING"
+PROBE_SECONDS = 20.0
+"""How long a place may take to accept and delete one small object before a run starts."""
+CHUNK = 8 << 20
+LARGEST_COPY = 5 << 30
+"""S3 copies no larger object by itself."""
+
+FAULTS = (OSError, ValueError)
+"""What pyarrow raises: ArrowException's descendants for files and words."""
+
+
+def staging_folder(uri: str) -> Path:
+    """The folder of this machine that stands for `uri` while a run is on: same URI, same folder."""
+    above = Path(os.environ.get(STAGING_ENV) or Path.home() / ".cache" / "rairl" / "staging").expanduser()
+    return above.absolute() / hashlib.sha256(plain(uri).encode()).hexdigest()[:16]
+
+
+def plain(uri: str) -> str:
+    """The URI without its options (`?endpoint_override=...`) and without a slash at the end."""
+    return uri.partition("?")[0].rstrip("/")
+
+
+class Object(NamedTuple):
+    size: int
+    modified: int
+    """Nanoseconds since 1970, by the clock over there."""
+
+
+class Store:
+    """Objects below one URI, by names with slashes. Every method raises one of FAULTS where it fails."""
+
+    def __init__(self, uri: str) -> None:
+        """Raises ConfigError for a URI that no file system can be made of."""
+        parts = urlsplit(uri)
+        if parts.scheme not in SCHEMES:
+            known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+            raise ConfigError(
+                f"output_dir={show(uri)}: {parts.scheme}:// is no known scheme; give a folder or one of {known}"
+            )
+        if "@" in parts.netloc or any(word in parts.query for word in ("access_key", "secret_key")):
+            raise ConfigError(
+                f"output_dir={show(uri.partition('?')[0])}: holds a user or key, which would be saved with the "
+                "run; take it out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+            )
+        if parts.scheme != "file" and not parts.netloc:
+            raise ConfigError(f"output_dir={uri}: names no bucket; write {parts.scheme}://BUCKET/PREFIX")
+        self.uri, self.plain = uri, plain(uri)
+        try:
+            self._fs, path = arrow_fs.FileSystem.from_uri(self.plain + uri[len(uri.partition("?")[0]) :])
+        except FAULTS as error:
+            raise self.refusal(error) from None
+        self._root = path.rstrip("/")
+        self._local = parts.scheme == "file"
+
+    def refusal(self, error: Exception | str) -> ConfigError:
+        """The one line about a place that cannot be used."""
+        text = " ".join(str(error).split())
+        if "NO_SUCH_BUCKET" in text:
+            remedy = "make the bucket, or correct its name"
+        elif any(word in text for word in ("ACCESS_DENIED", "ACCESS_KEY", "SIGNATURE", "CREDENTIAL", "403")):
+            remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of a user who may write there"
+        elif any(word in text for word in ("NETWORK_CONNECTION", "no answer")):
+            remedy = "check the network and AWS_ENDPOINT_URL"
+        else:
+            remedy = "give a place that you may write to"
+        return ConfigError(f"output_dir={show(self.uri)}: cannot be written: {text[:300]}; {remedy}")
+
+    def probe(self, seconds: float = PROBE_SECONDS) -> None:
+        """Write and delete a small object. Raises ConfigError where that fails or takes too long."""
+        name = f".rairl-probe-{uuid.uuid4().hex[:12]}"
+
+        def write_and_delete() -> None:
+            self.write(name, b"probe")
+            self.delete(name)
+
+        error = within(seconds, write_and_delete)
+        if error is not None:
+            raise self.refusal(error)
+
+    def write(self, name: str, content: bytes) -> None:
+        """One small object."""
+        self._room(name)
+        with self._fs.open_output_stream(self._path(name)) as stream:
+            stream.write(content)
+
+    def upload(self, source: Path, name: str, moved: Callable[[int], None]) -> None:
+        """One file as it is now. `moved` is called with the bytes of each piece."""
+        self._room(name)
+        with open(source, "rb") as file, self._fs.open_output_stream(self._path(name)) as stream:
+            while piece := file.read(CHUNK):
+                stream.write(piece)
+                moved(len(piece))
+
+    def download(self, name: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._fs.open_input_stream(self._path(name)) as stream, open(target, "wb") as file:
+            shutil.copyfileobj(stream, file, CHUNK)
+
+    def read(self, name: str) -> bytes | None:
+        """A small object; None where there is none."""
+        try:
+            with self._fs.open_input_stream(self._path(name)) as stream:
+                return bytes(stream.read())
+        except FileNotFoundError:
+            return None
+
+    def names(self, below: str) -> dict[str, Object]:
+        """Name below `below` -> its facts, of all objects there."""
+        top = self._path(below)
+        chosen = arrow_fs.FileSelector(top, recursive=True, allow_not_found=True)
+        found = self._fs.get_file_info(chosen)
+        return {
+            info.path[len(top) + 1 :]: Object(info.size, info.mtime_ns or 0)
+            for info in found
+            if info.type == arrow_fs.FileType.File
+        }
+
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is not there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(self._path(name))
+
+    def move(self, below: str, target: str) -> None:
+        """Move all objects from below one name to below another: all copied, then the old ones removed."""
+        names = self.names(below)
+        for name, (size, _) in names.items():
+            old, new = self._path(f"{below}/{name}"), self._path(f"{target}/{name}")
+            self._room(f"{target}/{name}")
+            if size < LARGEST_COPY:
+                self._fs.copy_file(old, new)
+                continue
+            with self._fs.open_input_stream(old) as source, self._fs.open_output_stream(new) as stream:
+                shutil.copyfileobj(source, stream, CHUNK)
+        for name in names:
+            self.delete(f"{below}/{name}")
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _room(self, name: str) -> None:
+        if self._local:
+            self._fs.create_dir(os.path.dirname(self._path(name)), recursive=True)
+
+
+def within(seconds: float, work: Callable[[], None]) -> Exception | str | None:
+    """Do something that may hang; what it raised, or that it did not end in time. None: done."""
+    result: list[Exception | None] = []
+
+    def run() -> None:
+        try:
+            work()
+            result.append(None)
+        except FAULTS as error:
+            result.append(error)
+
+    thread = threading.Thread(target=run, name="storage", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return result[0] if result else f"no answer within {seconds:g} s"
