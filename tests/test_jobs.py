@@ -235,6 +235,17 @@ def test_other_versions_and_too_small_a_cluster_are_one_line() -> None:
         placed(config, cluster(CPU=1.0))
 
 
+def test_labels_of_living_nodes_count_and_promised_nodes_have_any() -> None:
+    words = ["placement.type=disaggregated", "placement.labels.rollout={market: spot}"]
+    with pytest.raises(PlacementError, match=r"labels\.rollout: no node has market=spot; the nodes have no"):
+        placed(load_config(SFT, words), cluster())
+    grows = ["cluster.address=auto", "cluster.grows_to.nodes=2", "cluster.grows_to.cpus=4"]
+    plan, nodes = placed(load_config(SFT, [*words, *grows]), cluster(CPU=0.0))
+    assert {"market": "spot"} in plan.labels and nodes == [Node({"CPU": 4.0, "GPU": 0.0})] * 2
+    with pytest.raises(PlacementError, match="the cluster has 0"):
+        placed(load_config(SFT, ["cluster.address=auto"]), cluster(CPU=0.0))
+
+
 def test_what_the_nodes_are_asked_for() -> None:
     env, folder = environment(Options(), ROOT, cluster())
     assert (folder, env) == ("", {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}})
