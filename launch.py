@@ -44,6 +44,7 @@ def plan(
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs a node of a hypothetical cluster.")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of a hypothetical cluster.")] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs a node of a hypothetical cluster.")] = None,
+    address: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Ask this running cluster.")] = None,
 ) -> int:
     """Show the resolved configuration, placement, steps, tokens and memory of a run or a sweep; take nothing.
 
@@ -54,13 +55,12 @@ def plan(
     """
     from rairl_ray.plan import show_plan
     from rairl_ray.sweep.file import is_sweep, load_sweep
+    from rairl_ray.sweep.plan import show_sweep_plan
 
     if is_sweep(config):
-        from rairl_ray.sweep.plan import show_sweep_plan
-
-        show_sweep_plan(load_sweep(config, overrides or []), wide_console(), gpus=gpus, nodes=nodes, cpus=cpus)
-        return 0
-    show_plan(_load(config, overrides), wide_console(), gpus=gpus, nodes=nodes, cpus=cpus)
+        show_sweep_plan(load_sweep(config, overrides or []), wide_console(), gpus, nodes, cpus, address)
+    else:
+        show_plan(_load(config, overrides), wide_console(), gpus, nodes, cpus, address)
     return 0
 
 

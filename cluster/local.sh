@@ -14,6 +14,7 @@ usage: cluster/local.sh up [N] [options]     a head and N workers (default 2)
 
   --cpus C            CPUs of each worker, as Ray counts them (default: this machine's cores / N, at least 1)
   --gpus G            GPUs of each worker (default 0); each worker sees only its own
+  --labels K=V[,K=V]  labels of worker 1; again for worker 2, and so on (default: none)
   --port P            the head's port (default 6379); nodes take P+20 ... P+20+10*(N+1)
   --dashboard-port P  dashboard and job submission (default 8265)
   --dir FOLDER        logs, token and state (default /tmp/rairl-cluster-UID); one cluster a folder, keep it short
@@ -24,17 +25,22 @@ fail() { echo "local.sh: error: $1" >&2; exit 2; }
 whole() { [[ $2 =~ ^[0-9]{1,6}$ ]] || fail "$1 is '$2'; give a whole number"; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-verb=${1:-} number=2 cpus="" gpus=0 port=6379 dashboard=8265 folder=/tmp/rairl-cluster-$UID
+verb=${1:-} number=2 cpus="" gpus=0 labels="" port=6379 dashboard=8265 folder=/tmp/rairl-cluster-$UID
 [ $# -eq 0 ] || shift
 while [ $# -gt 0 ]; do
   case $1 in
     -h | --help) usage; exit 0 ;;
-    --cpus | --gpus | --port | --dashboard-port | --dir)
+    --cpus | --gpus | --labels | --port | --dashboard-port | --dir)
       [ $# -ge 2 ] || fail "$1 lacks its value; see cluster/local.sh --help"
-      [ "$1" = --dir ] || whole "$1" "$2"
+      case $1 in --dir | --labels) ;; *) whole "$1" "$2" ;; esac
       case $1 in
         --cpus) cpus=$2 ;;
         --gpus) gpus=$2 ;;
+        --labels)
+          [[ $2 =~ ^[A-Za-z0-9._/-]+=[A-Za-z0-9._-]+(,[A-Za-z0-9._/-]+=[A-Za-z0-9._-]+)*$ ]] \
+            || fail "--labels '$2'; write KEY=VALUE, several with commas between them"
+          labels+="$2 "
+          ;;
         --port) port=$2 ;;
         --dashboard-port) dashboard=$2 ;;
         --dir) folder=$(realpath -m -- "$2") ;;
@@ -65,6 +71,7 @@ known() {
       workers) workers=$value ;;
       cpus) cpus=$value ;;
       gpus) gpus=$value ;;
+      labels) labels=$value ;;
       mark) mark=$value ;;
     esac
   done <"$state"
@@ -178,8 +185,10 @@ start_node() { # start_node I ARGUMENTS...: node I of the cluster, with its own 
 }
 
 start_worker() { # start_worker I
+  local each
+  read -ra each <<<"$labels"
   CUDA_VISIBLE_DEVICES=$(seq -s, $((($1 - 1) * gpus)) $(($1 * gpus - 1))) \
-    start_node "$1" --address "$(address)" --num-cpus "$cpus" --num-gpus "$gpus"
+    start_node "$1" --address "$(address)" --num-cpus "$cpus" --num-gpus "$gpus" --labels "${each[$(($1 - 1))]:-}"
 }
 
 why() { grep -v '^[[:space:]]*$' "$1" | tail -1 || true; }
@@ -201,7 +210,8 @@ environment() { # what the nodes of this cluster are started with
 }
 
 write_state() {
-  printf '%s\n' "port=$port" "dashboard=$dashboard" "workers=$workers" "mark=$mark" "cpus=$cpus" "gpus=$gpus" >"$state"
+  printf '%s\n' "port=$port" "dashboard=$dashboard" "workers=$workers" "mark=$mark" "cpus=$cpus" "gpus=$gpus" \
+    "labels=$labels" >"$state"
 }
 
 up() {

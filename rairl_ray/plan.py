@@ -1,19 +1,34 @@
-"""`plan`: what a run would be and take, printed; nothing is started, neither Ray nor torch is imported."""
+"""`plan`: what a run would be and take, printed; nothing is started.
+
+Neither Ray nor torch is imported, but Ray to ask a running cluster for its nodes.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from rairl_ray.actors.placement import Plan, bundles, check_against, local_gpus, resolve_device
+from rairl_ray.actors.placement import (
+    Node,
+    Plan,
+    bundles,
+    check_against,
+    kinds,
+    local_gpus,
+    present_or_promised,
+    resolve_device,
+    total_gpus,
+)
 from rairl_ray.config.estimate import Memory, memory, work
+from rairl_ray.config.labels import said
 from rairl_ray.config.load import config_hash, dump_yaml, warm_start_chain
 from rairl_ray.config.prediction import Assumptions, predict
 from rairl_ray.config.rules import check
 from rairl_ray.config.schema import Model, RunConfig
+from rairl_ray.errors import UserError
 
 PLENTY = 1e9
 """CPUs of a hypothetical node that nobody described."""
@@ -25,19 +40,25 @@ def show_plan(
     gpus: int | None = None,
     nodes: int | None = None,
     cpus: int | None = None,
+    address: str | None = None,
 ) -> None:
     """Print the resolved configuration, placement, work and memory.
 
     Args:
         gpus, cpus: of EACH node of a hypothetical cluster; None asks for what the plan needs.
         nodes: how many nodes there are; None: as many as needed, or 1 where `gpus` or `cpus` is given.
+        address: HOST:PORT of a running cluster, whose nodes and labels count instead.
 
     Raises:
         UserError: a warm start that contradicts the run; a cluster that cannot serve the plan.
     """
     chain = warm_start_chain(config)
-    plan = placement_with(config, local_gpus() if gpus is None else gpus)
-    cluster = hypothetical_nodes(plan, config.placement.gpus_per_node, gpus, nodes, cpus)
+    if address is not None:
+        cluster = present_or_promised(config, running_nodes(address, gpus, nodes, cpus))
+        plan = placement_with(config, total_gpus(cluster))
+    else:
+        plan = placement_with(config, local_gpus() if gpus is None else gpus)
+        cluster = hypothetical_nodes(plan, config.placement.gpus_per_node, gpus, nodes, cpus)
     check_against(plan, cluster)
 
     console.print(dump_yaml(config).rstrip(), markup=False, highlight=False, soft_wrap=True)
@@ -67,7 +88,7 @@ def placement_with(config: RunConfig, gpus: int) -> Plan:
 
 def hypothetical_nodes(
     plan: Plan, gpus_per_node: int, gpus: int | None, nodes: int | None, cpus: int | None
-) -> list[dict[str, float]]:
+) -> list[Node]:
     """The cluster that a plan is checked against; what nobody said is as large as needed."""
     node = {"CPU": PLENTY if cpus is None else float(cpus)}
     if plan.device == "gpu" or gpus is not None:
@@ -75,27 +96,62 @@ def hypothetical_nodes(
     if nodes is None:
         described = gpus is not None or cpus is not None
         nodes = 1 if described or plan.device == "cpu" else math.ceil(plan.total("GPU") / gpus_per_node)
-    return [dict(node) for _ in range(nodes)]
+    return [Node(node) for _ in range(nodes)]
 
 
-def print_placement(plan: Plan, cluster: Sequence[Mapping[str, float]], console: Console) -> None:
-    """Bundles, and which ranks live in them."""
+def running_nodes(address: str, gpus: int | None, nodes: int | None, cpus: int | None) -> list[Node]:
+    """The living nodes of a running cluster. Raises UserError where a hypothetical one is described, too."""
+    hypothetical = {"--gpus": gpus, "--nodes": nodes, "--cpus": cpus}
+    given = [option for option, value in hypothetical.items() if value is not None]
+    if given:
+        raise UserError(
+            f"plan: --address asks a running cluster for its nodes, which contradicts {', '.join(given)}; "
+            "leave one of them out"
+        )
+    from rairl_ray.actors.joining import nodes_at
+
+    return nodes_at(address)
+
+
+def described(cluster: Sequence[Node]) -> str:
+    """The nodes that take work, by their kinds."""
+    return " and ".join(
+        f"{count} node(s) of {node.resources.get('CPU', 0.0):g} CPUs "
+        f"and {node.resources.get('GPU', 0.0):g} GPUs"
+        + (f" ({text})" if (text := said(node.labels or {})) else "")
+        for node, count in kinds(cluster)
+    )
+
+
+def print_placement(plan: Plan, cluster: Sequence[Node], console: Console) -> None:
+    """Bundles, which ranks live in them, and on which kinds of a known cluster's nodes they may be."""
+    known = kinds(cluster) if all(node.labels is not None for node in cluster) else []
     table = Table(title=f"placement: {len(plan.bundles)} bundle(s) on {plan.device}, {plan.strategy}")
-    for heading in ("bundle", "resources", "who"):
+    for heading in ("bundle", "resources", "who", *(["labels"] if any(plan.labels) else [])):
         table.add_column(heading, overflow="fold")
-    for index, resources in enumerate(plan.bundles):
+    if known:
+        table.add_column("on kind", overflow="fold")
+    for index, (resources, selector) in enumerate(zip(plan.bundles, plan.labels, strict=True)):
         who = [
             f"{role} {rank} ({_said(slot.resources)})"
             for role, slots in plan.roles.items()
             for rank, slot in enumerate(slots)
             if slot.bundle == index
         ]
-        table.add_row(str(index), _said(resources), "\n".join(who))
+        row = [str(index), _said(resources), "\n".join(who), *([said(selector)] if any(plan.labels) else [])]
+        if known:
+            fit = [str(i) for i, (node, _) in enumerate(known, 1) if node.holds(resources, selector)]
+            row.append(" or ".join(fit))
+        table.add_row(*row)
     console.print()
     console.print(table)
-    if plan.device == "gpu":
+    for number, kind in enumerate(known, 1):
+        node, count = kind
+        console.print(f"kind {number}: {described([node] * count)}", highlight=False, markup=False)
+    if plan.device == "gpu" and not known:
         console.print(
-            f"fits {len(cluster)} node(s) of {cluster[0]['GPU']:g} GPUs; takes {plan.total('GPU'):g} GPUs",
+            f"fits {len(cluster)} node(s) of {cluster[0].resources['GPU']:g} GPUs; takes {plan.total('GPU'):g} "
+            "GPUs",
             highlight=False,
         )
 

@@ -17,10 +17,9 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from rairl_ray.actors.placement import bundles, check_against
+from rairl_ray.actors.placement import Node, bundles, check_against, present_or_promised
 from rairl_ray.config.load import from_dict
 from rairl_ray.errors import PlacementError
-from rairl_ray.trainer.parts import present_or_promised
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster"
@@ -79,6 +78,7 @@ def test_ray_up_files_keep_to_the_plan(name: str) -> None:
     assert worker["resources"]["GPU"] > 0 and worker["min_workers"] == 0
     spot = re.compile(r"spot", re.IGNORECASE)
     assert spot.search(json.dumps(worker["node_config"])) and not spot.search(json.dumps(head["node_config"]))
+    assert (head["labels"], worker["labels"]) == ({"market": "on-demand"}, {"market": "spot"})
     assert config["max_workers"] == worker["max_workers"] and config["idle_timeout_minutes"] > 0
     assert any("cluster/node.sh" in command for command in config["setup_commands"])
     for kind in ("head", "worker"):
@@ -138,6 +138,7 @@ def test_the_kuberay_head_takes_no_work_and_workers_come_and_go() -> None:
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert spec["enableInTreeAutoscaling"] is True and spec["authOptions"]["mode"] == "token"
     (group,) = spec["workerGroupSpecs"]
+    assert group["labels"] == {"market": "on-demand"}
     assert group["minReplicas"] == 0 < group["maxReplicas"]
     assert int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) > 0
 
@@ -189,9 +190,9 @@ def test_a_run_is_planned_on_workers_that_are_not_there_yet(name: str) -> None:
     }
     model = {"policy": {"path": "some/model"}}
     promised = from_dict({"model": model, "cluster": {"address": "auto", "grows_to": size}})
-    head = {"CPU": 0.0, "memory": 1e9}
+    head = Node({"CPU": 0.0, "memory": 1e9}, {})
     nodes = present_or_promised(promised, [head])
-    assert nodes == [{"CPU": 48.0, "GPU": 4.0}] * 2
+    assert nodes == [Node({"CPU": 48.0, "GPU": 4.0})] * 2
     check_against(bundles(promised, "gpu"), nodes)
     plain = from_dict({"model": model, "cluster": {"address": "auto"}})
     assert present_or_promised(plain, [head]) == [head]

@@ -39,7 +39,11 @@ with cluster(load_config("experiments/demo/airl.yaml", [f"cluster.address={sys.a
     answers = ray.get([where.options(scheduling_strategy=OnNode(i, soft=False)).remote() for i in nodes])
     assert {node for node, _ in answers} == set(nodes) and len({mark for _, mark in answers}) == 1
     print("RESULT", sorted(n["Resources"].get("CPU", 0) for n in nodes.values()), len(answers))
+    print("LABELS", *sorted(n["Labels"].get("market", "none") for n in nodes.values()))
 """
+
+
+LABELLED = ["--labels", "market=on-demand", "--labels", "market=spot,zone=a"]
 
 
 @pytest.fixture
@@ -90,6 +94,7 @@ def check_tokens(address: str, token: Path) -> None:
     """Who has the token joins, who has not is told so in one line."""
     joined = driver(address, RAY_AUTH_TOKEN_PATH=str(token))
     assert "RESULT [0, 3.0, 3.0] 3" in joined.stdout, joined.stderr
+    assert "LABELS none on-demand spot" in joined.stdout
     assert "3 CPU" in doctor(address, RAY_AUTH_TOKEN_PATH=str(token))
     wrong = token.with_name("wrong")
     wrong.write_text("0" * 64)
@@ -109,7 +114,7 @@ def check_tokens(address: str, token: Path) -> None:
 def test_a_cluster_comes_up_serves_who_has_its_token_and_leaves_nothing(place: tuple[Path, list[str]]) -> None:
     folder, options = place
     address = f"127.0.0.1:{options[3]}"
-    up = local("up", "2", "--cpus", "3", *options)
+    up = local("up", "2", "--cpus", "3", *LABELLED, *options)
     assert up.returncode == 0, up.stderr
     assert address in up.stdout and f"source {folder}/env" in up.stdout
     assert (folder / "token").stat().st_mode & 0o777 == 0o600
@@ -249,6 +254,7 @@ def test_ports_in_use_are_named_before_anything_starts(place: tuple[Path, list[s
         (["up", "--gpus", "64"], "--gpus 64"),
         (["up", "--cpus"], "--cpus"),
         (["up", "--speed", "9"], "--speed"),
+        (["up", "--labels", "spot"], "--labels 'spot'; write KEY=VALUE"),
         (["up", "--dir", "/tmp/" + "x" * 60], "longer"),
         (["up", "--port", "65530"], "655"),
     ],

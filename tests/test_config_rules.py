@@ -51,6 +51,18 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"tracking.uri": "mlruns"}, "tracking.uri", "sqlite:///"),
     ({"tracking.uri": "file:///x"}, "tracking.uri", "sqlite:///"),
     ({"tracking.uri": "https://me:secret@host"}, "tracking.uri", "MLFLOW_TRACKING_PASSWORD"),
+    ({"placement.labels": {"rollout": {"market": "(spot)"}}}, "placement.labels.rollout", "'!VALUE'"),
+    ({"placement.labels": {"policy": {"a b": "x"}}}, "placement.labels.policy", "no label's name"),
+    (
+        {"placement.labels": {"policy": {"market": "on-demand"}, "rollout": {"market": "spot"}}},
+        "placement.labels.policy",
+        "market=on-demand contradicts market=spot of rollout, which shares its bundles",
+    ),
+    (
+        {"placement.labels": {"policy": {"market": "x"}, "discriminator": {"market": "y"}}},
+        "placement.labels.discriminator",
+        "set placement.type=disaggregated",
+    ),
     ({"cluster.grows_to": {"nodes": 2, "cpus": 8}}, "cluster.grows_to", "set cluster.address"),
     (
         {"eval.localisation_readout": "threshold"},

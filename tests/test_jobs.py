@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rairl_ray.actors.placement import Node
 from rairl_ray.config.load import load_config
 from rairl_ray.errors import PlacementError, UserError
 from rairl_ray.jobs import pack as packing
@@ -21,7 +22,7 @@ from rairl_ray.jobs.client import (
 )
 from rairl_ray.jobs.pack import PackError, looks_secret, make_pack, write_zip
 from rairl_ray.jobs.secrets import SecretError, open_with, refuse_visible, seal, take_secrets
-from rairl_ray.jobs.submit import JobError, Options, attached, environment, placement
+from rairl_ray.jobs.submit import JobError, Options, attached, environment, placed
 from rairl_ray.jobs.verbs import Job, said
 from rairl_ray.sweep.file import load_sweep
 from rairl_ray.sweep.plan import as_run
@@ -36,7 +37,7 @@ def cluster(here: bool = False, **node: float) -> Cluster:
 
     import ray
 
-    return Cluster(ray.__version__, platform.python_version(), ({"CPU": 8.0, **node},), here)
+    return Cluster(ray.__version__, platform.python_version(), (Node({"CPU": 8.0, **node}, {}),), here)
 
 
 def checkout(folder: Path, files: dict[str, str], ignored: str = "runs/\n*.bin\n") -> Path:
@@ -233,9 +234,21 @@ def test_other_versions_and_too_small_a_cluster_are_one_line() -> None:
     with pytest.raises(ClusterError, match=r"runs Python 3\.9\.1"):
         check_versions(Cluster(good.ray, "3.9.1", good.nodes, False), "http://c")
     config = load_config(SFT, ["learner.replicas=2"])
-    assert placement(config, good).device == "cpu"
+    plan, nodes = placed(config, good)
+    assert plan.device == "cpu" and nodes == list(good.nodes)
     with pytest.raises(PlacementError, match="the cluster has 1"):
-        placement(config, cluster(CPU=1.0))
+        placed(config, cluster(CPU=1.0))
+
+
+def test_labels_of_living_nodes_count_and_promised_nodes_have_any() -> None:
+    words = ["placement.type=disaggregated", "placement.labels.rollout={market: spot}"]
+    with pytest.raises(PlacementError, match=r"labels\.rollout: no node has market=spot; the nodes have no"):
+        placed(load_config(SFT, words), cluster())
+    grows = ["cluster.address=auto", "cluster.grows_to.nodes=2", "cluster.grows_to.cpus=4"]
+    plan, nodes = placed(load_config(SFT, [*words, *grows]), cluster(CPU=0.0))
+    assert {"market": "spot"} in plan.labels and nodes == [Node({"CPU": 4.0, "GPU": 0.0})] * 2
+    with pytest.raises(PlacementError, match="the cluster has 0"):
+        placed(load_config(SFT, ["cluster.address=auto"]), cluster(CPU=0.0))
 
 
 def test_what_the_nodes_are_asked_for() -> None:

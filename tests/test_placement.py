@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rairl_ray.actors.placement import Plan, Slot, bundles, check_against, resolve_device
+from rairl_ray.actors.placement import Node, Plan, Slot, bundles, resolve_device
+from rairl_ray.actors.placement import check_against as check_against_nodes
 from rairl_ray.config.load import from_dict
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import PlacementError
@@ -18,6 +20,10 @@ from rairl_ray.errors import PlacementError
 
 def make(**sections: dict) -> RunConfig:
     return from_dict({"model": {"policy": {"path": "some/model"}}, **sections})
+
+
+def check_against(plan: Plan, nodes: Sequence[Mapping[str, float]]) -> None:
+    check_against_nodes(plan, [Node(node) for node in nodes])
 
 
 def test_colocated_on_cpu_puts_rank_i_of_every_role_into_bundle_i() -> None:
@@ -201,3 +207,11 @@ def test_strict_pack_needs_one_node() -> None:
 def test_placement_needs_no_ray() -> None:
     code = "import sys, rairl_ray.actors.placement; sys.exit(bool({'ray', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_tensor_parallel_engine_needs_one_node_for_all_its_gpus() -> None:
+    """An engine is one bundle, and Ray never splits a bundle: two nodes of half its GPUs do not do."""
+    engine = bundles(make(rollout={"tensor_parallel": 4}), "gpu")
+    check_against(engine, [{"CPU": 64.0, "GPU": 4.0}, {"CPU": 64.0, "GPU": 1.0}])
+    with pytest.raises(PlacementError, match=r"no node of the cluster holds a bundle of 0\.5 CPU, 4 GPU"):
+        check_against(engine, [{"CPU": 64.0, "GPU": 3.0}] * 4)

@@ -132,7 +132,7 @@ def test_a_run_that_fits_on_no_machine_like_this_one_is_refused_before_its_warm_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_to_start(monkeypatch)
-    monkeypatch.setattr(parts, "this_machine", lambda: {"CPU": 2.0, "GPU": 0.0})
+    monkeypatch.setattr(parts, "this_machine", lambda: placement.Node({"CPU": 2.0, "GPU": 0.0}, {}))
     wanted = [f"output_dir={tmp_path}", "placement.cpus_per_actor=2.5", "placement.device=cpu"]
     with pytest.raises(PlacementError, match=r"needs 7\.5 CPUs and the cluster has 2"):
         run.train(load_config(DEMO, wanted))
@@ -165,7 +165,7 @@ def test_hidden_gpus_do_not_count(monkeypatch: pytest.MonkeyPatch, visible: str 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert placement.this_machine()["GPU"] == gpus
+    assert placement.this_machine().resources["GPU"] == gpus
 
 
 def test_every_free_key_exists() -> None:

@@ -299,13 +299,20 @@ def reserve(plan: Plan, deadline_seconds: float) -> PlacementGroup:
     """Take the plan's bundles from the cluster.
 
     Raises:
-        PlacementError: when the cluster does not grant them within the deadline.
+        PlacementError: Ray refuses the labels, or does not grant the bundles within the deadline.
     """
-    group = placement_group(list(plan.bundles), strategy=plan.strategy)
+    labels = list(plan.labels)
+    try:
+        group = placement_group(
+            list(plan.bundles), strategy=plan.strategy, bundle_label_selector=labels if any(labels) else None
+        )
+    except ValueError as error:  # GB200 for one role alone, say
+        raise PlacementError(f"placement.labels: Ray refuses {labels}: {_in_one_line(str(error))}") from None
     if not group.wait(timeout_seconds=deadline_seconds):
         remove_placement_group(group)
+        asked = f" with labels {labels}" if any(labels) else ""
         raise PlacementError(
-            f"placement: the cluster did not grant {list(plan.bundles)} within {deadline_seconds:g} s; "
+            f"placement: the cluster did not grant {list(plan.bundles)}{asked} within {deadline_seconds:g} s; "
             f"it has {ray.available_resources()} free: wait for other jobs or ask for less"
         )
     return group

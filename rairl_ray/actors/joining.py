@@ -12,6 +12,7 @@ from ray._private.authentication import authentication_token_setup
 from ray._private.services import get_node_ip_address
 from ray.exceptions import AuthenticationError
 
+from rairl_ray.actors.placement import Node
 from rairl_ray.errors import PlacementError
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -53,6 +54,25 @@ def join(address: str, namespace: str | None = None) -> None:
         raise PlacementError(f"cluster.address={address}: {str(error).split('. ')[0]}; {REMEDY}") from None
     except ConnectionError as error:
         raise PlacementError(f"cluster.address={address}: {unjoined(error)}") from None
+
+
+def present_nodes() -> list[Node]:
+    """The living nodes of the cluster that this process has joined."""
+    return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+
+
+def nodes_at(address: str) -> list[Node]:
+    """The living nodes of a running cluster, joined for this look. Raises PlacementError as `join` does."""
+    if "://" in address:
+        raise PlacementError(
+            f"--address {address}: is a dashboard's; give HOST:PORT of the head (port 6379, say), or ask the "
+            "dashboard by `submit --dry-run`"
+        )
+    join(address)
+    try:
+        return present_nodes()
+    finally:
+        ray.shutdown()
 
 
 def unjoined(error: ConnectionError) -> str:

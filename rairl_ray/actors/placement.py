@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from rairl_ray.config.labels import matches, said
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import PlacementError
 
@@ -25,6 +26,23 @@ Device = Literal["cpu", "gpu"]
 
 OVER_HALF = 0.5001
 """Share of a GPU that no second rank of the same size fits beside (Ray counts in ten-thousandths)."""
+
+
+class Node(NamedTuple):
+    """A node as placement sees it."""
+
+    resources: Mapping[str, float]
+    """All it has, as Ray names it; a resource left out is 0."""
+    labels: Mapping[str, str] | None = None
+    """None: nobody knows them (a hypothetical node, one that an autoscaler may bring), and any may be asked."""
+
+    def has(self, selector: Mapping[str, str]) -> bool:
+        """Whether a bundle with this label selector may be here."""
+        return self.labels is None or matches(selector, self.labels)
+
+    def holds(self, bundle: Mapping[str, float], selector: Mapping[str, str]) -> bool:
+        """Whether an idle node like this serves the bundle."""
+        return self.has(selector) and _fits(bundle, self.resources)
 
 
 class Slot(NamedTuple):
@@ -44,6 +62,17 @@ class Plan:
     roles: Mapping[str, tuple[Slot, ...]]
     """Role -> slot of each rank. `rollout` has one slot per engine, whatever its tensor parallelism."""
     device: Device
+    selectors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Role -> the label selector of `placement.labels`; roles without one may be anywhere."""
+
+    @property
+    def labels(self) -> tuple[dict[str, str], ...]:
+        """Label selector of each bundle: those of all roles in it, which agree (`machine_rules.labels`)."""
+        found: tuple[dict[str, str], ...] = tuple({} for _ in self.bundles)
+        for role, selector in self.selectors.items():
+            for slot in self.roles.get(role, ()):
+                found[slot.bundle].update(selector)
+        return found
 
     def total(self, resource: str) -> float:
         """Sum over all bundles."""
@@ -60,12 +89,25 @@ def local_gpus() -> int:
     return sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
 
 
-def this_machine() -> dict[str, float]:
-    """The resources of a private cluster on this machine."""
+def this_machine() -> Node:
+    """What a private cluster on this machine has. Ray labels its GPUs' type, which is not known before."""
     gpus, visible = local_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         gpus = min(gpus, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)}
+    return Node({"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)}, None if gpus else {})
+
+
+def total_gpus(nodes: Sequence[Node]) -> int:
+    """GPUs of all nodes."""
+    return int(sum(node.resources.get("GPU", 0.0) for node in nodes))
+
+
+def present_or_promised(config: RunConfig, alive: Sequence[Node]) -> list[Node]:
+    """The nodes to plan with: those alive, or what an autoscaling cluster may grow to (`cluster.grows_to`)."""
+    largest = config.cluster.grows_to
+    if largest is None:
+        return list(alive)
+    return [Node({"CPU": largest.cpus, "GPU": float(largest.gpus)}) for _ in range(largest.nodes)]
 
 
 def bundles(config: RunConfig, device: str | None = None) -> Plan:
@@ -104,6 +146,7 @@ def bundles(config: RunConfig, device: str | None = None) -> Plan:
         strategy=config.placement.strategy,
         roles={role: slots[role] for role in needs},
         device="gpu" if device == "gpu" else "cpu",
+        selectors={role: asked for role in needs if (asked := config.placement.labels.of(role))},
     )
 
 
@@ -161,54 +204,127 @@ def _together(members: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return bundle
 
 
-def check_against(plan: Plan, nodes: Sequence[Mapping[str, float]]) -> None:
+def check_against(plan: Plan, nodes: Sequence[Node]) -> None:
     """Refuse a plan that the cluster can never serve, even when idle.
-
-    Args:
-        nodes: total resources of each node, as Ray names them; a resource that a node leaves out is 0.
 
     Raises:
         PlacementError: what is asked for, what there is, and which keys ask for less.
     """
+    _check_labels(plan, nodes)
     remedy = "; lower rollout.replicas, learner.replicas or learner.discriminator_replicas"
     one_rank = ", or set placement.device=cpu (a GPU holds one rank of a role, whatever its fraction)"
     for resource, key in (("GPU", one_rank), ("CPU", ", or placement.cpus_per_actor")):
-        asked, there = plan.total(resource), sum(node.get(resource, 0.0) for node in nodes)
+        asked, there = plan.total(resource), sum(node.resources.get(resource, 0.0) for node in nodes)
         if asked > there + 1e-6:
             raise PlacementError(
                 f"placement: the run needs {asked:g} {resource}s and the cluster has {there:g}{remedy}{key}"
             )
-    for bundle in plan.bundles:
-        if not any(_fits(bundle, node) for node in nodes):
-            raise PlacementError(f"placement: no node of the cluster holds a bundle of {_said(bundle)}{remedy}")
+    asked_for = list(zip(plan.bundles, plan.labels, strict=True))
+    for bundle, selector in asked_for:
+        if not any(node.holds(bundle, selector) for node in nodes):
+            raise PlacementError(
+                f"placement: no node of the cluster{_having(selector)} holds a bundle of "
+                f"{_said(bundle)}{remedy}"
+            )
     if plan.strategy == "STRICT_PACK":
         whole = {name: plan.total(name) for bundle in plan.bundles for name in bundle}
-        if not any(_fits(whole, node) for node in nodes):
+        if not any(
+            all(node.has(selector) for selector in plan.labels) and _fits(whole, node.resources)
+            for node in nodes
+        ):
+            every = {key: value for selector in plan.labels for key, value in selector.items()}
             raise PlacementError(
-                f"placement.strategy=STRICT_PACK: no single node holds {_said(whole)}; write PACK{remedy}"
+                f"placement.strategy=STRICT_PACK: no single node{_having(every)} holds {_said(whole)}; write "
+                f"PACK{remedy}"
             )
         return
-    free = [dict(node) for node in nodes]
-    # First fit, the largest bundles first, so that small ones fill the gaps.
-    for bundle in sorted(plan.bundles, key=lambda b: (b.get("GPU", 0.0), b["CPU"]), reverse=True):
-        node = next((node for node in free if _fits(bundle, node)), None)
-        if node is None:
+    _check_side_by_side(asked_for, nodes, remedy)
+
+
+def _check_side_by_side(
+    asked_for: Sequence[tuple[dict[str, float], dict[str, str]]], nodes: Sequence[Node], remedy: str
+) -> None:
+    """First fit, those with the fewest nodes first, then the largest, so that small ones fill the gaps."""
+    free = [node._replace(resources=dict(node.resources)) for node in nodes]
+    choices = {said(selector): sum(node.has(selector) for node in nodes) for _, selector in asked_for}
+    for bundle, selector in sorted(
+        asked_for, key=lambda asked: (choices[said(asked[1])], -asked[0].get("GPU", 0.0), -asked[0]["CPU"])
+    ):
+        index = next((i for i, node in enumerate(free) if node.holds(bundle, selector)), None)
+        if index is None:
             raise PlacementError(
-                f"placement: the nodes together have enough, but a bundle of {_said(bundle)} fits on none of "
-                f"them beside the others{remedy}"
+                f"placement: the nodes{_having(selector)} together have enough, but a bundle of "
+                f"{_said(bundle)} fits on none of them beside the others{remedy}"
             )
-        for name, amount in bundle.items():
-            node[name] -= amount
+        left = {name: amount - bundle.get(name, 0.0) for name, amount in free[index].resources.items()}
+        free[index] = free[index]._replace(resources=left)
 
 
-def room(plan: Plan, resources: Mapping[str, float]) -> int:
-    """How many such runs idle resources hold at once, by their sums."""
-    names = {name for bundle in plan.bundles for name, amount in bundle.items() if amount}
-    return min(int(resources.get(name, 0.0) / plan.total(name) + 1e-6) for name in names)
+def _check_labels(plan: Plan, nodes: Sequence[Node]) -> None:
+    """Refuse labels that no node has; where nobody knows a node's labels nothing can be said."""
+    if any(node.labels is None for node in nodes):
+        return
+    for role, selector in plan.selectors.items():
+        for key, value in selector.items():
+            if not any(node.has({key: value}) for node in nodes):
+                raise PlacementError(
+                    f"placement.labels.{role}: no node has {key}={value}; {_labels_of(nodes)}; change the "
+                    f"key, or start nodes with it (ray start --labels {key}=VALUE)"
+                )
+    for index, selector in enumerate(plan.labels):
+        if not any(node.has(selector) for node in nodes):
+            who = " and ".join(
+                role
+                for role in plan.selectors
+                if any(slot.bundle == index for slot in plan.roles.get(role, ()))
+            )
+            raise PlacementError(
+                f"placement.labels: no single node has {said(selector)}, asked of bundle {index} by "
+                f"{who}; {_labels_of(nodes)}; ask for less"
+            )
+
+
+def kinds(nodes: Sequence[Node]) -> list[tuple[Node, int]]:
+    """Nodes alike in CPUs, GPUs and labels, and how many there are; nodes without both take no work."""
+    found: dict[tuple[float, float, str], list[Node]] = {}
+    for node in nodes:
+        cpus, gpus = node.resources.get("CPU", 0.0), node.resources.get("GPU", 0.0)
+        if cpus or gpus:
+            found.setdefault((cpus, gpus, said(node.labels or {})), []).append(node)
+    return [(alike[0], len(alike)) for alike in found.values()]
+
+
+def room(plan: Plan, nodes: Sequence[Node]) -> int:
+    """How many such runs idle nodes hold at once, by sums over the nodes that each label selector chooses."""
+    most = []
+    for selector in ({}, *plan.labels):
+        for name in {name for bundle in plan.bundles for name in bundle}:
+            asked = sum(
+                bundle.get(name, 0.0)
+                for bundle, labels in zip(plan.bundles, plan.labels, strict=True)
+                if not selector or labels == selector
+            )
+            there = sum(node.resources.get(name, 0.0) for node in nodes if node.has(selector))
+            if asked:
+                most.append(int(there / round(asked, 4) + 1e-6))
+    return min(most)
 
 
 def _fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> bool:
     return all(amount <= node.get(name, 0.0) + 1e-6 for name, amount in bundle.items())
+
+
+def _having(selector: Mapping[str, str]) -> str:
+    return f" with {said(selector)}" if selector else ""
+
+
+def _labels_of(nodes: Sequence[Node]) -> str:
+    """What the nodes have instead, each kind once."""
+    count: dict[str, int] = {}
+    for node in nodes:
+        text = said(node.labels or {}) or "no label"
+        count[text] = count.get(text, 0) + 1
+    return "the nodes have " + "; ".join(f"{text} ({number})" for text, number in sorted(count.items()))
 
 
 def _said(resources: Mapping[str, float]) -> str:

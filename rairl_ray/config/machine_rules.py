@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from urllib.parse import urlsplit
 
+from rairl_ray.config import labels as selectors
 from rairl_ray.config.estimate import shape_of
 from rairl_ray.config.schema import Model, RunConfig
 from rairl_ray.config.transport import engines_own_gpus, learner_beside_every_engine
@@ -303,6 +305,31 @@ def fractions(config: RunConfig) -> Problems:
         )
 
 
+def labels(config: RunConfig) -> Problems:
+    """Selectors that Ray reads, and that agree where roles share a bundle."""
+    wanted = {role: config.placement.labels.of(role) for role in ("rollout", "policy", "discriminator")}
+    for role, selector in wanted.items():
+        for key, value in selector.items():
+            if why := selectors.problem(key, value):
+                yield f"placement.labels.{role}", why
+    if config.placement.type == "disaggregated":
+        return
+    together = [
+        role
+        for role in wanted
+        if (role != "rollout" or config.rollout.tensor_parallel == 1)
+        and (role != "discriminator" or config.algorithm.type == "airl")
+    ]
+    for first, second in combinations(together, 2):
+        for key in sorted(wanted[first].keys() & wanted[second].keys()):
+            if wanted[first][key] != wanted[second][key]:
+                yield (
+                    f"placement.labels.{second}",
+                    f"{key}={wanted[second][key]} contradicts {key}={wanted[first][key]} of {first}, which "
+                    "shares its bundles; make them equal, or set placement.type=disaggregated",
+                )
+
+
 MACHINE_RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     names,
     tracking,
@@ -319,4 +346,5 @@ MACHINE_RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     engine,
     transport,
     fractions,
+    labels,
 )

@@ -113,6 +113,20 @@ class Eval(Section):
     bootstrap: PositiveInt = 1000
 
 
+class Labels(Section):
+    """Which nodes a role may be on: label -> selector as Ray reads it (`spot`, `!spot`, `in(A100, H100)`,
+    `!in(A100, H100)`); all must hold. A bundle that roles share is placed by the labels of all of them."""
+
+    rollout: dict[str, str] = Field(default_factory=dict)
+    policy: dict[str, str] = Field(default_factory=dict)
+    discriminator: dict[str, str] = Field(default_factory=dict)
+    """Of a run that has one."""
+
+    def of(self, role: str) -> dict[str, str]:
+        """The labels that a role asks for."""
+        return {"rollout": self.rollout, "policy": self.policy, "discriminator": self.discriminator}[role]
+
+
 class Placement(Section):
     type: Literal["colocated", "disaggregated"] = "colocated"
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -124,6 +138,9 @@ class Placement(Section):
     discriminator_gpu_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
     gpus_per_node: PositiveInt = 8
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = "PACK"
+    """Of all bundles of the run: on few nodes, on many, or on one."""
+    labels: Labels = Labels()
+    """Nodes that a role may be on, e.g. `{policy: {market: on-demand}, rollout: {market: spot}}`."""
 
 
 class Workers(Section):

@@ -6,12 +6,13 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from rairl_ray.actors.placement import Node, total_gpus
 from rairl_ray.errors import UserError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -37,17 +38,17 @@ class Cluster:
 
     ray: str
     python: str
-    nodes: tuple[Mapping[str, float], ...]
-    """Total resources of each node that is alive."""
+    nodes: tuple[Node, ...]
+    """Those that are alive."""
     here: bool
     """Whether every node is this machine, so that paths mean the same there."""
 
     @property
     def gpus(self) -> int:
-        return int(sum(node.get("GPU", 0.0) for node in self.nodes))
+        return total_gpus(self.nodes)
 
     def describe(self) -> str:
-        cpus = sum(node.get("CPU", 0.0) for node in self.nodes)
+        cpus = sum(node.resources.get("CPU", 0.0) for node in self.nodes)
         return (
             f"{len(self.nodes)} node(s), {cpus:g} CPUs, {self.gpus} GPUs, Ray {self.ray}, Python {self.python}"
         )
@@ -91,7 +92,9 @@ class Connection:
         return Cluster(
             ray=metadata["rayVersion"],
             python=metadata["pythonVersion"],
-            nodes=tuple(dict(node["resources_total"]) for node in listed if node["state"] == "ALIVE"),
+            nodes=tuple(
+                Node(node["resources_total"], node["labels"]) for node in listed if node["state"] == "ALIVE"
+            ),
             here=bool(alive)
             and all(
                 raylet.get("nodeManagerHostname") == socket.gethostname()

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rairl_ray.actors.placement import Plan, check_against
+from rairl_ray.actors.placement import Node, Plan, check_against, present_or_promised, total_gpus
 from rairl_ray.config.load import warm_start_chain
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import UserError
@@ -55,6 +55,8 @@ class Request:
     call: Call
     pack: Pack | None
     plan: Plan | None
+    nodes: list[Node]
+    """Those that the plan counts on."""
     entrypoint: str
     runtime_env: dict[str, Any]
 
@@ -108,7 +110,7 @@ def make_request(
     options: Options,
 ) -> Request:  # fmt: skip
     """Check plan, arguments and files against the cluster."""
-    plan = placement(config, cluster) if config is not None and verb in NAMED_BY_RUN else None
+    plan, nodes = placed(config, cluster) if config is not None and verb in NAMED_BY_RUN else (None, [])
     packed = options.working_dir is None
     tracked = make_pack(root, {}) if packed else None
     places = Places(root, frozenset(tracked.files if tracked else ()), cluster.here, packed)
@@ -118,15 +120,16 @@ def make_request(
     python = options.python or (sys.executable if cluster.here and not options.lock else "python")
     command = shlex.join([python, "launch.py", verb, *call.arguments])
     entrypoint = f"cd {shlex.quote(folder)} && exec {command}" if folder else f"exec {command}"
-    return Request(call, pack, plan, entrypoint, runtime_env)
+    return Request(call, pack, plan, nodes, entrypoint, runtime_env)
 
 
-def placement(config: RunConfig, cluster: Cluster) -> Plan:
-    """The run's placement on the cluster. Raises PlacementError where its nodes can never serve it."""
+def placed(config: RunConfig, cluster: Cluster) -> tuple[Plan, list[Node]]:
+    """The run's placement, and the nodes it counts on. Raises PlacementError where it can never serve it."""
     warm_start_chain(config)
-    plan = placement_with(config, cluster.gpus)
-    check_against(plan, cluster.nodes)
-    return plan
+    nodes = present_or_promised(config, cluster.nodes)
+    plan = placement_with(config, total_gpus(nodes))
+    check_against(plan, nodes)
+    return plan, nodes
 
 
 def environment(options: Options, root: Path, cluster: Cluster) -> tuple[dict[str, Any], str]:
@@ -257,7 +260,7 @@ def _describe(
         show(console, "secrets: sealed with the cluster's token")
     _say_where(request, console)
     if request.plan is not None:
-        print_placement(request.plan, cluster.nodes, console)
+        print_placement(request.plan, request.nodes, console)
     show(console, "nothing was sent")
 
 

@@ -8,11 +8,25 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from rairl_ray.actors.placement import Plan, check_against, room
+from rairl_ray.actors.placement import (
+    Node,
+    Plan,
+    check_against,
+    present_or_promised,
+    room,
+    total_gpus,
+)
 from rairl_ray.config.estimate import memory, work
 from rairl_ray.config.prediction import Assumptions, predict
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.plan import local_gpus, placement_with, print_memory, print_placement
+from rairl_ray.plan import (
+    described,
+    local_gpus,
+    placement_with,
+    print_memory,
+    print_placement,
+    running_nodes,
+)
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.lineage import check_population
 from rairl_ray.sweep.points import Trial, examples, to_draw, trials, warm_start
@@ -40,11 +54,13 @@ def show_sweep_plan(
     gpus: int | None = None,
     nodes: int | None = None,
     cpus: int | None = None,
+    address: str | None = None,
 ) -> None:
     """Print every trial with its size, each different placement with its memory, and the sum of all.
 
     Args:
         gpus, cpus, nodes: of a hypothetical cluster, as for a run; None: what this machine has.
+        address: of a running cluster instead, as for a run.
 
     Raises:
         UserError: bad points; a trial that the cluster can never hold.
@@ -52,13 +68,17 @@ def show_sweep_plan(
     planned, undrawn = trials(file), to_draw(file)
     check_population(file, planned)
     shown = [*planned, *(examples(file)[:1] if undrawn else [])]
-    gpus, cpus = local_gpus() if gpus is None else gpus, cpus or os.cpu_count() or 1
-    cluster = [{"CPU": float(cpus), "GPU": float(gpus)} for _ in range(nodes or 1)]
-    plans = [placement_with(item.config, gpus) for item in shown]
+    if address is not None:
+        cluster = present_or_promised(shown[0].config, running_nodes(address, gpus, nodes, cpus))
+    else:
+        size = {
+            "CPU": float(cpus or os.cpu_count() or 1), "GPU": float(local_gpus() if gpus is None else gpus)
+        }  # fmt: skip
+        cluster = [Node(size) for _ in range(nodes or 1)]
+    plans = [placement_with(item.config, total_gpus(cluster)) for item in shown]
     for plan in plans:
         check_against(plan, cluster)
-    whole = {name: amount * len(cluster) for name, amount in cluster[0].items()}
-    at_once = [room(plan, whole) for plan in plans]
+    at_once = [room(plan, cluster) for plan in plans]
     title = f"{len(planned) + undrawn} trials" + (f", {len(planned)} of them drawn" if undrawn else "")
     _print_trials(title, shown, plans, at_once, len(planned), console)
     if undrawn:
@@ -71,7 +91,7 @@ def show_sweep_plan(
         console.print(f"trained first: {name} ({earlier.trainer.steps} SFT steps)", markup=False)
     most = min(file.max_concurrent or at_once[0], at_once[0], len(planned) + undrawn)
     console.print(
-        f"{most} run at once on {len(cluster)} node(s) of {cpus} CPUs and {gpus} GPUs "
+        f"{most} run at once on {described(cluster)} "
         f"(max_concurrent: {file.max_concurrent or 'as many as fit'})",
         highlight=False,
     )
@@ -152,7 +172,7 @@ def _print_sizes(
     file: SweepFile,
     shown: Sequence[Trial],
     plans: Sequence[Plan],
-    cluster: Sequence[dict[str, float]],
+    cluster: Sequence[Node],
     console: Console,
 ) -> None:
     """Placement and memory, once for all trials that are alike in both."""

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 
+from rairl_ray.actors.joining import present_nodes
 from rairl_ray.actors.placement import room
 from rairl_ray.config.load import load_config
 from rairl_ray.display import Display
@@ -124,7 +124,7 @@ def _run(
     with cluster(samples[0].config), listening(file, display):
         placement = place(samples[0].config)
         GpuMeter(file).check(placement)
-        most = max(1, room(placement, ray.cluster_resources()))
+        most = max(1, room(placement, present_nodes()))
         concurrent = min(file.max_concurrent or most, most)
         check_side_by_side(file, len(left), concurrent)
         count = len(left) + to_draw(file)

@@ -14,9 +14,18 @@ from ray._common.utils import get_default_ray_temp_dir
 
 from rairl_ray.actors.discriminator import DiscriminatorActor, DiscriminatorWorkers
 from rairl_ray.actors.group import RankActor, create_members, reserve, start_members
-from rairl_ray.actors.joining import join
+from rairl_ray.actors.joining import join, present_nodes
 from rairl_ray.actors.learner import learner_environment
-from rairl_ray.actors.placement import Plan, bundles, check_against, resolve_device, this_machine
+from rairl_ray.actors.placement import (
+    Node,
+    Plan,
+    bundles,
+    check_against,
+    present_or_promised,
+    resolve_device,
+    this_machine,
+    total_gpus,
+)
 from rairl_ray.actors.policy import PolicyActor, PolicyWorkers
 from rairl_ray.actors.rollout import RolloutWorkers
 from rairl_ray.actors.rollout_actor import RolloutActor, rollout_environment
@@ -59,7 +68,7 @@ def place(config: RunConfig) -> Plan:
     Raises:
         PlacementError: when the cluster can never serve it, even when idle.
     """
-    return _placed(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    return _placed(config, present_nodes())
 
 
 def check_room(config: RunConfig) -> None:
@@ -84,21 +93,12 @@ def check_sockets(folder: str) -> None:
         )
 
 
-def _placed(config: RunConfig, alive: list[dict[str, float]]) -> Plan:
+def _placed(config: RunConfig, alive: list[Node]) -> Plan:
     nodes = present_or_promised(config, alive)
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    device = resolve_device(gpus) if config.placement.device == "auto" else config.placement.device
+    device = resolve_device(total_gpus(nodes)) if config.placement.device == "auto" else config.placement.device
     plan = bundles(config, device)
     check_against(plan, nodes)
     return plan
-
-
-def present_or_promised(config: RunConfig, alive: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Resources of each node to plan with: those alive, or what an autoscaling cluster may grow to."""
-    largest = config.cluster.grows_to
-    if largest is None:
-        return alive
-    return [{"CPU": largest.cpus, "GPU": float(largest.gpus)} for _ in range(largest.nodes)]
 
 
 def rollouts_only(plan: Plan) -> Plan:

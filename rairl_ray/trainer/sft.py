@@ -256,7 +256,10 @@ def _trainer(session: Session, parts: Parts, relay: Relay) -> TorchTrainer:
         },
         torch_config=TorchConfig(timeout_s=int(config.timeouts.start_seconds) + 1),
         scaling_config=ScalingConfig(
-            num_workers=config.learner.replicas, use_gpu="GPU" in resources, resources_per_worker=resources
+            num_workers=config.learner.replicas,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+            label_selector=dict(session.plan.selectors.get("policy", {})) or None,
         ),
         run_config=RunConfig(
             # A name of its own: Ray Train would go on from an earlier attempt's bookkeeping.
