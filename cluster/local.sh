@@ -122,23 +122,11 @@ nodes_ports() { # the ports of node $1: agent (http, grpc), runtime environments
   echo $base $((base + 1)) $((base + 2)) $((base + 3)) $((base + 4)) $((base + 5))
 }
 
-check() {
-  [ -d /proc/self ] || fail "needs Linux's /proc to know its own processes"
-  [ -x "$bin/ray" ] || fail "no ray here; run 'make install' first"
-  [ "$workers" -ge 1 ] || fail "N is $workers; a cluster needs at least 1 worker, as the head takes no work"
-  [ ${#folder} -le 40 ] || fail "--dir $folder is longer than 40 characters; Ray's sockets below it would exceed 107"
-  [[ $folder != *[[:space:]\'\"]* ]] || fail "--dir '$folder' has a blank or a quote in it; choose a plain name"
-  [ ! -e "$folder" ] || [ -O "$folder" ] || fail "$folder belongs to somebody else; choose another --dir"
-  [ ! -f "$state" ] || fail "a cluster of $folder is up or half up; 'cluster/local.sh down' ends it"
-  [ ! -e "$folder" ] || rmdir "$folder" 2>/dev/null || fail "$folder exists and is not empty; choose another --dir"
-  local have=0 used i
-  [ "$gpus" -eq 0 ] || have=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-  [ $((gpus * workers)) -le "$have" ] \
-    || fail "--gpus $gpus for $workers workers needs $((gpus * workers)) GPUs; this machine has $have"
-  used="$port $((port + 1)) $dashboard"
-  for ((i = 0; i <= workers; i++)); do used+=" $(nodes_ports "$i")"; done
+ports_in_use() { # of all that the cluster needs
+  local ports="$port $((port + 1)) $dashboard" i
+  for ((i = 0; i <= workers; i++)); do ports+=" $(nodes_ports "$i")"; done
   # shellcheck disable=SC2086  # one word a port
-  used=$("$bin/python" - $used <<'PY'
+  "$bin/python" - $ports <<'PY'
 import socket, sys
 busy = []
 for port in sys.argv[1:]:
@@ -151,7 +139,22 @@ for port in sys.argv[1:]:
             busy.append(port)
 print(" ".join(busy))
 PY
-  )
+}
+
+check() {
+  [ -d /proc/self ] || fail "needs Linux's /proc to know its own processes"
+  [ -x "$bin/ray" ] || fail "no ray here; run 'make install' first"
+  [ "$workers" -ge 1 ] || fail "N is $workers; a cluster needs at least 1 worker, as the head takes no work"
+  [ ${#folder} -le 40 ] || fail "--dir $folder is longer than 40 characters; Ray's sockets below it would exceed 107"
+  [[ $folder != *[[:space:]\'\"]* ]] || fail "--dir '$folder' has a blank or a quote in it; choose a plain name"
+  [ ! -e "$folder" ] || [ -O "$folder" ] || fail "$folder belongs to somebody else; choose another --dir"
+  [ ! -f "$state" ] || fail "a cluster of $folder is up or half up; 'cluster/local.sh down' ends it"
+  [ ! -e "$folder" ] || rmdir "$folder" 2>/dev/null || fail "$folder exists and is not empty; choose another --dir"
+  local have=0 used
+  [ "$gpus" -eq 0 ] || have=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+  [ $((gpus * workers)) -le "$have" ] \
+    || fail "--gpus $gpus for $workers workers needs $((gpus * workers)) GPUs; this machine has $have"
+  used=$(ports_in_use)
   [ -z "$used" ] || fail "port(s) in use or above 65535: $used; end who has them, or choose others by --port and --dashboard-port"
 }
 
@@ -274,6 +277,9 @@ down() {
     return
   fi
   end_processes
+  # A killed process may hold its sockets a moment longer, and another cluster may want the ports next.
+  local deadline=$((SECONDS + 10))
+  while [ -n "$(ports_in_use)" ] && [ $SECONDS -lt $deadline ]; do sleep 0.2; done
   rm -rf "${folder:?}"
   echo "local.sh: $(address) is down, $folder removed"
 }
