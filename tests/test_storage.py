@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,18 @@ def test_what_needs_a_folder_says_so(refused: Callable[[str], object]) -> None:
         refused("s3://bucket/runs")
 
 
+def test_a_server_of_ones_own_is_named_in_the_uri_too(
+    uri: str, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    host = server.removeprefix("http://")
+    store = Store(f"{uri}/?scheme=http&endpoint_override={host}")
+    store.probe()
+    store.write("a/b", b"found")
+    assert store.plain == uri and store.read("a/b") == b"found" and store.names("").keys() == {"a/b"}
+    assert staging_folder(store.uri) == staging_folder(uri)
+
+
 def test_refused_credentials_are_one_line(uri: str, server: str) -> None:
     with refusing_all(server), pytest.raises(ConfigError, match="set AWS_ACCESS_KEY_ID") as caught:
         Store(uri).probe()
@@ -116,6 +129,10 @@ def test_what_did_not_arrive_fails_the_run_and_the_resume_uploads_it(
     assert any("MLflow's database stays on this machine" in note for note in notes)
     assert SECRET not in text + str(notes)
 
+    for thread in threading.enumerate():
+        if thread.name == "mirror":
+            thread.join(120)
+            assert not thread.is_alive()
     line.mend()
     with mirrored(config, f"{uri}/{NAME}", notes.append) as (_, resume):
         assert resume == NAME
