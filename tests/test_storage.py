@@ -182,7 +182,8 @@ def test_a_run_stopped_on_one_machine_goes_on_on_another(
     assert rows[: max(steps)] == before[: max(steps)]  # Its own rows: nothing was made again.
     assert "is trained first" in output and "is trained first" not in done.stdout  # The warm start was fetched.
     assert store.names("demo/airl").keys() == contents(folder).keys() | {".mirror"}
-    assert str(tmp_path) not in (store.read("demo/airl/config.yaml") or b"").decode()
+    config = (store.read("demo/airl/config.yaml") or b"").decode()
+    assert f"{uri}/demo/first/final/policy" in config and str(tmp_path / "another") not in config
     assert SECRET not in output + done.stdout + done.stderr
     left = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert left == []
