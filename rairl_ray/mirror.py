@@ -54,6 +54,7 @@ class Mirror:
         self._aside: dict[str, int] = {}
         self._taken: dict[str, str] = {}
         self._ending, self._finished = threading.Event(), threading.Event()
+        self._given_up = threading.Event()
         self._moved = time.monotonic()
         self._problem: str | None = "nothing was uploaded yet"
         self._thread: threading.Thread | None = None
@@ -136,11 +137,12 @@ class Mirror:
                 break
         if self._finished.is_set():
             return self._taken.get(self.names[-1])
+        self._given_up.set()
         return self._problem or "the last upload did not end"
 
     def _run(self) -> None:
         warned = False
-        while True:
+        while not self._given_up.is_set():
             last = self._ending.is_set()
             try:
                 self.sync()
@@ -259,6 +261,8 @@ class Mirror:
         """Upload a file that changed; whether it is there. A file that has vanished meanwhile is not."""
         if self._sent[name].get(file) == signature:
             return True
+        if self._given_up.is_set():
+            raise OSError("given up")
         try:
             if file == "config.yaml":
                 text = (folder / file).read_text(encoding="utf-8").replace(str(self.staging), self.store.plain)

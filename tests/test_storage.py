@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,18 @@ def test_what_needs_a_folder_says_so(refused: Callable[[str], object]) -> None:
         refused("s3://bucket/runs")
 
 
+def test_a_server_of_ones_own_is_named_in_the_uri_too(
+    uri: str, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    host = server.removeprefix("http://")
+    store = Store(f"{uri}/?scheme=http&endpoint_override={host}")
+    store.probe()
+    store.write("a/b", b"found")
+    assert store.plain == uri and store.read("a/b") == b"found" and store.names("").keys() == {"a/b"}
+    assert staging_folder(store.uri) == staging_folder(uri)
+
+
 def test_refused_credentials_are_one_line(uri: str, server: str) -> None:
     with refusing_all(server), pytest.raises(ConfigError, match="set AWS_ACCESS_KEY_ID") as caught:
         Store(uri).probe()
@@ -116,6 +129,10 @@ def test_what_did_not_arrive_fails_the_run_and_the_resume_uploads_it(
     assert any("MLflow's database stays on this machine" in note for note in notes)
     assert SECRET not in text + str(notes)
 
+    for thread in threading.enumerate():
+        if thread.name == "mirror":
+            thread.join(120)
+            assert not thread.is_alive()
     line.mend()
     with mirrored(config, f"{uri}/{NAME}", notes.append) as (_, resume):
         assert resume == NAME
@@ -165,7 +182,8 @@ def test_a_run_stopped_on_one_machine_goes_on_on_another(
     assert rows[: max(steps)] == before[: max(steps)]  # Its own rows: nothing was made again.
     assert "is trained first" in output and "is trained first" not in done.stdout  # The warm start was fetched.
     assert store.names("demo/airl").keys() == contents(folder).keys() | {".mirror"}
-    assert str(tmp_path) not in (store.read("demo/airl/config.yaml") or b"").decode()
+    config = (store.read("demo/airl/config.yaml") or b"").decode()
+    assert f"{uri}/demo/first/final/policy" in config and str(tmp_path / "another") not in config
     assert SECRET not in output + done.stdout + done.stderr
     left = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert left == []
