@@ -1,4 +1,4 @@
-"""Label selectors as Ray reads them: `spot`, `!spot`, `in(A100, H100)`, `!in(A100, H100)`."""
+"""Label selectors as Ray reads them: `spot`, `!spot`, `in(A100,H100)`, `!in(A100,H100)`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Mapping
 
 _WORD = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _KEY = re.compile(rf"(?:{_WORD}(?:\.{_WORD})*/)?{_WORD}")
-_SELECTOR = re.compile(rf"(!?)(?:in\(({_WORD}(?:, ?{_WORD})*)\)|({_WORD}))")
+_SELECTOR = re.compile(rf"(!?)(?:in\(({_WORD}(?:,{_WORD})*)\)|({_WORD}))")
 
 OF_ONE_NODE = "ray.io/node-id"
 """The label that Ray gives every node and that says nothing about its kind."""
+
+
+def plain(selector: str) -> str:
+    """The selector without the blanks behind its commas: Ray accepts `in(A, B)`, and then looks for ` B`."""
+    return selector.replace(", ", ",")
 
 
 def problem(key: str, value: str) -> str:
@@ -32,7 +37,7 @@ def _holds(selector: str, label: str | None) -> bool:
     if found is None:
         raise ValueError(f"no label selector: {selector!r}")
     negated, several, one = found.groups()
-    allowed = [word.strip() for word in several.split(",")] if several else [one]
+    allowed = several.split(",") if several else [one]
     return (label in allowed) != bool(negated)
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
+from rairl_ray.config.labels import plain
 from rairl_ray.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Section
 
 
@@ -113,13 +114,16 @@ class Eval(Section):
     bootstrap: PositiveInt = 1000
 
 
+Selector = Annotated[str, AfterValidator(plain)]
+
+
 class Labels(Section):
     """Which nodes a role may be on: label -> selector as Ray reads it (`spot`, `!spot`, `in(A100, H100)`,
     `!in(A100, H100)`); all must hold. A bundle that roles share is placed by the labels of all of them."""
 
-    rollout: dict[str, str] = Field(default_factory=dict)
-    policy: dict[str, str] = Field(default_factory=dict)
-    discriminator: dict[str, str] = Field(default_factory=dict)
+    rollout: dict[str, Selector] = Field(default_factory=dict)
+    policy: dict[str, Selector] = Field(default_factory=dict)
+    discriminator: dict[str, Selector] = Field(default_factory=dict)
     """Of a run that has one."""
 
     def of(self, role: str) -> dict[str, str]:
