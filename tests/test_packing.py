@@ -179,6 +179,28 @@ def test_float32_differs_by_rounding(kind: str) -> None:
 # --- which tokens are there, and what each sees -----------------------------------------------------
 
 
+@pytest.mark.parametrize("head", ["policy", "scalar"])
+def test_several_threads_add_gradients_up_in_one_order(head: str) -> None:
+    """Many traces read the prompt's last position; an exact resume needs the same bits each time."""
+    random = np.random.default_rng(0)
+    prompt = tuple(int(i) for i in random.integers(1, 20, 6))
+    samples = [sample(prompt, tuple(int(i) for i in random.integers(1, 20, 12))) for _ in range(500)]
+    module = module_of("llama", head).float()
+    batch = discriminator_tensors(samples, 0, packed=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = []
+        for _ in range(12):
+            module.zero_grad()
+            outputs(module, batch).sin().sum().backward()
+            found.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    finally:
+        torch.set_num_threads(before)
+    for gradients in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], gradients, strict=True))
+
+
 @given(groups(), st.integers(1, 9))
 def test_a_token_sees_its_own_trace_so_far_and_what_is_shared_is_there_once(
     samples: list[DiscriminatorSample], shortest: int

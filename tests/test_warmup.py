@@ -57,6 +57,7 @@ def warmed_up(
     checkpoints = [Progress(**vars(progress))]
     run: Any = object.__new__(Run)
     run.config, run.progress = config, progress
+    run.parts = SimpleNamespace(roster=SimpleNamespace(draining=set), discriminator=None)
     run.airl = SimpleNamespace(update=lambda groups, demonstrations, epoch: {})
     run._separation = lambda pool: auroc_of(progress.warmup)
 

@@ -136,8 +136,10 @@ class LogprobModel(nn.Module):
             rows, columns = real.nonzero(as_tuple=True)
             before = target_positions[rows, columns] - 1
             before = rows * input_ids.shape[1] + before if packing is None else packing.place[rows, before]
+            # Not hidden_NH[before]: where traces share a position, several threads would add up its gradients
+            # in no fixed order, and a resumed run would differ in the last bits.
             values = base.get_output_embeddings()(
-                hidden_NH[before], completion_ids[rows, columns], temperature, with_entropy
+                hidden_NH.index_select(0, before), completion_ids[rows, columns], temperature, with_entropy
             )
         answer = values.new_zeros(*values.shape[:-1], *target_positions.shape)
         answer[..., rows, columns] = values
@@ -230,7 +232,8 @@ class ScalarModel(nn.Module):
         with sdpa_kernel(SDPBackend.MATH) if penalty is not None else nullcontext():
             logits_BLO = _wide(base(**inputs, use_cache=False).logits)
             if packing is not None:
-                logits_BLO = logits_BLO[0, packing.place]
+                chosen = logits_BLO[0].index_select(0, packing.place.flatten())  # in a fixed order, as above
+                logits_BLO = chosen.unflatten(0, packing.place.shape)
             values_BU = logits_BLO[..., 0].gather(1, unit_positions)
             shaping_BU = None
             if logits_BLO.shape[-1] == 2 and state_positions is not None:
