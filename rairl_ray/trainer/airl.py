@@ -78,6 +78,8 @@ class AirlStrategy:
         if self._config.reward.rescore:
             with timer.phase(names.TIME_SCORE):
                 arrived = self._score_candidates(candidates)
+                # What is measured changes nothing: kernels round by batch, and the update asks with its own.
+                self._discriminator.forget_references()
         with timer.phase(names.TIME_DISCRIMINATOR):
             demonstrations = [self._feed.demonstration(group.prompt.id) for group in groups]
             for repeat in range(self._config.discriminator.updates_per_policy_step):
