@@ -58,7 +58,8 @@ def run_trial(spec: dict[str, Any]) -> None:
         if code == 0 or _asked(spec):
             break
         if _drained():
-            raise Drained([ray.get_runtime_context().get_node_id()], len(folder.read_metrics()))
+            rows = folder.read_metrics()
+            raise Drained([ray.get_runtime_context().get_node_id()], int(rows[-1]["step"]) if rows else 0)
         failures += 1
         if failures > spec["failures"]:
             break

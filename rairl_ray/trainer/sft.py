@@ -133,7 +133,7 @@ class Fit:
                     )
                     break
                 raise self._late()
-            if time.monotonic() - looked > DRAIN_SECONDS:
+            if not asked and time.monotonic() - looked > DRAIN_SECONDS:
                 looked, drained = time.monotonic(), self._roster.draining()
             if (self._session.stop or drained) and not asked:
                 self._relay.ask_to_stop()
