@@ -83,13 +83,17 @@ class SeparateNodes:
         assert done.returncode == 0, done.stderr
 
     def processes(self) -> list[psutil.Process]:
-        """Those of this cluster, by the mark in their environment, sorted by their number."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get("RAIRL_LOCAL_CLUSTER", "").startswith(f"{self.folder}:"):
-                    found.append(process)
-        return sorted(found, key=lambda process: process.pid)
+        return marked(self.folder)
+
+
+def marked(folder: Path) -> list[psutil.Process]:
+    """Processes of the cluster in this folder, by the mark in their environment, sorted by their number."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("RAIRL_LOCAL_CLUSTER", "").startswith(f"{folder}:"):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
 
 
 @contextmanager

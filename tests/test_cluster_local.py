@@ -11,14 +11,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from rairl_ray.actors import joining
 from rairl_ray.actors.joining import join, token_source
 from rairl_ray.doctor import _unjoined
 from rairl_ray.errors import PlacementError
-from tests.local_cluster import free_ports, local
+from tests.local_cluster import free_ports, local, marked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,18 +54,6 @@ def place() -> Iterator[tuple[Path, list[str]]]:
     local("down", "--dir", str(folder), "--port", str(first))
     shutil.rmtree(folder, ignore_errors=True)
     Path(f"{folder}.log").unlink(missing_ok=True)
-
-
-def marked(folder: Path) -> list[psutil.Process]:
-    """Processes of this cluster, by the mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("RAIRL_LOCAL_CLUSTER", "").startswith(f"{folder}:"):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def driver(address: str, **environment: str) -> subprocess.CompletedProcess[str]:

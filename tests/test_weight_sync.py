@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -217,41 +218,37 @@ class PerturbedActor(RolloutActor):
         return report
 
 
-def test_silently_wrong_numerics_fail_the_run_by_the_probe(joined: None, tmp_path: Path) -> None:
-    machine = started(tmp_path, "rollout.replicas=1")
+@contextmanager
+def perturbed_loop(output: Path, *overrides: str) -> Iterator[Loop]:
+    """A loop whose one engine is a PerturbedActor."""
+    machine = started(output, "rollout.replicas=1", *overrides)
     config = machine.prepared.config
     handle = ray.remote(PerturbedActor).remote(0, config, machine.prepared.policy_path, "cpu")
     perturbed = RolloutWorkers([Member("rollout", 0, handle)], config, machine.prepared.policy_renderer)
     perturbed.open()
     assert machine.parts.policy is not None
-    loop = Loop(config, machine.feed, perturbed, machine.parts.policy, EvenTokens(machine.prepared))
     try:
-        loop.sync()
-        assert loop.ahead.sync_metrics[names.SYNC_LOGPROB_GAP] < 1e-5
-        with pytest.raises(GroupFailure, match=r"phase sync.*away from the learner's.*max_sync_logprob_gap"):
-            loop.step(1, PhaseTimer())
+        yield Loop(config, machine.feed, perturbed, machine.parts.policy, EvenTokens(machine.prepared))
     finally:
         perturbed.close()
         machine.parts.roster.end(60)
 
 
+def test_silently_wrong_numerics_fail_the_run_by_the_probe(joined: None, tmp_path: Path) -> None:
+    with perturbed_loop(tmp_path) as loop:
+        loop.sync()
+        assert loop.ahead.sync_metrics[names.SYNC_LOGPROB_GAP] < 1e-5
+        with pytest.raises(GroupFailure, match=r"phase sync.*away from the learner's.*max_sync_logprob_gap"):
+            loop.step(1, PhaseTimer())
+
+
 def test_without_a_probe_the_samples_of_the_next_step_find_it(joined: None, tmp_path: Path) -> None:
-    machine = started(tmp_path, "rollout.replicas=1", "rollout.probe_every=0")
-    config = machine.prepared.config
-    handle = ray.remote(PerturbedActor).remote(0, config, machine.prepared.policy_path, "cpu")
-    perturbed = RolloutWorkers([Member("rollout", 0, handle)], config, machine.prepared.policy_renderer)
-    perturbed.open()
-    assert machine.parts.policy is not None
-    loop = Loop(config, machine.feed, perturbed, machine.parts.policy, EvenTokens(machine.prepared))
-    try:
+    with perturbed_loop(tmp_path, "rollout.probe_every=0") as loop:
         loop.sync()
         metrics, _ = loop.step(1, PhaseTimer())
         assert metrics[names.ROLLOUT_LOGPROB_GAP] < 1e-5 and names.SYNC_LOGPROB_GAP not in metrics
         with pytest.raises(GroupFailure, match=r"policy version 1 .* on the samples of its step, and at most"):
             loop.step(2, PhaseTimer())
-    finally:
-        perturbed.close()
-        machine.parts.roster.end(60)
 
 
 def test_when_the_samples_tell() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -78,11 +78,8 @@ class DiscriminatorActor(LearnerActor):
         from rairl_ray.engines.heads import ImplicitModel, ScalarModel
         from rairl_ray.engines.models import load_causal_lm, load_token_classifier
 
-        settings, model, seed = (
-            self.config.discriminator,
-            self.config.model.read_discriminator,
-            self.config.seed,
-        )
+        settings, seed = self.config.discriminator, self.config.seed
+        model = self.config.model.read_discriminator
         if settings.head == "implicit":
             return ImplicitModel(
                 load_causal_lm(self.model_path, model, device=self.device, seed=seed),
@@ -212,14 +209,8 @@ class DiscriminatorWorkers(LearnerWorkers):
         unknown = {key: s for key, s in zip(keys, samples, strict=True) if key not in self._references}
         if unknown:
             asked = list(unknown.values())
-            plan = self._shard(asked, None)
-            refs = put_shards([(asked, plan)])
-            answers = self.call(
-                "reference",
-                self.config.timeouts.score_seconds,
-                lambda actor, rank: actor.reference.remote(refs[rank]),
-            )
-            self._references |= dict(zip(unknown, gather_rows(plan, answers, len(asked)), strict=True))
+            answers = self._read("reference", asked, lambda actor, shares: actor.reference.remote(shares))
+            self._references |= dict(zip(unknown, answers, strict=True))
         return [
             replace(sample, reference_logprobs=self._references[key])
             for key, sample in zip(keys, samples, strict=True)
@@ -255,14 +246,19 @@ class DiscriminatorWorkers(LearnerWorkers):
         if not samples:
             return [], self.version
         samples = self._with_references(samples)
+        logits = self._read("score", samples, lambda actor, shares: actor.score.remote(shares))
+        return logits, self.version
+
+    def _read(
+        self, phase: str, samples: Sequence[DiscriminatorSample], verb: Callable[[Any, Any], Any]
+    ) -> list[np.ndarray]:
+        """One row of numbers a sample, in the given order, from a pass without an update."""
         plan = self._shard(samples, None)
         refs = put_shards([(samples, plan)])
         answers = self.call(
-            "score",
-            self.config.timeouts.score_seconds,
-            lambda actor, rank: actor.score.remote(refs[rank]),
+            phase, self.config.timeouts.score_seconds, lambda actor, rank: verb(actor, refs[rank])
         )
-        return gather_rows(plan, answers, len(samples)), self.version
+        return gather_rows(plan, answers, len(samples))
 
     def _shard(
         self, samples: Sequence[DiscriminatorSample], groups: Sequence[int] | None

@@ -238,19 +238,27 @@ def memory(config: RunConfig, policy: Model | None = None) -> list[Memory]:
     Args:
         policy: the policy's model where it comes from a warm start and `model.policy` names none.
     """
-    ours = config.model.policy
-    policy = (
-        ours
-        if policy is None or ours.path or ours.build
-        else ours.model_copy(update={"path": policy.path, "build": policy.build})
-    )
+    policy, discriminator = models_of(config, policy)
     roles = [_rollout_memory(config, policy), _learner_memory(config, "policy", policy)]
     if config.algorithm.type == "airl":
-        model = config.model.discriminator
-        if model.path is None and model.build is None:
-            model = model.model_copy(update={"path": policy.path, "build": policy.build})
-        roles.append(_learner_memory(config, "discriminator", model))
+        roles.append(_learner_memory(config, "discriminator", discriminator))
     return roles
+
+
+def models_of(config: RunConfig, policy: Model | None = None) -> tuple[Model, Model]:
+    """Policy and discriminator, each with the path or build that it comes to.
+
+    Args:
+        policy: the policy's model where it comes from a warm start and `model.policy` names none.
+    """
+
+    def at(model: Model, other: Model | None) -> Model:
+        if other is None or model.path or model.build:
+            return model
+        return model.model_copy(update={"path": other.path, "build": other.build})
+
+    ours = at(config.model.policy, policy)
+    return ours, at(config.model.discriminator, ours)
 
 
 def _rollout_memory(config: RunConfig, model: Model) -> Memory:

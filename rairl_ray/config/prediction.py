@@ -14,12 +14,10 @@ these lengths allow). The assumptions are numbers of `Assumptions`, and `plan` p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from rairl_ray.config.estimate import BYTES, Shape, shape_of, work
+from rairl_ray.config.estimate import BYTES, Shape, models_of, shape_of, work
 from rairl_ray.config.schema import Model, RunConfig
-
-EXPERTS_PER_PROMPT = 1
 
 
 @dataclass(frozen=True)
@@ -77,14 +75,11 @@ def predict(config: RunConfig, gpus: float, policy: Model | None = None) -> Pred
         gpus: what the placement holds, for the whole run.
         policy: the policy's model where a warm start gives it.
     """
-    ours = config.model.policy
-    model = ours if policy is None or ours.path or ours.build else policy
-    reader = config.model.discriminator
-    reader = reader if reader.path or reader.build else model
+    model, reader = models_of(config, policy)
     shape, scoring = shape_of(model), shape_of(reader)
     if gpus <= 0 or shape is None or (config.algorithm.type == "airl" and scoring is None):
         return None
-    assumed = Assumptions()
+    assumed, todo = Assumptions(), work(config)
     steps, learner = config.trainer.steps, config.learner
     row = _Row(config, assumed)
     one_policy = _train_seconds(shape, model, row.tokens, assumed) / learner.replicas
@@ -95,15 +90,11 @@ def predict(config: RunConfig, gpus: float, policy: Model | None = None) -> Pred
         ranks = learner.discriminator_replicas or learner.replicas
         reference = config.discriminator.head == "implicit"
         score = _forward_seconds(scoring, row.tokens, assumed) / ranks
-        update = _train_seconds(scoring, config.model.discriminator, row.labelled_tokens, assumed) / ranks
+        update = _train_seconds(scoring, reader, row.labelled_tokens, assumed) / ranks
         update += _forward_seconds(scoring, row.labelled_tokens, assumed) / ranks if reference else 0.0
         updates = config.discriminator.updates_per_policy_step
-        discriminator, warm_up = (
-            update * updates,
-            update * (work(config).discriminator_updates - steps * updates),
-        )
-    sft = config.algorithm.type == "sft"
-    samples = work(config).samples_per_step
+        discriminator, warm_up = update * updates, update * (todo.discriminator_updates - steps * updates)
+    sft, samples = config.algorithm.type == "sft", todo.samples_per_step
     rollout = 0.0 if sft else _rollout_seconds(shape, model, config, samples, assumed)
     sync = 0.0 if sft else _synced_bytes(shape, model) / assumed.link
     found = Prediction(
@@ -116,7 +107,7 @@ def predict(config: RunConfig, gpus: float, policy: Model | None = None) -> Pred
         shape, model, config, config.eval.prompts * config.eval.samples_per_prompt, assumed
     )
     hours = (steps * found.step + warm_up + evaluations * evaluated) / 3600
-    return Prediction(**{**vars(found), "hours": hours, "gpu_hours": hours * gpus})
+    return replace(found, hours=hours, gpu_hours=hours * gpus)
 
 
 class _Row:
@@ -128,10 +119,9 @@ class _Row:
         completion = config.rollout.max_completion_tokens * assumed.filled
         prompt = config.data.max_prompt_tokens
         samples = 1 if sft else config.rollout.samples_per_prompt
-        copies = EXPERTS_PER_PROMPT * (1 + config.discriminator.perturbations.count)
         shared = config.learner.rows == "packed"
         self.tokens = prompts * (prompt * (1 if shared else samples) + samples * completion)
-        read = samples + copies
+        read = samples + 1 + config.discriminator.perturbations.count  # an expert and its copies
         self.labelled_tokens = prompts * (prompt * (1 if shared else read) + read * completion)
 
 

@@ -47,7 +47,7 @@ from rairl_ray.sweep.result import DONE, FINISHED, conclude, final_values, last_
 from rairl_ray.sweep.schedulers import id_of, scheduler_of
 from rairl_ray.sweep.search import Points
 from rairl_ray.sweep.status import SweepDisplay
-from rairl_ray.sweep.stopping import WHOLE, forget_requests, listening, stop_request
+from rairl_ray.sweep.stopping import WHOLE, forget_requests, leave_request, listening, stop_request
 from rairl_ray.sweep.supervise import run_trial
 from rairl_ray.trainer.parts import cluster, place
 from rairl_ray.trainer.run import made_by, train, with_warm_start
@@ -214,14 +214,15 @@ class Progress(tune.Callback):
         if any(stop_request(self._file, name).exists() for name in (WHOLE, id_of(trial))):
             self.note(f"{id_of(trial)}: stopped; --resume goes on with it")
             return
-        if state_of(self._file, id_of(trial)) not in DONE:
+        state = state_of(self._file, id_of(trial))
+        if state not in DONE:
             self.note(f"{id_of(trial)}: failed; {last_line(trial_log(self._file, id_of(trial)))}")
             return
         self._done += 1
         last = trial.last_result or {}
         values = ", ".join(f"{metric}={last.get(metric, math.nan):.4f}" for metric in self._file.metrics)
         self.note(f"{self._done}/{self._total} {id_of(trial)}: {values}")
-        if self._alike and state_of(self._file, id_of(trial)) == FINISHED:
+        if self._alike and state == FINISHED:
             self._stop_for_lack(final_values(RunFolder(newest_folder(self._file, id_of(trial)))))
 
     def _stop_for_lack(self, there: Mapping[str, float]) -> None:
@@ -230,8 +231,7 @@ class Progress(tune.Callback):
         if lacking and not stop_request(self._file).exists():
             names = ", ".join(sorted(there)) or "none"
             self.note(f"metric={lacking[0]}: no trial will have it, so the sweep stops; there are {names}")
-            stop_request(self._file).parent.mkdir(exist_ok=True)
-            stop_request(self._file).touch()
+            leave_request(self._file)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.note(f"{id_of(trial)}: lost its worker, mostly with its node; goes on from its newest checkpoint")
@@ -275,9 +275,8 @@ def _tune(
     total = len(left) + to_draw(file)
     spec = functools.partial(_spec, file, parent)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    logging.getLogger("ray.tune").setLevel(
-        logging.CRITICAL
-    )  # pages about a worker that was lost: `Progress` says it
+    # Tune writes pages about a worker that was lost; `Progress` says it in a line.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours lets trials save
     # A trial's own process only watches. Tune takes no empty request, and a byte of memory is in nobody's way.
     trainable = tune.with_resources(_trainable, tune.PlacementGroupFactory([{"memory": 1}]))

@@ -32,6 +32,13 @@ def stop_request(file: SweepFile, name: str = WHOLE) -> Path:
     return sweep_folder(file) / "stop_requests" / name
 
 
+def leave_request(file: SweepFile, name: str = WHOLE) -> None:
+    """Ask; whoever runs the sweep finds it."""
+    request = stop_request(file, name)
+    request.parent.mkdir(exist_ok=True)
+    request.touch()
+
+
 def forget_requests(file: SweepFile) -> None:
     shutil.rmtree(stop_request(file).parent, ignore_errors=True)
 
@@ -47,9 +54,7 @@ def ask_to_stop(file: SweepFile, trial: str | None) -> str:
             f"--stop {file.name}: it does not run; launch.py sweep --status {file.name} shows its trials"
         )
     name = WHOLE if trial is None else _trial(file, trial)
-    request = stop_request(file, name)
-    request.parent.mkdir(exist_ok=True)
-    request.touch()
+    leave_request(file, name)
     if name == WHOLE:
         return f"{file.name} ({holder}) stops: trials that run save a checkpoint; go on with --resume"
     return f"{name} stops with a checkpoint; --resume of the sweep goes on with it"
@@ -83,8 +88,7 @@ def listening(file: SweepFile, display: Display) -> Iterator[None]:
         if told.is_set():
             raise KeyboardInterrupt
         told.set()
-        request.parent.mkdir(exist_ok=True)
-        request.touch()
+        leave_request(file)
         display.note("stopping: trials that run save a checkpoint and leave; once more ends at once")
 
     def watch() -> None:
