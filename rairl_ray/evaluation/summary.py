@@ -67,7 +67,7 @@ def summarise(
     discount, tail_share: of the selectors `discounted` and `tail`, as in the configuration's section `eval`.
     Raises ValueError for two rows of one problem with one generation_idx.
     """
-    groups = _by_problem(rows)
+    groups = by_problem(rows)
     if not groups:
         return {}
     full = [group for group in groups if len(group) == max(map(len, groups))]
@@ -82,7 +82,8 @@ def summarise(
     return summary | _calibration(groups, resamples, key)
 
 
-def _by_problem(rows: Sequence[EvalRow]) -> Groups:
+def by_problem(rows: Sequence[EvalRow]) -> Groups:
+    """The samples of each problem. Raises ValueError for two rows of one problem with one generation_idx."""
     problems: dict[str, list[EvalRow]] = defaultdict(list)
     for row in rows:
         problems[row.prompt_id].append(row)

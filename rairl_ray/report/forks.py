@@ -13,6 +13,7 @@ from rairl_ray import metrics as names
 from rairl_ray.evaluation.bootstrap import bootstrap
 from rairl_ray.evaluation.reranking import rerank_at_k
 from rairl_ray.evaluation.rows import EvalRow
+from rairl_ray.evaluation.summary import by_problem
 from rairl_ray.report.collect import Run
 from rairl_ray.report.labels import label_of
 from rairl_ray.report.parts import Absent, Cell, Number, Part, Table
@@ -59,7 +60,7 @@ def fork_parts(runs: Sequence[Run]) -> list[Part]:
 
 def paired(parent: Run, fork: Run) -> tuple[int, list[Number | None]]:
     """Problems that both main evaluations have, and fork minus parent of each of METRICS (None without it)."""
-    before, after = _by_problem(parent.main.rows), _by_problem(fork.main.rows)
+    before, after = _numbers(parent.main.rows), _numbers(fork.main.rows)
     shared = [key for key in before if key in after]
     if not shared:
         raise Absent(f"{fork.label} and {parent.label} were not evaluated on the same problems")
@@ -74,16 +75,13 @@ def paired(parent: Run, fork: Run) -> tuple[int, list[Number | None]]:
     return len(shared), found
 
 
-def _by_problem(rows: Sequence[EvalRow]) -> dict[str, tuple[float, float]]:
+def _numbers(rows: Sequence[EvalRow]) -> dict[str, tuple[float, float]]:
     """Problem -> its pass@1, and the correctness of its best-scored sample (NaN without scores)."""
-    problems: dict[str, list[EvalRow]] = {}
-    for row in rows:
-        problems.setdefault(row.prompt_id, []).append(row)
     found = {}
-    for key, samples in problems.items():
+    for samples in by_problem(rows):
         correct = np.array([[row.correct for row in samples]])
         best = float("nan")
         if all(row.score is not None for row in samples):
             best = float(rerank_at_k(np.array([[row.score for row in samples]]), correct, 1)[0])
-        found[key] = (float(correct.mean()), best)
+        found[samples[0].prompt_id] = (float(correct.mean()), best)
     return found
