@@ -48,6 +48,9 @@ class Judge:
         assert all(len(sample.unit_tokens) for sample in samples)
         return [np.arange(len(sample.unit_tokens), dtype=np.float32) for sample in samples], 1
 
+    def forget_references(self) -> None:
+        """It has none."""
+
 
 def group_of(renderer: Renderer, prompt: Prompt, *kinds: int) -> RolloutGroup:
     """Truncated samples of the kinds above."""
