@@ -32,7 +32,7 @@ FREE_KEYS = {
     "trainer.checkpoint_every": "how often state is saved",
     "trainer.keep_checkpoints": "how many are kept",
     "trainer.log_rollouts_every": "how many samples are kept",
-    "trainer.failure_retries": "how often a failed group is started anew",
+    "trainer.max_restarts_per_role": "how often a failed group is started anew",
     "trainer.retry_backoff_seconds": "how long to wait before that",
     "placement.": "which rank runs where",
     "learner.replicas": "ranks of the policy learner; later updates differ by rounding",
