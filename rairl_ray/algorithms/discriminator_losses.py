@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rairl_ray import metrics
 from rairl_ray.config.schema import DiscriminatorLoss
+from rairl_ray.config.variants import complete
 from rairl_ray.types import DiscriminatorBatch
 
 POSITIVE_COUNT = "discriminator/positive_count"
@@ -60,13 +61,28 @@ class DiscriminatorOutputs:
 
 
 @dataclass(frozen=True)
-class _Items:
-    """What a loss compares: units, or whole traces, flattened to one axis of N with their labels."""
+class Items:
+    """What most losses compare: units, or whole traces, flattened to one axis of N with their labels."""
 
     logits: Tensor
     positive: Tensor
     positive_total: int
     negative_total: int
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A micro-batch as a loss sees it."""
+
+    logits: Tensor
+    """[B, U], 0 off the mask."""
+    unit_mask: Tensor
+    positive: Tensor
+    """[B]"""
+    pair_id: Tensor
+    """[B]"""
+    totals: Totals
+    items: Items
 
 
 def discriminator_loss(
@@ -87,22 +103,16 @@ def discriminator_loss(
     """
     unit_mask, positive_B = unit_mask.bool(), positive_B.bool()
     logits_BU = outputs.values.float()
-    if config.type == "airl":
+    if config.needs.policy_logprobs:
         if policy_logprobs_BU is None:
-            raise ValueError("discriminator.loss.type airl needs the policy's log-probabilities of the units")
+            raise ValueError(
+                f"discriminator.loss.type {config.type} needs the policy's log-probabilities of the units"
+            )
         logits_BU = airl(outputs, unit_mask, policy_logprobs_BU, gamma=config.gamma)
     logits_BU = torch.where(unit_mask, logits_BU, 0.0)
     items = _items(logits_BU, unit_mask, positive_B, totals, config)
-    if config.type == "bradley_terry":
-        present_B = unit_mask.any(dim=1)
-        trace_logits_B = logits_BU.sum(dim=1)
-        if config.level == "unit":  # the mean keeps a long trace from winning by its length
-            trace_logits_B = trace_logits_B / unit_mask.sum(dim=1).clamp(min=1)
-        loss = bradley_terry(
-            trace_logits_B[present_B], positive_B[present_B], pair_id_B[present_B], pair_total=totals.pairs
-        )
-    else:
-        loss = LOSSES[config.type](items, config)
+    batch = Labelled(logits_BU, unit_mask, positive_B, pair_id_B, totals, items)
+    loss = LOSSES[config.type](batch, config)
     return loss, _metric_sums(loss, items)
 
 
@@ -213,7 +223,8 @@ def mean_metrics(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _bce(items: _Items, config: DiscriminatorLoss) -> Tensor:
+def _bce(batch: Labelled, config: DiscriminatorLoss) -> Tensor:
+    items = batch.items
     return bce(
         items.logits,
         items.positive,
@@ -223,7 +234,8 @@ def _bce(items: _Items, config: DiscriminatorLoss) -> Tensor:
     )
 
 
-def _wgan(items: _Items, config: DiscriminatorLoss) -> Tensor:
+def _wgan(batch: Labelled, config: DiscriminatorLoss) -> Tensor:
+    items = batch.items
     return wgan(
         items.logits,
         items.positive,
@@ -233,23 +245,42 @@ def _wgan(items: _Items, config: DiscriminatorLoss) -> Tensor:
     )
 
 
-LOSSES: dict[str, Callable[[_Items, DiscriminatorLoss], Tensor]] = {"bce": _bce, "wgan": _wgan, "airl": _bce}
-"""Losses over units or traces; `airl` is bce on its own logits, `bradley_terry` compares pairs instead."""
+def _bradley_terry(batch: Labelled, config: DiscriminatorLoss) -> Tensor:
+    present_B = batch.unit_mask.any(dim=1)
+    logits_B = batch.logits.sum(dim=1)
+    if config.level == "unit":  # the mean keeps a long trace from winning by its length
+        logits_B = logits_B / batch.unit_mask.sum(dim=1).clamp(min=1)
+    return bradley_terry(
+        logits_B[present_B],
+        batch.positive[present_B],
+        batch.pair_id[present_B],
+        pair_total=batch.totals.pairs,
+    )
+
+
+LOSSES: dict[str, Callable[[Labelled, DiscriminatorLoss], Tensor]] = {
+    "bce": _bce,
+    "wgan": _wgan,
+    "bradley_terry": _bradley_terry,
+    "airl": _bce,
+}
+"""A micro-batch's contribution. `airl` is bce: its needs (config/variants.py) give it logits of its own."""
+complete(f"{__name__}.LOSSES", LOSSES, DiscriminatorLoss, "type")
 
 
 def _items(
     logits_BU: Tensor, unit_mask: Tensor, positive_B: Tensor, totals: Totals, config: DiscriminatorLoss
-) -> _Items:
+) -> Items:
     if config.level == "trace":
         present_B = unit_mask.any(dim=1)
-        return _Items(
+        return Items(
             logits_BU.sum(dim=1)[present_B],
             positive_B[present_B],
             totals.positive_traces,
             totals.negative_traces,
         )
     positive_BU = positive_B[:, None].expand_as(unit_mask)
-    return _Items(logits_BU[unit_mask], positive_BU[unit_mask], totals.positive_units, totals.negative_units)
+    return Items(logits_BU[unit_mask], positive_BU[unit_mask], totals.positive_units, totals.negative_units)
 
 
 def _class_weights(
@@ -263,7 +294,7 @@ def _class_weights(
     )
 
 
-def _metric_sums(loss: Tensor, items: _Items) -> dict[str, Tensor]:
+def _metric_sums(loss: Tensor, items: Items) -> dict[str, Tensor]:
     logits, positive = items.logits.detach(), items.positive
     return {
         metrics.DISCRIMINATOR_LOSS: loss.detach(),

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
+from rairl_ray.config import variants
 from rairl_ray.config.labels import plain
 from rairl_ray.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Section
 
@@ -38,6 +39,10 @@ class Rollout(Section):
     None: 50 where each step's own samples are compared too (trainer/probe.py), else 1."""
     max_sync_logprob_gap: PositiveFloat | None = None
     """Largest mean |difference| a token in these comparisons; None: 0.001 in float32, 0.1 in bfloat16."""
+
+    @property
+    def offers(self) -> variants.EngineOffers:
+        return variants.ENGINES[self.engine]
 
 
 class Learner(Section):

@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 import numpy as np
 
 from rairl_ray import metrics as names
-from rairl_ray.algorithms.rewards import Selector, trace_score
+from rairl_ray.algorithms.rewards import SELECTORS, trace_score
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.evaluation.bootstrap import Summary, bootstrap_statistic, entry, mean_entry
 from rairl_ray.evaluation.calibration import (
@@ -141,11 +140,11 @@ def _by_reward(full: Groups, k: Sequence[int], discount: float, tail_share: floa
     if not any(row.unit_scores for group in full for row in group):
         return values
 
-    def select(row: EvalRow, selector: Selector) -> float:
+    def select(row: EvalRow, selector: str) -> float:
         units = np.asarray(row.unit_scores or (), dtype=np.float64)
         return trace_score(units, selector, discount=discount, tail_share=tail_share) if len(units) else np.nan
 
-    for selector in get_args(Selector):
+    for selector in SELECTORS:
         scores = _table(full, lambda row, selector=selector: select(row, selector))  # type: ignore[misc]
         for size in sorted({1, *k}):
             if size <= n:

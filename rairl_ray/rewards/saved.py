@@ -12,7 +12,8 @@ from rairl_ray.config.schema import Density, Model, Reward
 from rairl_ray.config.windows import window_of
 from rairl_ray.data.batching import discriminator_tensors, shares
 from rairl_ray.data.rendering import Renderer, load_tokenizer
-from rairl_ray.engines.artifacts import Dtype, RewardModel, system_prompt_of
+from rairl_ray.engines.artifacts import Dtype, system_prompt_of
+from rairl_ray.engines.reward_heads import RewardModel
 from rairl_ray.rewards.reading import ReadTrace, TraceReader, sample_of
 from rairl_ray.types import Trace, TraceScores
 

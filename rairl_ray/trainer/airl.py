@@ -137,7 +137,7 @@ class AirlStrategy:
             pair = pair_ids.setdefault(trace.prompt.id, len(pair_ids))
             labelled.append(Labelled(read=read, positive=positive, pair_id=pair))
         policy_logprobs = None
-        if config.loss.type == "airl":
+        if config.loss.needs.policy_logprobs:
             policy_logprobs = self._segment_logprobs([item.read for item in labelled])
         from_edit = config.perturbations.label == "from_edit"
         return labelled_batch(labelled, from_edit, policy_logprobs), dropped
@@ -246,7 +246,7 @@ class AirlStrategy:
     def _candidates(self, group: RolloutGroup) -> list[Candidate]:
         """The group's samples, followed by its expert traces where `advantage.expert` asks for them."""
         traces: list[Candidate] = [(trace_of(group.prompt, r), r) for r in group.rollouts]
-        copies = {"none": 0, "single": 1, "balanced": len(group.rollouts)}[self._config.advantage.expert]
+        copies = self._config.advantage.expert_copies(len(group.rollouts))
         if copies and group.rollouts:
             expert = _expert_trace(self._feed.demonstration(group.prompt.id))
             traces += [(expert, None)] * copies

@@ -10,7 +10,8 @@ from rairl_ray.actors.placement import Plan
 from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.config.load import config_hash, read_saved, warm_start_chain
 from rairl_ray.config.rules import check
-from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.schema import Algorithm, RunConfig
+from rairl_ray.config.variants import complete
 from rairl_ray.display import Display
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.tracking import Tracker
@@ -23,6 +24,7 @@ from rairl_ray.trainer.saving import check_references, references
 from rairl_ray.trainer.session import Session, open_folder, resumable, save_config
 
 ALGORITHMS = {"airl": adversarial.run, "grpo": adversarial.run, "sft": sft.run}
+complete(f"{__name__}.ALGORITHMS", ALGORITHMS, Algorithm, "type")
 
 
 def train(
