@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -98,3 +102,76 @@ def test_nobody_asks_for_a_variant_by_its_name() -> None:
     asked = re.compile(rf"(?:{fields}) (?:==|!=|in|not in) [(\[\"']")
     for path in (ROOT / "rairl_ray").rglob("*.py"):
         assert not asked.search(path.read_text()), path
+
+
+# --- docs/extending.md -------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+EXAMPLES = {
+    title: (diff, python)
+    for title, diff, python in re.findall(
+        r"^## (.+?)\n.*?```diff\n(.*?)```\n+```python\n(.*?)```", PAGE, re.M | re.S
+    )
+}
+RUN = """
+import json, sys, traceback
+results = {}
+for title, code in json.load(sys.stdin).items():
+    try:
+        exec(compile(code, title, "exec"), {})
+        results[title] = ""
+    except BaseException:
+        results[title] = traceback.format_exc()
+print(json.dumps(results))
+"""
+
+
+def edited(folder: Path, diff: str) -> None:
+    """Apply an edit of the page: lines with `-` go, lines with `+` come, where the plain lines are."""
+    for file, lines in re.findall(r"^(\S+\.py)\n((?:[ +-].*\n|\n)*)", diff, re.M):
+        path = folder / file
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        before, after = (
+            "".join(line[1:] for line in lines.splitlines(keepends=True) if line[0] in f" {sign}")
+            for sign in "-+"
+        )
+        assert text.count(before) == 1, f"{file}: {before!r} stands {text.count(before)} times"
+        path.write_text(text.replace(before, after), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What went wrong with each example, in one process with a copy of the package that has all edits."""
+    folder = tmp_path_factory.mktemp("copy")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "rairl_ray", folder / "rairl_ray", ignore=ignored)
+    for diff, _ in EXAMPLES.values():
+        edited(folder, diff)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN],
+        input=json.dumps({title: python for title, (_, python) in EXAMPLES.items()}),
+        capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_the_page_has_an_example_of_each_kind() -> None:
+    words = ("density", "loss", "advantage", "data set", "engine", "metric")
+    assert len(EXAMPLES) == PAGE.count("\n## ") == len(words)
+    assert all(word in title for word, title in zip(words, EXAMPLES, strict=True))
+
+
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_an_example_is_ten_lines_and_works(title: str, results: dict[str, str]) -> None:
+    assert not results[title], results[title]
+    assert 1 <= len(re.findall(r"^\+.", EXAMPLES[title][0], re.M)) <= 10
+
+
+@pytest.mark.parametrize("table", [*(table for table, _, _ in TABLES), *(f"variants.{name}" for name in NEEDS)])
+def test_the_page_names_every_table(table: str) -> None:
+    module, _, name = table.rpartition(".")
+    if not name.startswith("_"):
+        file = module.removeprefix("rairl_ray.").replace(".", "/") + ".py"
+        assert f"`{name}`" in PAGE and f"{file}`" in PAGE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 from rairl_ray.actors.group import RankActor
@@ -125,22 +126,10 @@ def rollout_environment(config: RunConfig, device: Literal["cpu", "cuda"], threa
     return ENGINES[config.rollout.engine].environment(device, threads)
 
 
-def _open_vllm(options: EngineOptions, decode: Decode) -> RolloutEngine:
-    from rairl_ray.engines.vllm_engine import VllmEngine
-
-    return VllmEngine(options, decode)
-
-
 def _vllm_environment(device: Literal["cpu", "cuda"], threads: int) -> dict[str, str]:
     from rairl_ray.engines.vllm_engine import vllm_environment
 
     return vllm_environment(device=device, threads=threads)
-
-
-def _open_hf(options: EngineOptions, decode: Decode) -> RolloutEngine:
-    from rairl_ray.engines.hf_engine import HfEngine
-
-    return HfEngine(options, decode)
 
 
 def plain_environment(device: Literal["cpu", "cuda"], threads: int) -> dict[str, str]:
@@ -149,11 +138,20 @@ def plain_environment(device: Literal["cpu", "cuda"], threads: int) -> dict[str,
 
 
 class Engine(NamedTuple):
-    """A kind of rollout engine; its library is imported by these two, in the actor's process."""
+    """A kind of rollout engine; its library is imported in the actor's process alone."""
 
-    open: Callable[[EngineOptions, Decode], RolloutEngine]
+    module: str
+    name: str
+    """Of the class in `module`: a RolloutEngine, made from EngineOptions and Decode."""
     environment: Callable[[Literal["cpu", "cuda"], int], dict[str, str]]
 
+    def open(self, options: EngineOptions, decode: Decode) -> RolloutEngine:
+        engine: RolloutEngine = getattr(import_module(self.module), self.name)(options, decode)
+        return engine
 
-ENGINES = {"vllm": Engine(_open_vllm, _vllm_environment), "hf": Engine(_open_hf, plain_environment)}
+
+ENGINES = {
+    "vllm": Engine("rairl_ray.engines.vllm_engine", "VllmEngine", _vllm_environment),
+    "hf": Engine("rairl_ray.engines.hf_engine", "HfEngine", plain_environment),
+}
 complete(f"{__name__}.ENGINES", ENGINES, Rollout, "engine")

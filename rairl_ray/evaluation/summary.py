@@ -74,7 +74,7 @@ def summarise(
         _passing(groups, k)
         | _choices(full)
         | _by_reward(full, k, discount, tail_share)
-        | _shares(groups)
+        | _row_means(groups)
         | _categories(groups)
     )
     summary = {name: mean_entry(numbers, resamples, key) for name, numbers in values.items()}
@@ -153,15 +153,19 @@ def _by_reward(full: Groups, k: Sequence[int], discount: float, tail_share: floa
     return values
 
 
-def _shares(groups: Groups) -> dict[str, np.ndarray]:
-    def share(of: Callable[[EvalRow], float]) -> np.ndarray:
+ROW_MEANS: dict[str, Callable[[EvalRow], float]] = {
+    names.EVAL_FORMAT: lambda row: row.format_ok,
+    names.EVAL_TRUNCATED: lambda row: row.finish_reason == "length",
+    names.EVAL_COMPLETION_TOKENS: lambda row: row.tokens,
+}
+"""Metric -> its value of one sample; the summary has the mean over problems of the mean over their samples."""
+
+
+def _row_means(groups: Groups) -> dict[str, np.ndarray]:
+    def mean(of: Callable[[EvalRow], float]) -> np.ndarray:
         return np.array([_mean([of(row) for row in group]) for group in groups])
 
-    return {
-        names.EVAL_FORMAT: share(lambda row: row.format_ok),
-        names.EVAL_TRUNCATED: share(lambda row: row.finish_reason == "length"),
-        names.EVAL_COMPLETION_TOKENS: share(lambda row: row.tokens),
-    }
+    return {name: mean(of) for name, of in ROW_MEANS.items()}
 
 
 def _categories(groups: Groups) -> dict[str, np.ndarray]:
