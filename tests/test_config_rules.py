@@ -185,6 +185,8 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"discriminator.perturbations.kinds": []}, "discriminator.perturbations.kinds", "count=0"),
     ({"discriminator.perturbations.kinds": ["choice"]}, "discriminator.perturbations.kinds", "add operator"),
+    ({"eval.localisation_kinds": []}, "eval.localisation_kinds", "eval.localisation_traces=0"),
+    ({"eval.localisation_kinds": ["corrupted"]}, "eval.localisation_kinds", "add operator"),
     ({"discriminator.replay.share": 0.5}, "discriminator.replay.share", "capacity"),
     (
         {"discriminator.warmup_max_steps": 3, "discriminator.warmup_steps": 4},

@@ -31,6 +31,7 @@ TABLES = [
     ("rairl_ray.engines.optimizer.SCHEDULES", schema.Optimizer, "schedule"),
     ("rairl_ray.engines.reward_heads.HEADS", schema.Discriminator, "head"),
     ("rairl_ray.actors.rollout_actor.ENGINES", machine_schema.Rollout, "engine"),
+    ("rairl_ray.rewards.grade.VALUES", schema.Reward, "type"),
     ("rairl_ray.trainer.run.ALGORITHMS", schema.Algorithm, "type"),
 ]
 """Mathematics and machines: table, section and field whose values are its keys."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rairl_ray.config.schema import RunConfig
 
@@ -125,19 +125,16 @@ def pairs(config: RunConfig) -> Problems:
 
 def perturbations(config: RunConfig) -> Problems:
     """`count: 0` is the ablation without perturbations: label and kinds then say nothing."""
-    settings = config.discriminator.perturbations
-    if settings.count == 0:
-        return
-    if not settings.kinds:
-        yield (
-            "discriminator.perturbations.kinds",
-            "is empty; name kinds or set discriminator.perturbations.count=0",
-        )
-    elif set(settings.kinds) <= {"choice", "corrupted"} and config.data.task in GENERATED_TASKS:
-        yield (
-            "discriminator.perturbations.kinds",
-            f"need options or corrupted chains, which data.task={config.data.task} has not; add operator",
-        )
+    settings, key = config.discriminator.perturbations, "discriminator.perturbations"
+    if settings.count:
+        yield from _error_kinds(config, f"{key}.kinds", settings.kinds, f"{key}.count=0")
+
+
+def _error_kinds(config: RunConfig, key: str, kinds: Sequence[str], off: str) -> Problems:
+    if not kinds:
+        yield key, f"is empty; name kinds or set {off}"
+    elif set(kinds) <= {"choice", "corrupted"} and config.data.task in GENERATED_TASKS:
+        yield key, f"need options or corrupted chains, which data.task={config.data.task} has not; add operator"
 
 
 def replay(config: RunConfig) -> Problems:
@@ -212,6 +209,9 @@ def pass_at_k(config: RunConfig) -> Problems:
 def localisation(config: RunConfig) -> Problems:
     if config.eval.localisation_readout == "threshold" and config.eval.localisation_threshold is None:
         yield "eval.localisation_readout", "needs a number to compare with; set eval.localisation_threshold"
+    if config.eval.localisation_traces:
+        kinds = config.eval.localisation_kinds
+        yield from _error_kinds(config, "eval.localisation_kinds", kinds, "eval.localisation_traces=0")
 
 
 METHOD_RULES: tuple[Callable[[RunConfig], Problems], ...] = (

@@ -22,8 +22,10 @@ from rairl_ray.config.machine_schema import (
     Trainer,
 )
 from rairl_ray.config.section import (
+    ERROR_KINDS,
     ActorFile,
     BelowOne,
+    ErrorKind,
     FilePath,
     Fraction,
     NonNegativeFloat,
@@ -213,15 +215,7 @@ class Perturbations(Section):
     count: NonNegativeInt = 1
     """Perturbed copies of each expert trace that serve as hard negatives."""
     label: Literal["trace", "from_edit"] = "from_edit"
-    kinds: tuple[
-        Literal["operator", "numbers", "slip", "answer", "swap_answer", "choice", "corrupted"], ...
-    ] = (
-        "operator",
-        "numbers",
-        "slip",
-        "answer",
-        "swap_answer",
-    )
+    kinds: tuple[ErrorKind, ...] = ERROR_KINDS
 
 
 class Replay(Section):

@@ -21,9 +21,11 @@ from typing import Literal
 import numpy as np
 
 from rairl_ray import metrics as names
-from rairl_ray.config.schema import Eval
+from rairl_ray.algorithms.negatives import perturb
+from rairl_ray.config.schema import Eval, RunConfig
 from rairl_ray.config.variants import complete
 from rairl_ray.evaluation.bootstrap import Interval, Summary, entry, interval, mean_entry, resampled_sums
+from rairl_ray.types import Demonstration, Trace
 
 _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _LINE = re.compile(r"[^\n]*\S[^\n]*(?:\n\s*)?")
@@ -73,6 +75,19 @@ class InjectedError:
     """[U]"""
     token_char_ends: Sequence[int] | np.ndarray | None = None
     """[T] character end (exclusive) of each completion token, in whose number Hit@1 measures distance."""
+
+
+def injected_errors(rows: Sequence[Demonstration], config: RunConfig) -> list[Trace]:
+    """Experts of the first `eval.localisation_traces` held-out rows with one error each, where one can be made.
+
+    The same ones in every evaluation of a seed, whatever training perturbs.
+    """
+    traces: list[Trace] = []
+    for row in rows[: config.eval.localisation_traces]:
+        key = (config.seed, row.prompt.id, "localisation")
+        copies, _ = perturb(row, count=1, kinds=config.eval.localisation_kinds, key=key)
+        traces += [Trace(prompt=row.prompt, text=copy.text, edit_char=copy.edit_char) for copy in copies]
+    return traces
 
 
 def step_char_ends(text: str) -> list[int]:
