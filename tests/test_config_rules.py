@@ -201,7 +201,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "rollout.samples_per_prompt",
         "advantage.type=loo",
     ),
-    ({"policy.importance_cap": 0.5}, "policy.importance_cap", "1 or more"),
+    ({"policy.tis_cap": 0.5}, "policy.tis_cap", "1 or more"),
     ({"rollout.temperature": 0}, "rollout.temperature", "above 0"),
     ({"eval.temperature": 0}, "eval.temperature", "samples_per_prompt=1"),
     ({"eval.k": []}, "eval.k", "write a list"),

@@ -151,7 +151,7 @@ def failing_session(
     said: list[str] = []
     config = SimpleNamespace(
         name="run",
-        trainer=SimpleNamespace(failure_retries=retries, retry_backoff_seconds=backoff),
+        trainer=SimpleNamespace(max_restarts_per_role=retries, retry_backoff_seconds=backoff),
         timeouts=SimpleNamespace(probe_seconds=1.0, teardown_seconds=1.0),
     )
     session = SimpleNamespace(

@@ -195,7 +195,7 @@ def test_from_rewards_to_gradients_as_trl(aggregation: str, kind: str, seed: int
             advantages_BT[p * group + g, : len(values)] = torch.from_numpy(values)
     loss, _ = policy_loss(
         logps, old, sampling, advantages_BT, mask, ref, torch.zeros(problems * group, dtype=torch.bool),
-        Policy(aggregation=aggregation, clip_low=0.2, clip_high=0.28, kl_coefficient=0.04, importance_cap=2.0),
+        Policy(aggregation=aggregation, clip_low=0.2, clip_high=0.28, kl_coefficient=0.04, tis_cap=2.0),
         total_tokens=int(lengths.sum()), total_samples=problems * group, max_completion_tokens=width,
     )  # fmt: skip
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)

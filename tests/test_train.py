@@ -163,7 +163,7 @@ def test_engines_that_disagree_with_the_learner_end_the_run_in_one_paragraph(tmp
         *TINY,
         "warm_start=null",
         "rollout.max_sync_logprob_gap=1e-12",
-        "trainer.failure_retries=0",
+        "trainer.max_restarts_per_role=0",
         f"output_dir={tmp_path}",
         "tracking.uri=none",
     )

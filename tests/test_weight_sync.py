@@ -42,7 +42,7 @@ SMALL = [
     "rollout.replicas=2",
     "placement.cpus_per_actor=0.1",
     "policy.learning_rate=0.01",
-    "policy.warmup_share=0",
+    "policy.warmup_ratio=0",
     "policy.schedule=constant",
     "trainer.steps=100",
 ]

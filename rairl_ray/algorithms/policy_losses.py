@@ -40,8 +40,8 @@ def policy_loss(
     but logprobs_BT is a constant. Per token: min(r A, clip(r, 1 - clip_low, 1 + clip_high) A). A sum of what
     nobody measured (KL without a reference, weights without a cap) is absent.
 
-    - importance_cap None: r = pi / pi_sampling, straight to the rollout engine's log-probabilities.
-    - importance_cap c: r = pi / pi_old with the learner's own pi_old before the update, and the token's loss
+    - tis_cap None: r = pi / pi_sampling, straight to the rollout engine's log-probabilities.
+    - tis_cap c: r = pi / pi_old with the learner's own pi_old before the update, and the token's loss
       is weighted by min(pi_old / pi_sampling, c). old_logprobs_BT None means that this is the only update on
       these samples, so pi_old is pi itself.
     - expert tokens: r = 1 with pi's gradient, weight 1; their sampling and old log-probabilities are not read.
@@ -50,19 +50,17 @@ def policy_loss(
     expert_BT = expert_B.bool()[:, None] & mask
     logprobs = torch.where(mask, logprobs_BT.float(), 0.0)
     old, sampling = _constants(logprobs, old_logprobs_BT, sampling_logprobs_BT, mask & ~expert_BT)
-    if config.importance_cap is None:
+    if config.tis_cap is None:
         anchor, weight = sampling, torch.ones_like(logprobs)
     else:
-        anchor, weight = old, _exp(old - sampling).clamp(max=config.importance_cap)
+        anchor, weight = old, _exp(old - sampling).clamp(max=config.tis_cap)
     ratio = _exp(logprobs - anchor)
     advantage = torch.where(mask, advantages_BT.float(), 0.0)
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     unclipped_gain, clipped_gain = ratio * advantage, clipped * advantage
     token_losses = -weight * torch.minimum(unclipped_gain, clipped_gain)
 
-    measured: dict[str, Tensor] = (
-        {} if config.importance_cap is None else {metrics.POLICY_IMPORTANCE_WEIGHT: weight}
-    )
+    measured: dict[str, Tensor] = {} if config.tis_cap is None else {metrics.POLICY_IMPORTANCE_WEIGHT: weight}
     if reference_logprobs_BT is not None:
         measured[metrics.POLICY_KL] = kl = k3(logprobs, torch.where(mask, reference_logprobs_BT.float(), 0.0))
         token_losses = token_losses + config.kl_coefficient * kl

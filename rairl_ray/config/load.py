@@ -6,12 +6,9 @@ overrides. Every error names the layer that said it: `file:line` or `command lin
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,8 @@ import yaml
 from pydantic import ValidationError
 
 from rairl_ray.config import rules
+from rairl_ray.config.key_names import leaves, nearest_key, unknown_keys
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.config.section import Section
 from rairl_ray.config.variants import ALGORITHMS
 from rairl_ray.config.yamlfile import Document, Dumper, parse_scalar, read_document
 from rairl_ray.errors import ConfigError
@@ -92,7 +89,7 @@ def from_dict(data: Mapping[str, Any], origin: Callable[[str], str] | str = "con
     data = _with_reward_of_algorithm(_normalised(dict(data)))
     unknown = [
         f"{place(key)}: unknown key {key} (value {rules.show(value)}): the nearest key is {nearest_key(key)}"
-        for key, value in _unknown_keys(data, RunConfig, "")
+        for key, value in unknown_keys(data, RunConfig, "")
     ]
     if unknown:
         raise ConfigError("\n".join(unknown))
@@ -136,7 +133,7 @@ def config_hash(config: RunConfig) -> str:
 
 def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of every key that differs, in the schema's order."""
-    before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
+    before, after = dict(leaves(old.model_dump(mode="json"))), dict(leaves(new.model_dump(mode="json")))
     keys = list(dict.fromkeys([*before, *after]))
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
@@ -201,25 +198,6 @@ def _sharing(earlier: RunConfig, config: RunConfig) -> RunConfig:
     return earlier.model_copy(update=shared)
 
 
-def known_keys() -> list[str]:
-    """All dotted keys of the schema, sections included."""
-    return list(_schema_keys(RunConfig, ""))
-
-
-def nearest_key(key: str) -> str:
-    """The valid key that a mistyped one most likely meant."""
-    parent, _, last = key.rpartition(".")
-
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        its_parent, _, its_last = candidate.rpartition(".")
-        tail = difflib.SequenceMatcher(None, last, its_last).ratio()
-        short = last == "".join(word[0] for word in its_last.split("_")) or its_last.startswith(last)
-        return whole + tail + 0.5 * (parent == its_parent) + 0.5 * short
-
-    return max(known_keys(), key=likeness)
-
-
 # --- layers ---------------------------------------------------------------------------------------
 
 
@@ -270,7 +248,7 @@ def _override(text: str) -> Document:
     nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
-    lines = dict.fromkeys([key, *(f"{key}.{leaf}" for leaf, _ in _leaves(value) if leaf)], 0)
+    lines = dict.fromkeys([key, *(f"{key}.{leaf}" for leaf, _ in leaves(value) if leaf)], 0)
     return Document(COMMAND_LINE, _normalised(nested), lines)
 
 
@@ -327,36 +305,6 @@ def _refuse_idle_interval(config: RunConfig) -> None:
 # --- keys and messages ----------------------------------------------------------------------------
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    """The section class of `Section` or `Section | None`, else None."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    for option in options:
-        if isinstance(option, type) and issubclass(option, Section):
-            return option
-    return None
-
-
-def _schema_keys(section: type[Section], prefix: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        inner = _section_of(field.annotation)
-        if inner is not None:
-            yield from _schema_keys(inner, f"{prefix}{name}.")
-
-
-def _unknown_keys(data: Mapping[str, Any], section: type[Section], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        field = section.model_fields.get(str(key))
-        if field is None:
-            yield from _leaves(value, f"{prefix}{key}")
-        elif isinstance(value, dict):
-            inner = _section_of(field.annotation)
-            if inner is not None:
-                yield from _unknown_keys(value, inner, f"{prefix}{key}.")
-            elif typing.get_origin(field.annotation) is not dict:
-                yield from ((f"{prefix}{key}.{below}", leaf) for below, leaf in value.items())
-
-
 def _explain(error: ValidationError, data: Mapping[str, Any], place: Callable[[str], str]) -> Iterator[str]:
     """One line for each wrong key; a key that fits none of several types gets them all."""
     reasons: dict[str, list[str]] = {}
@@ -384,12 +332,3 @@ def _value_at(data: Any, key: str) -> Any:
     for part in key.split("."):
         data = data[part]
     return data
-
-
-def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a nested mapping; an empty mapping is a value."""
-    if isinstance(data, dict) and data:
-        for key, value in data.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, data

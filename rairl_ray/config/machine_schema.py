@@ -74,7 +74,7 @@ class Trainer(Section):
     """Policy versions that rollouts may be old: so many steps are sampled ahead of the learners; 0: none."""
     log_rollouts_every: NonNegativeInt = 10
     """Write a sample of rollouts to the run folder every n steps; 0: never."""
-    failure_retries: NonNegativeInt = 1
+    max_restarts_per_role: NonNegativeInt = 1
     """Rebuilds from the newest checkpoint that the failures of ONE role may cost; each role has its own budget.
     Errors of the user are never retried."""
     retry_backoff_seconds: NonNegativeFloat = 2.0

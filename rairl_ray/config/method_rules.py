@@ -176,9 +176,9 @@ def group_size(config: RunConfig) -> Problems:
 
 
 def policy(config: RunConfig) -> Problems:
-    cap = config.policy.importance_cap
+    cap = config.policy.tis_cap
     if cap is not None and cap < 1:
-        yield "policy.importance_cap", "would shrink even on-policy tokens; write 1 or more, or null"
+        yield "policy.tis_cap", "would shrink even on-policy tokens; write 1 or more, or null"
 
 
 def sampling(config: RunConfig) -> Problems:

@@ -74,7 +74,7 @@ class Model(Section):
     quantization: Literal["none", "nf4"] = "none"
     """`nf4` (a GPU, LoRA): the learner holds the frozen base in 4 bits (QLoRA, arXiv 2305.14314). Rollouts and
     final artifacts join the adapter with the base as published: they differ from the learner by quantisation
-    error, which `rollout/logprob_gap` shows and policy.importance_cap corrects for."""
+    error, which `rollout/logprob_gap` shows and policy.tis_cap corrects for."""
     lora: Lora = Lora()
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -229,9 +229,9 @@ class Optimizer(Section):
     learning_rate: PositiveFloat = 1e-5
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     weight_decay: NonNegativeFloat = 0.1
-    clip_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_share: Fraction = 0.1
+    warmup_ratio: Fraction = 0.1
     """Share of all updates in which the learning rate rises from zero."""
 
 
@@ -291,7 +291,7 @@ class Policy(Optimizer):
     clip_high: PositiveFloat = 0.2
     aggregation: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
     kl_coefficient: NonNegativeFloat = 0.0
-    importance_cap: PositiveFloat | None = 2.0
+    tis_cap: PositiveFloat | None = 2.0
     """Truncated importance sampling of the rollout engine's log-probabilities; None: plain ratios to them."""
     minibatches_per_step: PositiveInt = 1
     """Optimizer updates over one step's samples."""

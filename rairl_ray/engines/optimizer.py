@@ -20,17 +20,17 @@ class RecordingAdamW(torch.optim.AdamW):
     """
 
     def __init__(
-        self, params: Any, *, clip_norm: float | None, weight_clip: float | None, **kwargs: Any
+        self, params: Any, *, max_grad_norm: float | None, weight_clip: float | None, **kwargs: Any
     ) -> None:
         super().__init__(params, **kwargs)
-        self.clip_norm = clip_norm
+        self.max_grad_norm = max_grad_norm
         self.weight_clip = weight_clip
         self.grad_norm: float | None = None
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if self.clip_norm is not None:
-            self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_norm))
+        if self.max_grad_norm is not None:
+            self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         super().step(closure)
         if self.weight_clip is not None:
             with torch.no_grad():
@@ -41,10 +41,10 @@ class RecordingAdamW(torch.optim.AdamW):
 def learning_rate_factor(update: int, settings: Optimizer, total_updates: int) -> float:
     """Multiplier of the learning rate for the update with index `update` (from 0).
 
-    Rises linearly from zero over the first `warmup_share` of all updates (the first one already moves),
+    Rises linearly from zero over the first `warmup_ratio` of all updates (the first one already moves),
     then stays, or falls to zero linearly or along a half cosine at `total_updates`.
     """
-    warmup = int(settings.warmup_share * total_updates)
+    warmup = int(settings.warmup_ratio * total_updates)
     if update < warmup:
         return (update + 1) / (warmup + 1)
     return SCHEDULES[settings.schedule](min(1.0, (update - warmup) / max(1, total_updates - warmup)))

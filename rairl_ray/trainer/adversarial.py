@@ -76,7 +76,7 @@ class Run:
         self.loop = Loop(config, self.feed, parts.rollouts, parts.policy, self.reward)
         if config.trainer.max_staleness_steps == 0 and weight_transport(config, parts.device) == "object_store":
             parts.rollouts.replacement = Replacement(
-                parts.respawn_rollout, self.loop.bring_up, session.event, config.trainer.failure_retries
+                parts.respawn_rollout, self.loop.bring_up, session.event, config.trainer.max_restarts_per_role
             )
         scorer = None if self.airl is None else self.airl.scorer
         self.heldout = HeldOut(config, prepared.task, parts.rollouts, scorer, lambda: bool(session.stop))

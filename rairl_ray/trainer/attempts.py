@@ -6,7 +6,7 @@
       backoff <── tear down, look that nothing is left (bounded by timeouts.teardown_seconds)
 
 Where nodes of the run are being drained, the body saves and raises `Drained`: the next attempt is elsewhere,
-and no budget pays for it. Each role has a budget of `trainer.failure_retries` rebuilds: a node that keeps
+and no budget pays for it. Each role has a budget of `trainer.max_restarts_per_role` rebuilds: a node that keeps
 killing a discriminator does not use up what a policy needs. Errors of the user are never tried again.
 """
 
@@ -57,9 +57,9 @@ def run_attempts(session: Session, body: Body) -> bool:
             rebuild = Rebuild(failure, f"the failure of {failure.role} in phase {failure.phase}", pause)
             session.event(
                 f"failure {failures[failure.role]} of role {failure.role}, whose budget is "
-                f"{trainer.failure_retries}, after {failure.waited_seconds:.1f} s of waiting: {failure}"
+                f"{trainer.max_restarts_per_role}, after {failure.waited_seconds:.1f} s of waiting: {failure}"
             )
-            if failures[failure.role] > trainer.failure_retries:
+            if failures[failure.role] > trainer.max_restarts_per_role:
                 raise
         except Drained as notice:
             rebuild = Rebuild(notice, "a drained node", 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ FREE_KEYS = {
     "trainer.checkpoint_every": "how often state is saved",
     "trainer.keep_checkpoints": "how many are kept",
     "trainer.log_rollouts_every": "how many samples are kept",
-    "trainer.failure_retries": "how often a failed group is started anew",
+    "trainer.max_restarts_per_role": "how often a failed group is started anew",
     "trainer.retry_backoff_seconds": "how long to wait before that",
     "placement.": "which rank runs where",
     "learner.replicas": "ranks of the policy learner; later updates differ by rounding",
@@ -54,7 +54,7 @@ def code_version() -> str:
 
 
 class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM: finish the step, save, leave. A second one ends at once."""
+    """A wish that a run may end: it finishes its step, saves and leaves. Any thread may call `ask`."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -62,21 +62,33 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self._event.is_set()
 
+    def ask(self) -> None:
+        self._event.set()
+
     def wait(self, seconds: float) -> bool:
         """Pause; True at once when a stop is asked for."""
         return self._event.wait(seconds)
 
     @contextmanager
     def listening(self, display: Display) -> Iterator[None]:
-        """Handle the signals while a run is on; only the main thread may, elsewhere nothing changes."""
+        """Whatever must be in place while training is on; here nothing."""
+        yield
+
+
+class SignalStop(StopRequest):
+    """Asked for by the first Ctrl-C or SIGTERM during training; a second one ends at once."""
+
+    @contextmanager
+    def listening(self, display: Display) -> Iterator[None]:
+        """Handle the signals; only the main thread may, elsewhere nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def on_signal(number: int, _frame: Any) -> None:
-            if self._event.is_set():
+            if self:
                 raise KeyboardInterrupt
-            self._event.set()
+            self.ask()
             display.note(
                 f"{signal.Signals(number).name}: finishing this step and saving; once more ends at once"
             )
@@ -87,6 +99,10 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+MetricSink = Callable[[int, Mapping[str, float]], None]
+"""(step, metrics): called on the run's own thread for each row that it logs."""
 
 
 @dataclass
@@ -106,15 +122,18 @@ class Session:
     """The checkpoint that a resumed run starts from, its files checked; taken once."""
     code_version: str = field(default_factory=code_version)
     stop: StopRequest = field(default_factory=StopRequest)
+    sinks: Sequence[MetricSink] = ()
 
     @property
     def config(self) -> RunConfig:
         return self.prepared.config
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One step's metrics to the run folder first, then to the tracker."""
+        """One step's metrics to the run folder first, then to the tracker and the caller's sinks."""
         self.folder.append_metrics(step, metrics)
         self.tracker.log(metrics, step)
+        for sink in self.sinks:
+            sink(step, metrics)
 
     def forget_after(self, step: int) -> int:
         """Rows of later steps belong to a past that a resume has left; the lines dropped from metrics.jsonl."""
