@@ -77,7 +77,7 @@ class DiscriminatorActor(LearnerActor):
             self.model_path,
             self.config.model.read_discriminator,
             beta=settings.beta,
-            potential=settings.loss.needs.policy_logprobs,
+            potential=settings.loss.needs.potential,
             device=self.device,
             seed=self.config.seed,
         )
@@ -123,7 +123,7 @@ class DiscriminatorActor(LearnerActor):
         if totals is not None and settings.loss.gradient_penalty > 0:
             penalty = partial(_penalty, batch.unit_mask, batch.positive, positive_traces=totals.positive_traces)
         read = HEADS[settings.head].read
-        return read(forward, batch, potential=settings.loss.needs.policy_logprobs, penalty=penalty)
+        return read(forward, batch, potential=settings.loss.needs.potential, penalty=penalty)
 
     def _tensors(self, samples: list[DiscriminatorSample]) -> DiscriminatorTensors:
         return discriminator_tensors(samples or [IDLE], self.pad_id, packed=self.packed).to(self.device)

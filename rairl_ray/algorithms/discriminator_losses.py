@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,17 +103,14 @@ def discriminator_loss(
     The gradient penalty is separate (`gradient_penalty`): it needs the input embeddings.
     """
     unit_mask, positive_B = unit_mask.bool(), positive_B.bool()
-    logits_BU = outputs.values.float()
-    if config.needs.policy_logprobs:
-        if policy_logprobs_BU is None:
-            raise ValueError(
-                f"discriminator.loss.type {config.type} needs the policy's log-probabilities of the units"
-            )
-        logits_BU = airl(outputs, unit_mask, policy_logprobs_BU, gamma=config.gamma)
-    logits_BU = torch.where(unit_mask, logits_BU, 0.0)
+    if config.needs.policy_logprobs and policy_logprobs_BU is None:
+        raise ValueError(
+            f"discriminator.loss.type {config.type} needs the policy's log-probabilities of the units"
+        )
+    kind = LOSSES[config.type]
+    logits_BU = torch.where(unit_mask, kind.logits(outputs, unit_mask, policy_logprobs_BU, config), 0.0)
     items = _items(logits_BU, unit_mask, positive_B, totals, config)
-    batch = Labelled(logits_BU, unit_mask, positive_B, pair_id_B, totals, items)
-    loss = LOSSES[config.type](batch, config)
+    loss = kind.contribution(Labelled(logits_BU, unit_mask, positive_B, pair_id_B, totals, items), config)
     return loss, _metric_sums(loss, items)
 
 
@@ -258,13 +256,32 @@ def _bradley_terry(batch: Labelled, config: DiscriminatorLoss) -> Tensor:
     )
 
 
-LOSSES: dict[str, Callable[[Labelled, DiscriminatorLoss], Tensor]] = {
-    "bce": _bce,
-    "wgan": _wgan,
-    "bradley_terry": _bradley_terry,
-    "airl": _bce,
+def _plain_logits(
+    outputs: DiscriminatorOutputs, unit_mask: Tensor, logprobs_BU: Tensor | None, config: DiscriminatorLoss
+) -> Tensor:
+    return outputs.values.float()
+
+
+def _airl_logits(
+    outputs: DiscriminatorOutputs, unit_mask: Tensor, logprobs_BU: Tensor | None, config: DiscriminatorLoss
+) -> Tensor:
+    assert logprobs_BU is not None
+    return airl(outputs, unit_mask, logprobs_BU, gamma=config.gamma)
+
+
+class Loss(NamedTuple):
+    """A loss: a micro-batch's contribution from the units' logits, and what these are of the head's outputs."""
+
+    contribution: Callable[[Labelled, DiscriminatorLoss], Tensor]
+    logits: Callable[[DiscriminatorOutputs, Tensor, Tensor | None, DiscriminatorLoss], Tensor] = _plain_logits
+
+
+LOSSES = {
+    "bce": Loss(_bce),
+    "wgan": Loss(_wgan),
+    "bradley_terry": Loss(_bradley_terry),
+    "airl": Loss(_bce, _airl_logits),
 }
-"""A micro-batch's contribution. `airl` is bce: its needs (config/variants.py) give it logits of its own."""
 complete(f"{__name__}.LOSSES", LOSSES, DiscriminatorLoss, "type")
 
 

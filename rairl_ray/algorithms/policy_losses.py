@@ -7,7 +7,7 @@ to the loss of the whole update. Shapes: B traces, T completion tokens (right pa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,8 +127,7 @@ def _exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """The denominators of an update over all micro-batches and ranks."""
 
     tokens: int
@@ -137,26 +136,15 @@ class Counts:
     """`rollout.max_completion_tokens`."""
 
 
-def _sequence_mean(losses_BT: Tensor, mask_BT: Tensor, counts: Counts) -> Tensor:
-    """GRPO"""
-    lengths_B = mask_BT.sum(dim=1).clamp(min=1)
-    return (losses_BT.sum(dim=1) / lengths_B).sum() / max(counts.samples, 1)
-
-
-def _token_mean(losses_BT: Tensor, mask_BT: Tensor, counts: Counts) -> Tensor:
-    """DAPO / BNPO"""
-    return losses_BT.sum() / max(counts.tokens, 1)
-
-
-def _constant(losses_BT: Tensor, mask_BT: Tensor, counts: Counts) -> Tensor:
-    """Dr. GRPO"""
-    return losses_BT.sum() / (max(counts.samples, 1) * counts.longest)
-
-
 AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, Counts], Tensor]] = {
-    "sequence_mean": _sequence_mean,
-    "token_mean": _token_mean,
-    "constant": _constant,
+    # GRPO
+    "sequence_mean": lambda losses_BT, mask_BT, counts: (
+        (losses_BT.sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)).sum() / max(counts.samples, 1)
+    ),
+    # DAPO, BNPO
+    "token_mean": lambda losses_BT, mask_BT, counts: losses_BT.sum() / max(counts.tokens, 1),
+    # Dr. GRPO
+    "constant": lambda losses_BT, mask_BT, counts: losses_BT.sum() / (max(counts.samples, 1) * counts.longest),
 }
 """This micro-batch's contribution from its tokens' losses [B, T] (0 off the mask)."""
 complete(f"{__name__}.AGGREGATIONS", AGGREGATIONS, Policy, "aggregation")

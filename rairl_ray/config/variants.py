@@ -26,7 +26,9 @@ class LossNeeds:
     """What `discriminator.loss.type` needs besides the units' logits."""
 
     policy_logprobs: bool = False
-    """log pi of each unit under the newest policy, and a scalar head's second output, the potential."""
+    """log pi of each unit under the learner's newest policy."""
+    potential: bool = False
+    """A second output of the head, where that has one: the potential of the state in front of each unit."""
     pairs: bool = False
     """All traces of a prompt in one micro-batch: it compares them with each other."""
     bound: bool = False
@@ -116,7 +118,7 @@ LOSSES = {
     "bce": LossNeeds(),
     "wgan": LossNeeds(bound=True),
     "bradley_terry": LossNeeds(pairs=True),
-    "airl": LossNeeds(policy_logprobs=True),
+    "airl": LossNeeds(policy_logprobs=True, potential=True),
 }
 HEADS = {
     "scalar": HeadNeeds(input_gradient=True, own_output=True),

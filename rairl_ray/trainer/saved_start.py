@@ -109,7 +109,7 @@ def _fixed(config: RunConfig, saved: RewardSettings) -> Iterator[Difference]:
     discriminator, model = config.discriminator, config.model.discriminator
     if discriminator.head != saved.head:
         yield "discriminator.head", saved.head, discriminator.head
-    elif HEADS[saved.head].own_output and discriminator.loss.needs.policy_logprobs:
+    elif HEADS[saved.head].own_output and discriminator.loss.needs.potential:
         # The export of an `airl` head keeps g alone, so even such a reward has no potential h.
         without = "bce (one output: the reward g, without the potential h)"
         yield "discriminator.loss.type", without, discriminator.loss.type
