@@ -42,6 +42,7 @@ NEEDS = {
     "LOSSES": "DiscriminatorLoss.type",
     "HEADS": "Discriminator.head",
     "ADVANTAGES": "Advantage.type",
+    "ERRORS": "Perturbations.kinds",
 }
 """Tables of config/variants.py."""
 

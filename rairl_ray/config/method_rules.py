@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.variants import ERRORS
 
 Problems = Iterator[tuple[str, str]]
 
@@ -133,7 +134,7 @@ def perturbations(config: RunConfig) -> Problems:
 def _error_kinds(config: RunConfig, key: str, kinds: Sequence[str], off: str) -> Problems:
     if not kinds:
         yield key, f"is empty; name kinds or set {off}"
-    elif set(kinds) <= {"choice", "corrupted"} and config.data.task in GENERATED_TASKS:
+    elif all(ERRORS[kind].data for kind in kinds) and config.data.task in GENERATED_TASKS:
         yield key, f"need options or corrupted chains, which data.task={config.data.task} has not; add operator"
 
 

@@ -330,3 +330,4 @@ variants.complete("rairl_ray.config.variants.DENSITIES", variants.DENSITIES, Den
 variants.complete("rairl_ray.config.variants.LOSSES", variants.LOSSES, DiscriminatorLoss, "type")
 variants.complete("rairl_ray.config.variants.HEADS", variants.HEADS, Discriminator, "head")
 variants.complete("rairl_ray.config.variants.ADVANTAGES", variants.ADVANTAGES, Advantage, "type")
+variants.complete("rairl_ray.config.variants.ERRORS", variants.ERRORS, Perturbations, "kinds")

@@ -56,6 +56,14 @@ class AdvantageNeeds:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ErrorNeeds:
+    """What a kind of error (`discriminator.perturbations.kinds`, `eval.localisation_kinds`) needs."""
+
+    data: bool = False
+    """More of the row than its expert: options to choose from, or wrong chains that the data ships."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineOffers:
     """What `rollout.engine` can do beyond sampling and scoring, and where it ends."""
 
@@ -128,6 +136,15 @@ ADVANTAGES = {
     "sequence": AdvantageNeeds(),
     "discounted": AdvantageNeeds(),
     "loo": AdvantageNeeds(others=True),
+}
+ERRORS = {
+    "operator": ErrorNeeds(),
+    "numbers": ErrorNeeds(),
+    "slip": ErrorNeeds(),
+    "answer": ErrorNeeds(),
+    "swap_answer": ErrorNeeds(),
+    "choice": ErrorNeeds(data=True),
+    "corrupted": ErrorNeeds(data=True),
 }
 
 
