@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pytest
 
 from rairl_ray.config import machine_schema, schema, variants
+from rairl_ray.sweep import file as sweep_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,6 +33,8 @@ TABLES = [
     ("rairl_ray.engines.reward_heads.HEADS", schema.Discriminator, "head"),
     ("rairl_ray.actors.rollout_actor.ENGINES", machine_schema.Rollout, "engine"),
     ("rairl_ray.rewards.grade.VALUES", schema.Reward, "type"),
+    ("rairl_ray.sweep.points.SEARCHES", sweep_file.Search, "type"),
+    ("rairl_ray.sweep.schedulers.SCHEDULERS", sweep_file.Scheduler, "type"),
     ("rairl_ray.trainer.run.ALGORITHMS", schema.Algorithm, "type"),
 ]
 """Mathematics and machines: table, section and field whose values are its keys."""
