@@ -163,7 +163,7 @@ def _print_work(config: RunConfig, console: Console) -> None:
     table.add_column("a step", justify="right")
     table.add_column("in all", justify="right")
     steps = config.trainer.steps
-    what = "demonstrations" if config.algorithm.type == "sft" else "samples"
+    what = "samples" if config.algorithm.needs.rollouts else "demonstrations"
     table.add_row(what, f"{todo.samples_per_step:,}", f"{todo.total_samples:,}")
     table.add_row(
         "completion tokens", f"{todo.completion_tokens_per_step:,}", f"{todo.total_completion_tokens:,}"
@@ -171,7 +171,7 @@ def _print_work(config: RunConfig, console: Console) -> None:
     learner_tokens = todo.learner_tokens_per_step
     table.add_row("tokens read by the policy learner", f"{learner_tokens:,}", f"{learner_tokens * steps:,}")
     table.add_row("policy optimizer steps", f"{todo.policy_updates // steps:,}", f"{todo.policy_updates:,}")
-    if config.algorithm.type == "airl":
+    if config.algorithm.needs.discriminator:
         least, most = todo.discriminator_updates, todo.discriminator_updates_most
         in_all = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         a_step = f"{config.discriminator.updates_per_policy_step:,}"

@@ -82,7 +82,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"model.policy.build.hidden_size": 64}, "model.policy.build.hidden_size", "heads of 16"),
     ({**GPU, "rollout.tensor_parallel": 8}, "model.policy.build.heads", "multiple of rollout.tensor_parallel"),
     ({**CPU, **APART, "rollout.weight_transport": "nccl"}, TRANSPORT, "placement.device=cpu"),
-    ({**GPU, **APART, "rollout.weight_transport": "nccl", "rollout.engine": "hf"}, TRANSPORT, "vLLM's"),
+    ({**GPU, **APART, "rollout.weight_transport": "nccl", "rollout.engine": "hf"}, TRANSPORT, "engine=hf can"),
     ({**GPU, **ADAPTER, "rollout.weight_transport": "ipc"}, TRANSPORT, "an adapter"),
     ({**GPU, "rollout.weight_transport": "nccl"}, TRANSPORT, "write ipc"),
     ({**GPU, **APART, "rollout.weight_transport": "ipc"}, TRANSPORT, "write nccl"),
@@ -185,6 +185,8 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"discriminator.perturbations.kinds": []}, "discriminator.perturbations.kinds", "count=0"),
     ({"discriminator.perturbations.kinds": ["choice"]}, "discriminator.perturbations.kinds", "add operator"),
+    ({"eval.localisation_kinds": []}, "eval.localisation_kinds", "eval.localisation_traces=0"),
+    ({"eval.localisation_kinds": ["corrupted"]}, "eval.localisation_kinds", "add operator"),
     ({"discriminator.replay.share": 0.5}, "discriminator.replay.share", "capacity"),
     (
         {"discriminator.warmup_max_steps": 3, "discriminator.warmup_steps": 4},
@@ -219,9 +221,9 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"learner.offload": "cpu", "learner.zero_stage": 0}, "learner.offload", "zero_stage of 1"),
     ({"learner.offload": "cpu", "placement.device": "cpu"}, "learner.offload", "write none"),
     ({"rollout.sleep": True, "placement.device": "cpu"}, "rollout.sleep", "set it to false"),
-    ({"rollout.sleep": True, "rollout.engine": "hf"}, "rollout.sleep", "is vLLM's"),
+    ({"rollout.sleep": True, "rollout.engine": "hf"}, "rollout.sleep", "engine=hf can"),
     ({"rollout.sleep": True, "placement.type": "disaggregated"}, "rollout.sleep", "nobody shares"),
-    ({"rollout.tensor_parallel": 2, "rollout.engine": "hf"}, "rollout.tensor_parallel", "is vLLM's"),
+    ({"rollout.tensor_parallel": 2, "rollout.engine": "hf"}, "rollout.tensor_parallel", "engine=hf can"),
     ({"rollout.tensor_parallel": 2, "placement.device": "cpu"}, "rollout.tensor_parallel", "rollout.replicas"),
     ({**GPU, "rollout.tensor_parallel": 2, "placement.gpus_per_node": 1}, "rollout.tensor_parallel", "one"),
     ({"placement.policy_gpu_fraction": 0.5}, "placement.policy_gpu_fraction", "add up to 1.25"),
@@ -299,7 +301,7 @@ def test_an_answer_to_device_auto_is_checked_too() -> None:
     check(config, device="gpu")
     with pytest.raises(ConfigError, match=r"^here: model\.policy\.quantization=nf4: needs a GPU"):
         check(config, "here", "cpu")
-    with pytest.raises(ConfigError, match=r"model\.policy\.dtype=float32: vLLM's GPU kernels"):
+    with pytest.raises(ConfigError, match=r"model\.policy\.dtype=float32: vllm's GPU kernels"):
         check(make({"model.policy.lora.rank": 4}), device="gpu")
 
 

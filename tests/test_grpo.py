@@ -133,7 +133,9 @@ def test_the_strategy_rewards_every_token_of_a_trace(kind: str, values: list[flo
                     logprobs=(-1.0,) * len(ids), finish_reason="stop", policy_version=3)
         )  # fmt: skip
     strategy = GrpoStrategy(task, renderer, Reward(type=kind))
-    [traces], found = strategy.rewards([RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))], 1, PhaseTimer())
+    groups = [RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))]
+    assert strategy.learn(groups, 1, PhaseTimer()) == {}
+    [traces], found = strategy.score(groups, PhaseTimer())
     for trace, value in zip(traces, values, strict=True):
         assert set(trace.token_rewards.tolist()) == {value} == {trace.last_unit_reward}
     assert found[REWARD_MEAN] == pytest.approx(sum(values) / 3)

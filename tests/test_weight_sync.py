@@ -54,8 +54,8 @@ class EvenTokens(GrpoStrategy):
     def __init__(self, prepared: Prepared) -> None:
         super().__init__(prepared.task, prepared.policy_renderer)
 
-    def rewards(self, groups: Any, step: int, timer: PhaseTimer) -> Any:
-        rewarded, metrics = super().rewards(groups, step, timer)
+    def score(self, groups: Any, timer: PhaseTimer) -> Any:
+        rewarded, metrics = super().score(groups, timer)
         return [[even(trace) for trace in traces] for traces in rewarded], metrics
 
 

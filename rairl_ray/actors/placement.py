@@ -152,14 +152,15 @@ def bundles(config: RunConfig, device: str | None = None) -> Plan:
 
 def roles(config: RunConfig) -> tuple[str, ...]:
     """Who takes part. SFT has a rollout engine too: it is evaluated by sampling."""
-    return ("rollout", "policy", "discriminator") if config.algorithm.type == "airl" else ("rollout", "policy")
+    learned = ("discriminator",) if config.algorithm.needs.discriminator else ()
+    return ("rollout", "policy", *learned)
 
 
 def _needs(config: RunConfig, role: str, device: str) -> tuple[int, dict[str, float]]:
     """(ranks, resources of one rank) of a role."""
     learner, placement, parallel = config.learner, config.placement, config.rollout.tensor_parallel
     ranks = {
-        "rollout": 1 if config.algorithm.type == "sft" else config.rollout.replicas,
+        "rollout": config.rollout.replicas if config.algorithm.needs.rollouts else 1,
         "policy": learner.replicas,
         "discriminator": learner.discriminator_replicas or learner.replicas,
     }[role]
@@ -183,7 +184,7 @@ def gpu_fractions(config: RunConfig) -> dict[str, float]:
         "policy": placement.policy_gpu_fraction,
         "discriminator": placement.discriminator_gpu_fraction,
     }
-    if config.algorithm.type == "sft" and config.learner.replicas > 1:
+    if not config.algorithm.needs.rollouts and config.learner.replicas > 1:
         fractions["policy"] = max(fractions["policy"], OVER_HALF)
         fractions["rollout"] = min(fractions["rollout"], round(1.0 - fractions["policy"], 4))
     return fractions

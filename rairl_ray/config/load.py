@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from rairl_ray.config import rules
 from rairl_ray.config.key_names import leaves, nearest_key, unknown_keys
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.variants import ALGORITHMS
 from rairl_ray.config.yamlfile import Document, Dumper, parse_scalar, read_document
 from rairl_ray.errors import ConfigError
 
@@ -171,7 +172,7 @@ def warm_start_chain(config: RunConfig) -> list[RunConfig]:
         if not Path(path).is_file():
             raise ConfigError(f"warm_start={path}: no such file; name an SFT experiment file")
         earlier = load_config(path)
-        if earlier.algorithm.type != "sft":
+        if earlier.algorithm.needs.rollouts:
             raise ConfigError(
                 f"warm_start={path}: has algorithm.type={earlier.algorithm.type}; name an SFT experiment file"
             )
@@ -286,14 +287,15 @@ def _normalised(data: dict[str, Any]) -> dict[str, Any]:
 def _with_reward_of_algorithm(data: dict[str, Any]) -> dict[str, Any]:
     """Where no layer names `reward.type`, it is what the algorithm needs; a named one is never changed."""
     algorithm, reward = data.get("algorithm"), data.get("reward", {})
-    if not isinstance(algorithm, dict) or algorithm.get("type") != "grpo" or not isinstance(reward, dict):
+    kind = str(algorithm.get("type")) if isinstance(algorithm, dict) else ""
+    if kind not in ALGORITHMS or not isinstance(reward, dict):
         return data
-    return {**data, "reward": {"type": "correctness", **reward}}
+    return {**data, "reward": {"type": ALGORITHMS[kind].reward, **reward}}
 
 
 def _refuse_idle_interval(config: RunConfig) -> None:
     density = config.reward.density
-    if density.type != "interval":
+    if not density.needs.every:
         raise ConfigError(
             f"{COMMAND_LINE}: reward.density.every={density.every}: only `interval` has one, but "
             f"reward.density.type={density.type}; add reward.density.type=interval"

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
+from rairl_ray.config import variants
 from rairl_ray.config.labels import plain
-from rairl_ray.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Section
+from rairl_ray.config.section import ERROR_KINDS, ErrorKind, Fraction, NonNegativeFloat, NonNegativeInt, Section
 
 
 class Rollout(Section):
@@ -38,6 +39,10 @@ class Rollout(Section):
     None: 50 where each step's own samples are compared too (trainer/probe.py), else 1."""
     max_sync_logprob_gap: PositiveFloat | None = None
     """Largest mean |difference| a token in these comparisons; None: 0.001 in float32, 0.1 in bfloat16."""
+
+    @property
+    def offers(self) -> variants.EngineOffers:
+        return variants.ENGINES[self.engine]
 
 
 class Learner(Section):
@@ -94,6 +99,9 @@ class Eval(Section):
     """`tail`: mean over this last share of the units (at least one)."""
     localisation_traces: NonNegativeInt = 256
     """Held-out expert traces with one injected error, for localisation."""
+    localisation_kinds: tuple[ErrorKind, ...] = ERROR_KINDS
+    """Kinds of these errors: not training's (`discriminator.perturbations.kinds`), so that runs which perturb
+    otherwise, or nothing, are compared on the same errors."""
     localisation_readout: Literal["largest_drop", "argmin", "threshold"] = "largest_drop"
     """`localise`: how the values of a trace's steps name its first wrong step."""
     localisation_threshold: float | None = None

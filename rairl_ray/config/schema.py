@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from rairl_ray.config import variants
 from rairl_ray.config.machine_schema import (
     Cluster,
     Eval,
@@ -21,8 +22,10 @@ from rairl_ray.config.machine_schema import (
     Trainer,
 )
 from rairl_ray.config.section import (
+    ERROR_KINDS,
     ActorFile,
     BelowOne,
+    ErrorKind,
     FilePath,
     Fraction,
     NonNegativeFloat,
@@ -35,6 +38,10 @@ from rairl_ray.config.section import (
 
 class Algorithm(Section):
     type: Literal["airl", "grpo", "sft"] = "airl"
+
+    @property
+    def needs(self) -> variants.AlgorithmNeeds:
+        return variants.ALGORITHMS[self.type]
 
 
 class Lora(Section):
@@ -165,6 +172,10 @@ class Density(Section):
     every: PositiveInt = 15
     """Only for `interval`: a unit ends at every n-th completion token."""
 
+    @property
+    def needs(self) -> variants.DensityNeeds:
+        return variants.DENSITIES[self.type]
+
 
 class Reward(Section):
     type: Literal["discriminator", "correctness", "official"] = "discriminator"
@@ -195,20 +206,16 @@ class DiscriminatorLoss(Section):
     gamma: Fraction = 1.0
     """Discount of the shaping term of the `airl` loss."""
 
+    @property
+    def needs(self) -> variants.LossNeeds:
+        return variants.LOSSES[self.type]
+
 
 class Perturbations(Section):
     count: NonNegativeInt = 1
     """Perturbed copies of each expert trace that serve as hard negatives."""
     label: Literal["trace", "from_edit"] = "from_edit"
-    kinds: tuple[
-        Literal["operator", "numbers", "slip", "answer", "swap_answer", "choice", "corrupted"], ...
-    ] = (
-        "operator",
-        "numbers",
-        "slip",
-        "answer",
-        "swap_answer",
-    )
+    kinds: tuple[ErrorKind, ...] = ERROR_KINDS
 
 
 class Replay(Section):
@@ -254,6 +261,10 @@ class Discriminator(Optimizer):
     warmup_prompts_per_step: PositiveInt | None = None
     """Prompts (each with its expert trace) in one warm-up update; None: trainer.prompts_per_step."""
 
+    @property
+    def head_needs(self) -> variants.HeadNeeds:
+        return variants.HEADS[self.head]
+
 
 class Advantage(Section):
     type: Literal["sequence", "discounted", "loo"] = "sequence"
@@ -265,6 +276,14 @@ class Advantage(Section):
     """Divide by the group's standard deviation."""
     expert: Literal["none", "single", "balanced"] = "none"
     """Expert traces in the group: none, one, or as many as samples."""
+
+    @property
+    def needs(self) -> variants.AdvantageNeeds:
+        return variants.ADVANTAGES[self.type]
+
+    def expert_copies(self, samples: int) -> int:
+        """Expert traces in a group of `samples`."""
+        return {"none": 0, "single": 1, "balanced": samples}[self.expert]
 
 
 class Policy(Optimizer):
@@ -303,3 +322,12 @@ class RunConfig(Section):
     cluster: Cluster = Cluster()
     timeouts: Timeouts = Timeouts()
     tracking: Tracking = Tracking()
+
+
+variants.complete("rairl_ray.config.variants.ALGORITHMS", variants.ALGORITHMS, Algorithm, "type")
+variants.complete("rairl_ray.config.variants.ENGINES", variants.ENGINES, Rollout, "engine")
+variants.complete("rairl_ray.config.variants.DENSITIES", variants.DENSITIES, Density, "type")
+variants.complete("rairl_ray.config.variants.LOSSES", variants.LOSSES, DiscriminatorLoss, "type")
+variants.complete("rairl_ray.config.variants.HEADS", variants.HEADS, Discriminator, "head")
+variants.complete("rairl_ray.config.variants.ADVANTAGES", variants.ADVANTAGES, Advantage, "type")
+variants.complete("rairl_ray.config.variants.ERRORS", variants.ERRORS, Perturbations, "kinds")

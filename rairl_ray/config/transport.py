@@ -19,12 +19,12 @@ def weight_transport(config: RunConfig, device: str) -> Transport:
         ConfigError: a GPU transport was asked for on a machine without one (placement.device=auto).
     """
     asked = config.rollout.weight_transport
-    full = config.rollout.engine == "vllm" and config.model.policy.lora.rank is None
+    full = config.rollout.offers.transports and config.model.policy.lora.rank is None
     if asked in ("nccl", "ipc") and device == "cpu":
         raise ConfigError(
             f"rollout.weight_transport={asked}: moves weights between GPUs, and this run has none; write auto"
         )
-    if asked == "object_store" or device == "cpu" or not full or config.algorithm.type == "sft":
+    if asked == "object_store" or device == "cpu" or not full or not config.algorithm.needs.rollouts:
         return "object_store"
     if asked != "auto":
         return asked

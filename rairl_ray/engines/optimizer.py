@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from rairl_ray.config.schema import Optimizer
+from rairl_ray.config.variants import complete
 
 
 class RecordingAdamW(torch.optim.AdamW):
@@ -45,7 +47,13 @@ def learning_rate_factor(update: int, settings: Optimizer, total_updates: int) -
     warmup = int(settings.warmup_ratio * total_updates)
     if update < warmup:
         return (update + 1) / (warmup + 1)
-    if settings.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (update - warmup) / max(1, total_updates - warmup))
-    return 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return SCHEDULES[settings.schedule](min(1.0, (update - warmup) / max(1, total_updates - warmup)))
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
+"""Multiplier of the learning rate after the warm-up, from the share 0..1 of the updates that follow it."""
+complete(f"{__name__}.SCHEDULES", SCHEDULES, Optimizer, "schedule")

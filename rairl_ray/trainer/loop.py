@@ -2,8 +2,8 @@
 
     Feed ──prompts──> RolloutWorkers ──[RolloutGroup, policy version p]──┐
                           ^                                             v
-                          │                              Strategy (airl: discriminator.update, .score;
-                     weight sync                                  grpo: the task's grade)
+                          │                              reward.learn (airl: discriminator.update)
+                     weight sync                         reward.score (airl: its scores; grpo: the task's grade)
                      (p -> p + 1)                                       │ token rewards, stamped d
                           │                                             v
                     PolicyWorkers <──[PolicyBatch]── advantages per group
@@ -28,6 +28,7 @@ from rairl_ray.algorithms.advantages import advantages
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import PhaseTimer, mean
+from rairl_ray.rewards.scorer import Scorer
 from rairl_ray.trainer.ahead import RunAhead, StepRollouts
 from rairl_ray.trainer.feed import Feed
 from rairl_ray.trainer.probe import PROBE_TRACES, RARELY, make_probe, samples_tell
@@ -35,11 +36,19 @@ from rairl_ray.types import PolicyBatch, PolicySample, RewardedTrace, RolloutGro
 
 
 class Strategy(Protocol):
-    """What distinguishes airl from grpo: where token rewards come from."""
+    """What distinguishes airl from grpo: where token rewards come from, and what learns to give them."""
 
-    def rewards(
-        self, groups: Sequence[RolloutGroup], step: int, timer: PhaseTimer
-    ) -> tuple[list[list[RewardedTrace]], dict[str, float]]: ...
+    @property
+    def scorer(self) -> Scorer:
+        """The reward itself, over any traces."""
+
+    def learn(self, groups: Sequence[RolloutGroup], step: int, timer: PhaseTimer) -> dict[str, float]:
+        """Let the reward learn from the step's samples; its metrics."""
+
+    def score(
+        self, groups: Sequence[RolloutGroup], timer: PhaseTimer
+    ) -> tuple[list[list[RewardedTrace]], dict[str, float]]:
+        """Rewarded traces of each group, and metrics."""
 
     def state(self) -> dict[str, object]: ...
 
@@ -55,13 +64,13 @@ class Loop:
         feed: Feed,
         rollouts: RolloutWorkers,
         policy: PolicyWorkers,
-        strategy: Strategy,
+        reward: Strategy,
     ) -> None:
         self.config = config
         self.rollouts = rollouts
         self.ahead = RunAhead(config, feed, rollouts)
         self.policy = policy
-        self.strategy = strategy
+        self.reward = reward
         self._probed = False
         self.probe = make_probe(feed.fixed(PROBE_TRACES, "probe"), rollouts.renderer, config)
 
@@ -70,14 +79,15 @@ class Loop:
         with timer.phase(names.TIME_ROLLOUT):
             rollouts = self.ahead.take(step)
         groups = rollouts.groups
-        rewarded, metrics = self.strategy.rewards(groups, step, timer)
+        metrics = self.reward.learn(groups, step, timer)
+        rewarded, measured = self.reward.score(groups, timer)
         batches = policy_batches(rewarded, self.config, step)
         with timer.phase(names.TIME_POLICY):
             result = self.policy.update(batches)
         self._check_samples(result)
         with timer.phase(names.TIME_SYNC):
             self.sync()
-        metrics |= rollout_metrics(rollouts, result.version - 1)
+        metrics |= measured | rollout_metrics(rollouts, result.version - 1)
         metrics |= self.ahead.sync_metrics
         metrics |= result.metrics
         metrics[names.POLICY_VERSION] = float(result.version)

@@ -145,7 +145,7 @@ def start_parts(prepared: Prepared, plan: Plan, roster: Roster) -> Parts:
     config = prepared.config
     device: Literal["cpu", "cuda"] = "cuda" if plan.device == "gpu" else "cpu"
     threads = config.placement.threads_per_actor or os.cpu_count() or 1
-    if config.algorithm.type == "sft":
+    if not config.algorithm.needs.rollouts:
         plan = rollouts_only(plan)
     roster.groups.append(reserve(plan, config.timeouts.placement_seconds))
     learners = learner_environment(config, device, threads)

@@ -12,7 +12,8 @@ from rairl_ray.actors.placement import Plan
 from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.config.load import config_hash, read_saved, warm_start_chain
 from rairl_ray.config.rules import check
-from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.schema import Algorithm, RunConfig
+from rairl_ray.config.variants import complete
 from rairl_ray.display import Display
 from rairl_ray.runfolder import RunFolder, Summary, read_summary
 from rairl_ray.tracking import Tracker
@@ -33,6 +34,7 @@ from rairl_ray.trainer.session import (
 )
 
 ALGORITHMS = {"airl": adversarial.run, "grpo": adversarial.run, "sft": sft.run}
+complete(f"{__name__}.ALGORITHMS", ALGORITHMS, Algorithm, "type")
 
 
 @dataclass(frozen=True)
