@@ -15,7 +15,7 @@ from rairl_ray import metrics as names
 from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import Interrupted
 from rairl_ray.actors.learner import LearnerWorkers
-from rairl_ray.actors.rollout import Replacement
+from rairl_ray.actors.pool import Pool
 from rairl_ray.algorithms.warmup import WarmupGate
 from rairl_ray.config.transport import weight_transport
 from rairl_ray.data.cursor import Cursor
@@ -76,10 +76,12 @@ class Run:
         strategy = self.airl or GrpoStrategy(prepared.task, prepared.policy_renderer, config.reward)
         self.strategy = strategy
         self.loop = Loop(config, self.feed, parts.rollouts, parts.policy, strategy)
-        if config.trainer.max_staleness_steps == 0 and weight_transport(config, parts.device) == "object_store":
-            parts.rollouts.replacement = Replacement(
-                parts.respawn_rollout, self.loop.bring_up, session.event, config.trainer.max_restarts_per_role
-            )
+        by_itself = weight_transport(config, parts.device) == "object_store"
+        alone = config.trainer.max_staleness_steps == 0 and by_itself
+        self.pool = Pool(
+            config, session.plan, parts.rollouts, parts.spawn_rollout, self.loop.bring_up, session.event,
+            config.trainer.max_restarts_per_role if alone else 0,
+        )  # fmt: skip
         self.heldout = HeldOut(config, prepared.task, parts.rollouts, self.airl, lambda: bool(session.stop))
 
     def run(self, resume: bool, ready: Callable[[], None]) -> bool:
@@ -132,6 +134,7 @@ class Run:
         steps = config.trainer.steps * config.policy.minibatches_per_step
         self.session.display.phase("loading models")
         self.parts.rollouts.open()
+        self.pool.grow()
         self.policy.open(steps)
         if self.parts.discriminator is not None:
             gate = WarmupGate(config.discriminator)
@@ -144,6 +147,8 @@ class Run:
     def _step(self, step: int) -> None:
         config, timer = self.config, PhaseTimer()
         self._forget_references()
+        with timer.phase(names.TIME_SYNC):
+            self.pool.grow()
         metrics, groups = self.loop.step(step, timer)
         self.progress.step = step
         self.parts.finished(step)
@@ -204,6 +209,8 @@ class Run:
             update = self.progress.warmup + 1
             timer = PhaseTimer()
             self._forget_references()
+            with timer.phase(names.TIME_SYNC):
+                self.pool.grow()
             with timer.phase(names.TIME_DISCRIMINATOR):
                 groups, demonstrations = pool.next()
                 metrics = self.airl.update(groups, demonstrations, epoch=f"warmup/{update}")
@@ -285,7 +292,8 @@ class Run:
         self.saving.require()
 
     def _leave_drained_nodes(self) -> None:
-        """Raises Drained, with everything saved, where nodes of the run are about to go."""
+        """Rollouts leave first; raises Drained, with everything saved, where that is not enough."""
+        self.pool.leave_drained()
         if nodes := self.parts.roster.draining():
             self._save_this_moment()
             raise Drained(nodes, self.progress.step)
