@@ -16,9 +16,9 @@ from rich.console import Console
 from rairl_ray.actors import pool as pools
 from rairl_ray.actors.group import GroupFailure, Pending
 from rairl_ray.actors.placement import Node, Plan, bundles, side_by_side
-from rairl_ray.actors.pool import Pool, departures, openings
+from rairl_ray.actors.pool import Pool, departures, openings, rooms
 from rairl_ray.actors.rollout import RolloutWorkers
-from rairl_ray.actors.roster import Member
+from rairl_ray.actors.roster import SILENT_NODE, Member
 from rairl_ray.config.estimate import memory
 from rairl_ray.config.load import config_hash, dump_yaml, from_dict
 from rairl_ray.config.schema import RunConfig
@@ -41,7 +41,7 @@ def test_bundles_that_the_run_has_are_filled_first_and_new_ones_only_where_there
     assert openings(missing=3, vacant=1, room=5) == (1, 2)
     assert openings(missing=3, vacant=1, room=1) == (1, 1)
     assert openings(missing=1, vacant=2, room=5) == (1, 0)
-    assert openings(missing=2, vacant=0, room=-1) == (0, 0)
+    assert openings(missing=2, vacant=0, room=0) == (0, 0)
 
 
 def test_replicas_on_drained_nodes_leave_together_or_the_whole_run_moves() -> None:
@@ -56,6 +56,13 @@ def test_room_is_counted_node_by_node_and_by_labels() -> None:
     assert side_by_side({"CPU": 1.0}, {}, nodes) == 4
     assert side_by_side({"CPU": 1.0}, {"market": "spot"}, nodes) == 1
     assert side_by_side({"CPU": 1.0, "GPU": 1.0}, {}, nodes) == 0
+
+
+def test_a_new_replica_is_meant_for_a_node_that_has_room_beside_those_on_their_way() -> None:
+    free = {"a": Node({"CPU": 2.5}, {}), "b": Node({"CPU": 1.0}, {"market": "spot"}), "c": Node({}, {})}
+    assert rooms({"CPU": 1.0}, {}, free, []) == ["a", "a", "b"]
+    assert rooms({"CPU": 1.0}, {}, free, ["a", "b", "gone"]) == ["a"]
+    assert rooms({"CPU": 1.0}, {"market": "spot"}, free, []) == ["b"]
 
 
 def test_a_run_is_placed_with_its_least_replicas_and_a_further_one_shares_its_gpu_with_nobody() -> None:
@@ -162,6 +169,23 @@ def test_above_the_least_a_lost_replica_leaves_and_the_others_keep_their_ranks(p
     with pytest.raises(Spawned):  # two are the least: this one is replaced
         pool.lost(failure(2))
     assert [member.rank for member in workers.members] == [0, 2]
+
+
+def test_of_a_node_that_does_not_answer_nothing_is_asked_until_it_is_known_to_be_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, workers, said = pool_of(3, {"min": 1, "max": 3})
+    workers.members[2] = Member("rollout", 2, None, node_id="silent")
+    given: list[object] = []
+    monkeypatch.setattr(pool, "_give_back", given.append)
+    lost = failure(2)
+    lost.state = SILENT_NODE
+    pool.lost(lost)
+    assert workers.roster.ended == [] and len(workers) == 2 and len(said) == 1
+    pool._pay({"silent", "other"})
+    assert given == [] and "silent" in pool._shunned
+    pool._pay({"other"})
+    assert workers.roster.ended == [2] and len(given) == 1 and not pool._shunned and not pool._owed
 
 
 @pytest.mark.parametrize(

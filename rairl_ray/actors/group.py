@@ -36,6 +36,7 @@ class GroupFailure(RunFailure):
 
     `role`, `rank` and `node` are the culprit's as far as it could be found: in a collective all ranks fall
     silent when one stops, and a dead learner may show in a rollout engine that waits for its weights.
+    `state` is that of the culprit's process (roster.py), where it was looked at.
     `waited_seconds` runs from the failed call's start to here, the look at the processes included.
     """
 
@@ -49,10 +50,12 @@ class GroupFailure(RunFailure):
         phase: str = "",
         last_step: int = 0,
         waited_seconds: float = 0.0,
+        state: str = "",
     ) -> None:
         super().__init__(text)
         self.role, self.rank, self.node = role, rank, node
         self.phase, self.last_step, self.waited_seconds = phase, last_step, waited_seconds
+        self.state = state
 
 
 @dataclass(eq=False)
@@ -249,6 +252,7 @@ def blamed(
         phase=phase,
         last_step=last_step,
         waited_seconds=time.monotonic() - started,
+        state=states.get((suspect.role, suspect.rank), ""),
     )
 
 

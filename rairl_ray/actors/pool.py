@@ -14,7 +14,7 @@ asked again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,13 +30,18 @@ from ray.util.placement_group import (
 from rairl_ray.actors.draining import draining_nodes
 from rairl_ray.actors.group import GroupFailure, in_one_line, pause_after
 from rairl_ray.actors.joining import free_nodes
-from rairl_ray.actors.placement import Plan, Slot, side_by_side
+from rairl_ray.actors.placement import Node, Plan, Slot, side_by_side
 from rairl_ray.actors.rollout import RolloutWorkers
-from rairl_ray.actors.roster import Member
+from rairl_ray.actors.roster import LOST_NODE, SILENT_NODE, Member
+from rairl_ray.config.labels import OF_ONE_NODE
 from rairl_ray.config.schema import RunConfig
 
 LEAVE_SECONDS = 5.0
 """How long a replica that leaves may take to close, and its processes to end."""
+
+SHUN_SECONDS = 120.0
+"""How long nothing is asked of a node that did not answer: Ray takes up to a minute to see that it is dead, and
+goes on placing there."""
 
 Spawn = Callable[[int, PlacementGroup, Slot], Member]
 """(rank, placement group, slot there) -> a new process of a replica, not waited for."""
@@ -63,9 +68,15 @@ class Opening:
 
     member: Member
     place: Place
+    node_id: str
+    """The node that it was meant for; empty where Ray, or an autoscaler, chooses."""
     where: ray.ObjectRef
     opened: ray.ObjectRef
     begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def home(self) -> str:
+        return self.node_id or self.place.node_id
 
 
 class Pool:
@@ -100,39 +111,48 @@ class Pool:
         self._openings: list[Opening] = []
         self._next_rank = self._least
         self._failures, self._pause_ends = 0, 0.0
+        self._shunned: dict[str, float] = {}
+        """Node that did not answer -> until when nothing is asked of it."""
+        self._owed: list[tuple[Member, Place]] = []
+        """Replicas that left such nodes, to be ended later."""
         workers.lost = self.lost
 
     # --- between two steps -------------------------------------------------------------------------
 
     def grow(self) -> None:
         """Take in the replicas that are ready, and begin to open others where there is room."""
+        if len(self._workers) == self._most and not self._owed:
+            return
+        alive = free_nodes()
+        self._pay(alive)
         for opening in list(self._openings):
-            self._look_at(opening)
+            self._look_at(opening, alive)
         missing = self._most - len(self._workers) - len(self._openings)
         if missing <= 0 or time.monotonic() < self._pause_ends:
             return
-        going = draining_nodes()
-        free = {node: what for node, what in free_nodes().items() if node not in going}
-        bundle, selector = self._plan.spare_bundle, self._plan.selectors.get("rollout", {})
-        waiting = sum(opening.place.own and not _granted(opening.place) for opening in self._openings)
-        room = side_by_side(bundle, selector, list(free.values())) - waiting
-        if self._config.cluster.grows_to is not None:
-            room = missing  # what waits for its bundle is what an autoscaler sees
+        avoided = draining_nodes() | self._shunned.keys()
+        free = {node: what for node, what in alive.items() if node not in avoided}
         vacant = [place for place in self._vacant() if place.node_id in free]
-        again, more = openings(missing, len(vacant), room)
+        bundle, selector = self._plan.spare_bundle, self._plan.selectors.get("rollout", {})
+        waiting = [one.node_id for one in self._openings if one.place.own and not _granted(one.place)]
+        homes = rooms(bundle, selector, free, waiting)
+        if self._config.cluster.grows_to is not None:
+            homes += [""] * missing  # a group that waits for its bundle is what an autoscaler sees
+        again, more = openings(missing, len(vacant), len(homes))
         for place in vacant[:again]:
-            self._open(place)
-        for _ in range(more):
-            group = placement_group([bundle], bundle_label_selector=[dict(selector)] if selector else None)
+            self._open(place, place.node_id)
+        for node in homes[:more]:
+            asked = {**selector, **({OF_ONE_NODE: node} if node else {})}
+            group = placement_group([bundle], bundle_label_selector=[asked] if asked else None)
             self._roster.groups.append(group)
-            self._open(Place(group, Slot(0, dict(bundle)), own=True))
+            self._open(Place(group, Slot(0, dict(bundle)), own=True), node)
 
     def leave_drained(self) -> None:
         """End the replicas on nodes that are about to go, where enough others stay."""
         going = draining_nodes() if self._most > self._least else set[str]()
         if not going:
             return
-        for opening in [one for one in self._openings if one.place.node_id in going]:
+        for opening in [one for one in self._openings if one.home in going]:
             self._forget(opening)
         homes = {member.rank: member.node_id for member in self._workers.members}
         for rank in departures(homes, going, self._least):
@@ -151,18 +171,22 @@ class Pool:
         if failure.role != self._workers.role or failure.rank not in self._places:
             raise failure
         if len(self._workers) > self._least:
-            self._leave(failure.rank, str(failure))
+            self._leave(failure.rank, str(failure), failure.state in (SILENT_NODE, LOST_NODE))
         elif failure.phase == "generate":
             self._replace(failure.rank, failure)
         else:
             raise failure
 
-    def _leave(self, rank: int, why: str) -> None:
+    def _leave(self, rank: int, why: str, silent: bool = False) -> None:
+        """Args: silent: its node does not answer."""
         member, place = self._member(rank), self._places.pop(rank)
         self._workers.members.remove(member)
         self._roster.remove(member)
-        self._roster.end_member(member, LEAVE_SECONDS)
-        self._give_back(place)
+        if silent:
+            self._shunned[member.node_id] = time.monotonic() + SHUN_SECONDS
+            self._owed.append((member, place))
+        else:
+            self._end(member, place)
         self._tell(f"replica {rank} left, {len(self._workers)} go on: {why}")
 
     def _replace(self, rank: int, failure: GroupFailure) -> None:
@@ -187,15 +211,18 @@ class Pool:
 
     # --- on their way ------------------------------------------------------------------------------
 
-    def _open(self, place: Place) -> None:
+    def _open(self, place: Place, node_id: str) -> None:
         """Begin to open one more; its process starts when its bundle is there."""
         rank, self._next_rank = self._next_rank, self._next_rank + 1
         member = self._spawn(rank, place.group, place.slot)
         where, opened = member.handle.whereabouts.remote(), member.handle.open.remote()
-        self._openings.append(Opening(member, place, where, opened))
+        self._openings.append(Opening(member, place, node_id, where, opened))
 
-    def _look_at(self, opening: Opening) -> None:
-        """Let it join if it is ready; give it up if it has failed or takes too long."""
+    def _look_at(self, opening: Opening, alive: Container[str]) -> None:
+        """Let it join if it is ready; give it up if it has failed, takes too long, or its node is gone."""
+        if (home := opening.home) and home not in alive:
+            self._forget(opening)
+            return
         done, _ = ray.wait([opening.where, opening.opened], num_returns=2, timeout=0)
         timeouts, spent = self._config.timeouts, time.monotonic() - opening.begun
         if len(done) < 2:
@@ -243,10 +270,23 @@ class Pool:
         ray.kill(opening.member.handle, no_restart=True)
         self._give_back(opening.place)
 
+    def _end(self, member: Member, place: Place) -> None:
+        self._roster.end_member(member, LEAVE_SECONDS)
+        self._give_back(place)
+
     def _give_back(self, place: Place) -> None:
         if place.own:
             self._roster.groups.remove(place.group)
             remove_placement_group(place.group)
+
+    def _pay(self, alive: Container[str]) -> None:
+        """End what was left on nodes that are known to be dead by now, or to live."""
+        now = time.monotonic()
+        self._shunned = {node: until for node, until in self._shunned.items() if node in alive and until > now}
+        for member, place in list(self._owed):
+            if member.node_id not in self._shunned:
+                self._owed.remove((member, place))
+                self._end(member, place)
 
     def _vacant(self) -> list[Place]:
         """Bundles of the run's own group whose replica has left."""
@@ -257,6 +297,19 @@ class Pool:
 
     def _member(self, rank: int) -> Member:
         return next(member for member in self._workers.members if member.rank == rank)
+
+
+def rooms(
+    bundle: Mapping[str, float], selector: Mapping[str, str], free: Mapping[str, Node], waiting: Sequence[str]
+) -> list[str]:
+    """A node for each further replica that there is room for.
+
+    Args:
+        free: node -> what is free there.
+        waiting: nodes of replicas whose bundles are asked for and not granted yet.
+    """
+    counts = {node: side_by_side(bundle, selector, [what]) - waiting.count(node) for node, what in free.items()}
+    return [node for node, count in counts.items() for _ in range(count)]
 
 
 def openings(missing: int, vacant: int, room: int) -> tuple[int, int]:
