@@ -10,6 +10,7 @@ from rairl_ray.actors.group import RankActor
 from rairl_ray.actors.weight_sync import WeightUpdate, fetched
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.rendering import Renderer, load_tokenizer
+from rairl_ray.engines.environment import compute_environment
 from rairl_ray.engines.rollout_engine import (
     Generation,
     GenerationRequest,
@@ -128,4 +129,4 @@ def rollout_environment(config: RunConfig, device: Literal["cpu", "cuda"], threa
         from rairl_ray.engines.vllm_engine import vllm_environment
 
         return vllm_environment(device=device, threads=threads)
-    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return compute_environment(device, threads)

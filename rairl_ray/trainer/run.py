@@ -74,7 +74,9 @@ def run(
     display = display or Display(config.name, config.trainer.steps)
     check(config)
     with mirrored(config, resume, display.note) as (staged, resumed):
-        return _prepare_and_train(staged, resumed, fork, Caller(stop or StopRequest(), sinks, display))
+        return _prepare_and_train(
+            staged, resumed, fork, Caller(StopRequest() if stop is None else stop, sinks, display)
+        )
 
 
 def train(config: RunConfig, resume: str | None = None, fork: Fork | None = None) -> int:
