@@ -145,6 +145,14 @@ def print_placement(plan: Plan, cluster: Sequence[Node], console: Console) -> No
         table.add_row(*row)
     console.print()
     console.print(table)
+    if plan.spare:
+        least, most = len(plan.roles["rollout"]), len(plan.roles["rollout"]) + plan.spare
+        at_most = {name: plan.total(name) + plan.spare * amount for name, amount in plan.spare_bundle.items()}
+        console.print(
+            f"rollout replicas: starts with {least}, on the bundles above; up to {most} as the cluster has "
+            f"room, each further one {_said(plan.spare_bundle)}; with {most} the run takes {_said(at_most)}",
+            highlight=False,
+        )
     for number, kind in enumerate(known, 1):
         node, count = kind
         console.print(f"kind {number}: {described([node] * count)}", highlight=False, markup=False)
@@ -212,9 +220,11 @@ def print_memory(estimates: list[Memory], plan: Plan, console: Console) -> None:
         table.add_column(heading, overflow="fold")
     for estimate in estimates:
         parts = ", ".join(f"{part} {_bytes(value)}" for part, value in estimate.parts.items() if value != 0)
+        ranks = len(plan.roles[estimate.role])
+        more = f" to {ranks + plan.spare}" if estimate.role == "rollout" and plan.spare else ""
         table.add_row(
             estimate.role,
-            str(len(plan.roles[estimate.role])),
+            f"{ranks}{more}",
             estimate.model,
             _count(estimate.parameters),
             "-" if estimate.role == "rollout" else _count(estimate.trained),

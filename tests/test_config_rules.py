@@ -36,6 +36,8 @@ CPU = {"placement.device": "cpu"}
 ADAPTER = {"model.policy.lora.rank": 8, "model.policy.dtype": "bfloat16"}
 APART = {"placement.type": "disaggregated"}
 TRANSPORT = "rollout.weight_transport"
+REPLICAS = "rollout.replicas"
+POOL = {REPLICAS: {"min": 1, "max": 3}}
 NF4 = {"model.policy.quantization": "nf4", "model.policy.lora.rank": 4, "model.policy.dtype": "bfloat16"}
 
 # (what a user writes, the key that is blamed, a part of the remedy)
@@ -226,6 +228,10 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"rollout.tensor_parallel": 2, "rollout.engine": "hf"}, "rollout.tensor_parallel", "engine=hf can"),
     ({"rollout.tensor_parallel": 2, "placement.device": "cpu"}, "rollout.tensor_parallel", "rollout.replicas"),
     ({**GPU, "rollout.tensor_parallel": 2, "placement.gpus_per_node": 1}, "rollout.tensor_parallel", "one"),
+    ({REPLICAS: {"min": 4, "max": 2}}, REPLICAS, "write {min: 2, max: 4}"),
+    ({**POOL, "trainer.max_staleness_steps": 2}, REPLICAS, "set it to 0, or write a number such as 3"),
+    ({**POOL, **GPU, **APART, TRANSPORT: "nccl"}, REPLICAS, "write object_store or auto"),
+    ({**POOL, "placement.strategy": "STRICT_PACK"}, REPLICAS, "write PACK"),
     ({"placement.policy_gpu_fraction": 0.5}, "placement.policy_gpu_fraction", "add up to 1.25"),
     ({**GPU, "rollout.memory_share": 0.9}, "rollout.memory_share", "rollout.sleep=true"),
 ]  # fmt: skip
@@ -288,6 +294,9 @@ ALLOWED: list[dict[str, Any]] = [
     {"tracking.uri": "databricks-uc"},
     {"name": "demo/airl-1.5_b"},
     {"learner.replicas": 16, "algorithm.type": "sft"},
+    {**POOL, **GPU, **APART},
+    {**POOL, "trainer.max_staleness_steps": 2, "algorithm.type": "sft"},
+    {REPLICAS: {"min": 2, "max": 2}, "trainer.max_staleness_steps": 2},
 ]
 
 

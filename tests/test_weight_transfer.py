@@ -36,6 +36,10 @@ def config(**sections: Any) -> Any:
         ({"rollout": {"engine": "hf"}}, "object_store"),
         ({"model": {"policy": {"path": "some/model", "lora": {"rank": 8}}}}, "object_store"),
         ({"algorithm": {"type": "sft"}}, "object_store"),
+        (
+            {"placement": {"type": "disaggregated"}, "rollout": {"replicas": {"min": 1, "max": 2}}},
+            "object_store",
+        ),
     ],
 )
 def test_auto_takes_the_gpu_transport_that_the_placement_allows(

@@ -275,7 +275,7 @@ def _rollout_memory(config: RunConfig, model: Model) -> Memory:
         cache = int(rollout.cpu_cache_gib * 2**30)
     return Memory(
         role="rollout",
-        ranks=rollout.replicas,
+        ranks=rollout.most_replicas,
         model=_name(model),
         parameters=parameters,
         trained=None,

@@ -61,8 +61,9 @@ def _schema_keys(section: type[Section], prefix: str) -> Iterator[str]:
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
-    """The section class of `Section` or `Section | None`, else None."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    """The section class of `Section`, or of a union with one, else None."""
+    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    options = typing.get_args(annotation) if union else (annotation,)
     for option in options:
         if isinstance(option, type) and issubclass(option, Section):
             return option

@@ -308,9 +308,14 @@ def _refuse_idle_interval(config: RunConfig) -> None:
 def _explain(error: ValidationError, data: Mapping[str, Any], place: Callable[[str], str]) -> Iterator[str]:
     """One line for each wrong key; a key that fits none of several types gets them all."""
     reasons: dict[str, list[str]] = {}
-    for item in error.errors(include_url=False):
-        key = _key_of(item["loc"], data)
-        reason = _ALLOWED.get(item["type"]) or item["msg"].replace("Input should be", "must be")
+    items = error.errors(include_url=False)
+    for item in items:
+        key, (*above, last) = _key_of(item["loc"], data), item["loc"]
+        lacks = f"lacks {last}" if item["type"] == "missing" and isinstance(last, str) else None
+        elsewhere = [other for other in items if other is not item and [*other["loc"][: len(above)]] == above]
+        if isinstance(item["input"], dict) and not lacks and elsewhere and last != key.rpartition(".")[2]:
+            continue  # a type of a union, for which the mapping was not meant: its section's errors are told
+        reason = lacks or _ALLOWED.get(item["type"]) or item["msg"].replace("Input should be", "must be")
         reasons.setdefault(key, []).append(reason)
     for key, texts in reasons.items():
         value = rules.show(_value_at(data, key))
@@ -321,10 +326,9 @@ def _key_of(location: Sequence[int | str], data: Any) -> str:
     """The dotted key of a pydantic location, without its marks for the members of a union."""
     parts = []
     for part in location:
-        if not isinstance(data, dict) or part not in data:
-            break
-        parts.append(str(part))
-        data = data[part]
+        if isinstance(data, dict) and part in data:
+            parts.append(str(part))
+            data = data[part]
     return ".".join(parts)
 
 

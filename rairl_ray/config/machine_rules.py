@@ -269,6 +269,35 @@ def transport(config: RunConfig) -> Problems:
         )
 
 
+def pool(config: RunConfig) -> Problems:
+    """Replicas that come and go do so between two steps, each by itself."""
+    key, rollout = "rollout.replicas", config.rollout
+    least, most = rollout.least_replicas, rollout.most_replicas
+    if least > most:
+        yield key, f"has min above max; write {{min: {most}, max: {least}}}"
+    if not rollout.elastic or config.algorithm.type == "sft":
+        return
+    fixed = f"or write a number such as {most}"
+    if config.trainer.max_staleness_steps > 0:
+        yield (
+            key,
+            f"trainer.max_staleness_steps={config.trainer.max_staleness_steps} leaves no moment "
+            f"without samples under way, in which a replica could join; set it to 0, {fixed}",
+        )
+    if rollout.weight_transport in ("nccl", "ipc"):
+        yield (
+            key,
+            f"rollout.weight_transport={rollout.weight_transport} ends with the first replica that leaves; "
+            f"write object_store or auto, {fixed}",
+        )
+    if config.placement.strategy == "STRICT_PACK":
+        yield (
+            key,
+            "a replica that joins may be on any node, but placement.strategy=STRICT_PACK asks for one; write "
+            f"PACK, {fixed}",
+        )
+
+
 def fractions(config: RunConfig) -> Problems:
     """Roles that share a GPU cannot take more than all of it."""
     placement = config.placement
@@ -340,6 +369,7 @@ MACHINE_RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     zero,
     engine,
     transport,
+    pool,
     fractions,
     labels,
 )

@@ -14,9 +14,18 @@ from rairl_ray.config.labels import plain
 from rairl_ray.config.section import ERROR_KINDS, ErrorKind, Fraction, NonNegativeFloat, NonNegativeInt, Section
 
 
+class Pool(Section):
+    """Bounds of a number of replicas that follows the cluster: more as nodes come, fewer as they go."""
+
+    min: PositiveInt
+    """A run starts with so many, and is rebuilt where fewer are left."""
+    max: PositiveInt
+
+
 class Rollout(Section):
     engine: Literal["vllm", "hf"] = "vllm"
-    replicas: PositiveInt = 1
+    replicas: PositiveInt | Pool = 1
+    """Engines that share the sampling, a fixed number or `{min: 1, max: 4}`. Samples do not depend on it."""
     tensor_parallel: PositiveInt = 1
     samples_per_prompt: PositiveInt = 8
     temperature: NonNegativeFloat = 1.0
@@ -33,7 +42,7 @@ class Rollout(Section):
     """GPU, colocated: give the engine's memory back while the learners work."""
     weight_transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
     """How full weights reach the engines; auto: `ipc` where they share GPUs with the policy learner, `nccl`
-    where they have GPUs of their own, else `object_store`. Adapters always use the object store."""
+    where they have GPUs of their own, else `object_store`. Adapters and pools always use the object store."""
     probe_every: NonNegativeInt | None = None
     """After the first sync and every n-th one, compare learner and engines on a few fixed traces; 0: never.
     None: 50 where each step's own samples are compared too (trainer/probe.py), else 1."""
@@ -43,6 +52,21 @@ class Rollout(Section):
     @property
     def offers(self) -> variants.EngineOffers:
         return variants.ENGINES[self.engine]
+
+    @property
+    def least_replicas(self) -> int:
+        """Replicas that a run cannot do without."""
+        return self.replicas.min if isinstance(self.replicas, Pool) else self.replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas that it may have at once."""
+        return self.replicas.max if isinstance(self.replicas, Pool) else self.replicas
+
+    @property
+    def elastic(self) -> bool:
+        """Whether replicas come and go while it runs."""
+        return self.least_replicas < self.most_replicas
 
 
 class Learner(Section):

@@ -139,7 +139,7 @@ def _rollout_seconds(
 ) -> float:
     """Replicas share the samples; each decodes as many at once as it may."""
     rollout, size = config.rollout, BYTES[model.dtype]
-    replicas, length = rollout.replicas, int(rollout.max_completion_tokens * assumed.filled)
+    replicas, length = rollout.least_replicas, int(rollout.max_completion_tokens * assumed.filled)
     own = max(1, -(-samples // replicas))
     at_once = min(own, rollout.max_sequences)
     context = config.data.max_prompt_tokens + length // 2

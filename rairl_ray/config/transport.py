@@ -13,7 +13,8 @@ Transport = Literal["object_store", "nccl", "ipc"]
 def weight_transport(config: RunConfig, device: str) -> Transport:
     """The transport of a run on `device` (`cpu`; anything else is a GPU).
 
-    Adapters, the Hugging Face engine and SFT (whose weights come from disk) use the object store.
+    Adapters, the Hugging Face engine, replicas that come and go and SFT (whose weights come from disk) use the
+    object store.
 
     Raises:
         ConfigError: a GPU transport was asked for on a machine without one (placement.device=auto).
@@ -24,7 +25,13 @@ def weight_transport(config: RunConfig, device: str) -> Transport:
         raise ConfigError(
             f"rollout.weight_transport={asked}: moves weights between GPUs, and this run has none; write auto"
         )
-    if asked == "object_store" or device == "cpu" or not full or not config.algorithm.needs.rollouts:
+    fixed = not config.rollout.elastic  # groups of NCCL and IPC live and end with their first members
+    if (
+        asked == "object_store"
+        or device == "cpu"
+        or not (full and fixed)
+        or not config.algorithm.needs.rollouts
+    ):
         return "object_store"
     if asked != "auto":
         return asked
@@ -40,4 +47,4 @@ def engines_own_gpus(config: RunConfig) -> bool:
 
 def learner_beside_every_engine(config: RunConfig) -> bool:
     """Each engine's GPU holds a policy rank too, whose memory it can open (CUDA IPC)."""
-    return not engines_own_gpus(config) and config.rollout.replicas <= config.learner.replicas
+    return not engines_own_gpus(config) and config.rollout.most_replicas <= config.learner.replicas

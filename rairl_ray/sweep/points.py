@@ -154,8 +154,14 @@ def started_with(sweep: SweepFile, item: Trial) -> tuple[str, ...]:
 
 
 def misfits(sweep: SweepFile, config: RunConfig) -> list[str]:
-    """Why a run of this configuration would never report the sweep's metric; a line each."""
+    """Why a run of this configuration cannot be a trial of the sweep; a line each."""
     found = []
+    if config.rollout.elastic:
+        most = config.rollout.most_replicas
+        found.append(
+            "rollout.replicas: trials share the cluster by fixed sizes, so none may grow; write a number, such "
+            f"as overrides: {{rollout.replicas: {most}}}"
+        )
     if not config.eval.at_end:
         found.append("eval.at_end=false: a sweep compares final evaluations; set eval.at_end=true")
     kind = sweep.scheduler.type

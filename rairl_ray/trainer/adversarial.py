@@ -15,7 +15,7 @@ from rairl_ray import metrics as names
 from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import Interrupted
 from rairl_ray.actors.learner import LearnerWorkers
-from rairl_ray.actors.rollout import Replacement
+from rairl_ray.actors.pool import Pool
 from rairl_ray.algorithms.warmup import WarmupGate
 from rairl_ray.config.transport import weight_transport
 from rairl_ray.metrics import PhaseTimer
@@ -74,10 +74,12 @@ class Run:
             )  # fmt: skip
         self.reward = self.airl or GrpoStrategy(prepared.task, prepared.policy_renderer, config.reward)
         self.loop = Loop(config, self.feed, parts.rollouts, parts.policy, self.reward)
-        if config.trainer.max_staleness_steps == 0 and weight_transport(config, parts.device) == "object_store":
-            parts.rollouts.replacement = Replacement(
-                parts.respawn_rollout, self.loop.bring_up, session.event, config.trainer.max_restarts_per_role
-            )
+        by_itself = weight_transport(config, parts.device) == "object_store"
+        alone = config.trainer.max_staleness_steps == 0 and by_itself
+        self.pool = Pool(
+            config, session.plan, parts.rollouts, parts.spawn_rollout, self.loop.bring_up, session.event,
+            config.trainer.max_restarts_per_role if alone else 0,
+        )  # fmt: skip
         scorer = None if self.airl is None else self.airl.scorer
         self.heldout = HeldOut(config, prepared.task, parts.rollouts, scorer, lambda: bool(session.stop))
 
@@ -131,6 +133,7 @@ class Run:
         steps = config.trainer.steps * config.policy.minibatches_per_step
         self.session.display.phase("loading models")
         self.parts.rollouts.open()
+        self.pool.grow()
         self.policy.open(steps)
         if self.parts.discriminator is not None:
             gate = WarmupGate(config.discriminator)
@@ -143,6 +146,8 @@ class Run:
     def _step(self, step: int) -> None:
         config, timer = self.config, PhaseTimer()
         self._forget_references()
+        with timer.phase(names.TIME_SYNC):
+            self.pool.grow()
         metrics, groups = self.loop.step(step, timer)
         self.progress.step = step
         self.parts.finished(step)
@@ -203,6 +208,8 @@ class Run:
             update = self.progress.warmup + 1
             timer = PhaseTimer()
             self._forget_references()
+            with timer.phase(names.TIME_SYNC):
+                self.pool.grow()
             with timer.phase(names.TIME_DISCRIMINATOR):
                 groups, demonstrations = pool.next(update)
                 metrics = self.airl.update(groups, demonstrations, epoch=f"warmup/{update}")
@@ -287,7 +294,8 @@ class Run:
         self.saving.require()
 
     def _leave_drained_nodes(self) -> None:
-        """Raises Drained, with everything saved, where nodes of the run are about to go."""
+        """Rollouts leave first; raises Drained, with everything saved, where that is not enough."""
+        self.pool.leave_drained()
         if nodes := self.parts.roster.draining():
             self._save_this_moment()
             raise Drained(nodes, self.progress.step)

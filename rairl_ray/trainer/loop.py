@@ -78,7 +78,7 @@ class Loop:
         """One whole step; returns its metrics and its rollouts (for the log)."""
         with timer.phase(names.TIME_ROLLOUT):
             rollouts = self.ahead.take(step)
-        groups = rollouts.groups
+        groups, replicas = rollouts.groups, len(self.rollouts)
         metrics = self.reward.learn(groups, step, timer)
         rewarded, measured = self.reward.score(groups, timer)
         batches = policy_batches(rewarded, self.config, step)
@@ -90,6 +90,7 @@ class Loop:
         metrics |= measured | rollout_metrics(rollouts, result.version - 1)
         metrics |= self.ahead.sync_metrics
         metrics |= result.metrics
+        metrics[names.ROLLOUT_REPLICAS] = float(replicas)
         metrics[names.POLICY_VERSION] = float(result.version)
         return metrics, groups
 
@@ -108,13 +109,15 @@ class Loop:
             return
         self._probed = True
         learner = self.policy.logprobs(self.probe.samples, temperature=1.0)
-        self.ahead.sync(update, self.probe.traces, partial(self._compare, update.version, learner))
+        self.ahead.sync(
+            update, self.probe.traces, partial(self._compare, self.rollouts, update.version, learner)
+        )
 
     def bring_up(self, replica: RolloutWorkers) -> None:
         """Give one new replica the newest policy, with the checks of `sync`; the learners must be at rest."""
         update = self.policy.weights(replica.members)
         learner = self.policy.logprobs(self.probe.samples, temperature=1.0)
-        self._compare(update.version, learner, replica.sync(update, self.probe.traces))
+        self._compare(replica, update.version, learner, replica.sync(update, self.probe.traces))
 
     def _check_samples(self, result: UpdateResult) -> None:
         """The standing check of the engines: what they recorded of the step's samples. Raises GroupFailure."""
@@ -127,14 +130,18 @@ class Loop:
             raise self.rollouts.refused(0, cause)
 
     def _compare(
-        self, version: int, learner: Sequence[np.ndarray], answers: Sequence[Sequence[Sequence[float]]]
+        self,
+        replicas: RolloutWorkers,
+        version: int,
+        learner: Sequence[np.ndarray],
+        answers: Sequence[Sequence[Sequence[float]]],
     ) -> dict[str, float]:
         """The probe's gap of the replica that is farthest from the learner."""
         gaps = [self.probe.gap(learner, scores) for scores in answers]
-        for rank, gap in enumerate(gaps):
+        for place, gap in enumerate(gaps):
             cause = self.probe.refusal(gap, version, self.config.model.policy.dtype)
             if cause is not None:
-                raise self.rollouts.refused(rank, cause)
+                raise replicas.refused(place, cause)
         return {names.SYNC_LOGPROB_GAP: max(gaps)}
 
 

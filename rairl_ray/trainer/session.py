@@ -35,6 +35,7 @@ FREE_KEYS = {
     "trainer.max_restarts_per_role": "how often a failed group is started anew",
     "trainer.retry_backoff_seconds": "how long to wait before that",
     "placement.": "which rank runs where",
+    "rollout.replicas": "how many engines sample; what vLLM samples may differ by rounding",
     "learner.replicas": "ranks of the policy learner; later updates differ by rounding",
     "learner.discriminator_replicas": "ranks of the discriminator learner; later updates differ by rounding",
     "learner.zero_stage": "how ranks share the state; later updates differ by rounding",

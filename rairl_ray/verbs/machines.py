@@ -24,13 +24,13 @@ def torch_device(config: RunConfig) -> Literal["cpu", "cuda"]:
 
 
 def engine_pool(config: RunConfig) -> Pool:
-    """Rollout engines: `rollout.replicas` of them, each with `rollout.tensor_parallel` whole GPUs."""
+    """Rollout engines: at most `rollout.replicas`, each with `rollout.tensor_parallel` whole GPUs."""
     device = torch_device(config)
     environment = rollout_environment(config, device, _threads(config))
     timeouts = config.timeouts
     return _pool(
-        config, "rollout.replicas", config.rollout.replicas, float(config.rollout.tensor_parallel), environment,
-        timeouts.start_seconds + timeouts.rollout_seconds,
+        config, "rollout.replicas", config.rollout.most_replicas, float(config.rollout.tensor_parallel),
+        environment, timeouts.start_seconds + timeouts.rollout_seconds,
     )  # fmt: skip
 
 
