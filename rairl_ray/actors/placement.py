@@ -156,9 +156,9 @@ def bundles(config: RunConfig, device: str | None = None) -> Plan:
         roles={role: slots[role] for role in needs},
         device="gpu" if device == "gpu" else "cpu",
         selectors={role: asked for role in needs if (asked := config.placement.labels.of(role))},
-        spare=0
-        if config.algorithm.type == "sft"
-        else config.rollout.most_replicas - config.rollout.least_replicas,
+        spare=config.rollout.most_replicas - config.rollout.least_replicas
+        if config.algorithm.needs.rollouts
+        else 0,
     )
 
 

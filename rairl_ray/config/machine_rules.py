@@ -275,7 +275,7 @@ def pool(config: RunConfig) -> Problems:
     least, most = rollout.least_replicas, rollout.most_replicas
     if least > most:
         yield key, f"has min above max; write {{min: {most}, max: {least}}}"
-    if not rollout.elastic or config.algorithm.type == "sft":
+    if not rollout.elastic or not config.algorithm.needs.rollouts:
         return
     fixed = f"or write a number such as {most}"
     if config.trainer.max_staleness_steps > 0:
