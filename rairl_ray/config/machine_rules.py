@@ -9,12 +9,16 @@ from urllib.parse import urlsplit
 from rairl_ray.config import labels as selectors
 from rairl_ray.config.estimate import shape_of
 from rairl_ray.config.schema import Model, RunConfig
-from rairl_ray.config.transport import engines_own_gpus, learner_beside_every_engine
+from rairl_ray.config.transport import (
+    VLLM_RANKS,
+    adapter_of,
+    engines_own_gpus,
+    learner_beside_every_engine,
+)
 
 Problems = Iterator[tuple[str, str]]
 
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 192, 256)
-VLLM_LARGEST_LORA_RANK = 512
 
 
 def names(config: RunConfig) -> Problems:
@@ -78,8 +82,12 @@ def lora(config: RunConfig) -> Problems:
         if not settings.target_modules:
             yield f"model.{role}.lora.target_modules", "is empty; name modules or write all-linear"
     rank = config.model.policy.lora.rank
-    if config.rollout.engine == "vllm" and rank is not None and rank > VLLM_LARGEST_LORA_RANK:
-        yield "model.policy.lora.rank", f"vLLM opens adapters up to rank {VLLM_LARGEST_LORA_RANK}; lower it"
+    served = config.rollout.engine == "vllm" and adapter_of(config) == "served"
+    if served and rank is not None and rank > VLLM_RANKS[-1]:
+        yield (
+            "model.policy.lora.rank",
+            f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}; lower it or set rollout.adapter=merged",
+        )
 
 
 def build_shape(config: RunConfig) -> Problems:
@@ -174,16 +182,22 @@ def quantization(config: RunConfig) -> Problems:
             yield key, "cannot be cut into ZeRO-3's shards; set learner.zero_stage=2"
         if role == "discriminator" and config.discriminator.loss.gradient_penalty > 0:
             yield key, "has no second derivative for discriminator.loss.gradient_penalty; write none"
+    if config.model.policy.quantization != "none" and adapter_of(config) == "merged":
+        yield (
+            "rollout.adapter",
+            f"needs the base as published, and model.policy.quantization={config.model.policy.quantization} "
+            "leaves the learner 4 bits of it; write served",
+        )
 
 
 def precision(config: RunConfig) -> Problems:
     on_gpu = config.placement.device == "gpu" and config.rollout.engine == "vllm"
     policy = config.model.policy
-    if on_gpu and policy.lora.rank is not None and policy.dtype == "float32":
+    if on_gpu and adapter_of(config) == "served" and policy.dtype == "float32":
         yield (
             "model.policy.dtype",
             f"vLLM's GPU kernels for adapters (model.policy.lora.rank={policy.lora.rank}) take bfloat16 alone; "
-            "write bfloat16, or set rollout.engine=hf",
+            "write bfloat16, or set rollout.adapter=merged",
         )
 
 
@@ -258,9 +272,9 @@ def transport(config: RunConfig) -> Problems:
         yield key, "moves weights between GPUs, but placement.device=cpu; write auto or object_store"
     if config.rollout.engine != "vllm":
         yield key, f"is vLLM's, but rollout.engine={config.rollout.engine}; write auto or object_store"
-    if config.model.policy.lora.rank is not None:
-        rank = config.model.policy.lora.rank
-        yield key, f"moves full weights, but model.policy.lora.rank={rank} trains an adapter; write auto"
+    if adapter_of(config) == "served" and config.algorithm.type != "sft":
+        adapter = config.rollout.adapter
+        yield key, f"moves weights, but an adapter travels alone (rollout.adapter={adapter}); write auto"
     if asked == "nccl" and not engines_own_gpus(config):
         yield (
             key,
