@@ -157,7 +157,7 @@ def bundles(config: RunConfig, device: str | None = None) -> Plan:
         device="gpu" if device == "gpu" else "cpu",
         selectors={role: asked for role in needs if (asked := config.placement.labels.of(role))},
         spare=0
-        if config.algorithm.type == "sft"
+        if not config.algorithm.needs.rollouts
         else config.rollout.most_replicas - config.rollout.least_replicas,
     )
 
