@@ -24,6 +24,7 @@ from rairl_ray.config.schema import Build, Lora, Model, Optimizer
 from rairl_ray.data.batching import DiscriminatorTensors, discriminator_tensors
 from rairl_ray.engines.heads import ImplicitModel, LogprobModel, ScalarModel
 from rairl_ray.engines.models import load_causal_lm, load_token_classifier, materialise
+from rairl_ray.engines.outgoing import merged, trained
 from rairl_ray.engines.weights import Checksum, checksum, whole
 from rairl_ray.keys import keyed_generator
 from rairl_ray.types import DiscriminatorSample
@@ -233,6 +234,8 @@ def run_case(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[
         result = {"reports": train(engine, range(case.get("steps", 3)))}
     result["state"] = whole(engine.trainable_state())
     result["chunks"] = chunk_record(engine)
+    if kind == "policy-lora":
+        result["merged"] = whole(engine.outgoing(merged(engine.module), chunk_bytes=CHUNK))
     batch = discriminator_tensors(make_samples(99), pad_id=0, packed=case.get("packed", False)).to(DEVICE)
     if kind.startswith("policy"):
         result["scores"] = log_probs(engine.infer, batch).cpu()
@@ -267,7 +270,7 @@ def chunk_record(engine: Any) -> dict[str, Any]:
         "left": left,
         "checksum": digest.hexdigest(),
         "on_device": checksum(whole(on_device)),
-        "shapes": engine.trainable_shapes(),
+        "shapes": [(item.name, item.dtype, item.shape) for item in trained(engine.module)],
     }
 
 

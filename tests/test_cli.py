@@ -70,7 +70,7 @@ def refused(*arguments: str) -> str:
         ("discriminator.loss.type=mse", "command line: discriminator.loss.type=mse: must be 'bce'"),
         ("rollout.samples_per_prompt=1", "command line: rollout.samples_per_prompt=1: advantage.type=sequence"),
         ("learner.replicas=64", "command line: learner.replicas=64: trainer.prompts_per_step=8"),
-        ("model.policy.lora.rank=1024", "command line: model.policy.lora.rank=1024: vllm opens adapters up to"),
+        ("model.policy.lora.alpha=3", "command line: model.policy.lora.alpha=3.0: means nothing without"),
         ("data.task=arithmetics", "data.task=arithmetics: unknown task; did you mean arithmetic?"),
         ("warm_start=/nowhere/sft.yaml", "warm_start=/nowhere/sft.yaml: no such file"),
     ],

@@ -34,6 +34,7 @@ IMPLICIT = {"discriminator.head": "implicit"}
 GPU = {"placement.device": "gpu"}
 CPU = {"placement.device": "cpu"}
 ADAPTER = {"model.policy.lora.rank": 8, "model.policy.dtype": "bfloat16"}
+SERVED = {"rollout.adapter": "served"}
 APART = {"placement.type": "disaggregated"}
 TRANSPORT = "rollout.weight_transport"
 REPLICAS = "rollout.replicas"
@@ -78,14 +79,14 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"model.policy.revision": "main"}, "model.policy.revision", "needs model.policy.path"),
     ({"model.policy.lora.alpha": 3}, "model.policy.lora.alpha", "set model.policy.lora.rank"),
     ({"model.policy.lora.target_modules": []}, "model.policy.lora.target_modules", "all-linear"),
-    ({"model.policy.lora.rank": 513}, "model.policy.lora.rank", "up to rank 512"),
+    ({**SERVED, "model.policy.lora.rank": 513}, "model.policy.lora.rank", "rollout.adapter=merged"),
     ({"model.policy.build.hidden_size": 130}, "model.policy.build.hidden_size", "multiple of"),
     ({"model.policy.build.hidden_size": 100}, "model.policy.build.hidden_size", "make it 104"),
     ({"model.policy.build.hidden_size": 64}, "model.policy.build.hidden_size", "heads of 16"),
     ({**GPU, "rollout.tensor_parallel": 8}, "model.policy.build.heads", "multiple of rollout.tensor_parallel"),
     ({**CPU, **APART, "rollout.weight_transport": "nccl"}, TRANSPORT, "placement.device=cpu"),
     ({**GPU, **APART, "rollout.weight_transport": "nccl", "rollout.engine": "hf"}, TRANSPORT, "engine=hf can"),
-    ({**GPU, **ADAPTER, "rollout.weight_transport": "ipc"}, TRANSPORT, "an adapter"),
+    ({**GPU, **ADAPTER, **SERVED, "rollout.weight_transport": "ipc"}, TRANSPORT, "adapter=served"),
     ({**GPU, "rollout.weight_transport": "nccl"}, TRANSPORT, "write ipc"),
     ({**GPU, **APART, "rollout.weight_transport": "ipc"}, TRANSPORT, "write nccl"),
     ({**GPU, "rollout.weight_transport": "ipc", "rollout.replicas": 2}, TRANSPORT, "than learner.replicas"),
@@ -132,7 +133,8 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "model.discriminator.quantization",
         "second derivative",
     ),
-    ({**GPU, "model.policy.lora.rank": 4}, "model.policy.dtype", "rollout.engine=hf"),
+    ({**GPU, **SERVED, "model.policy.lora.rank": 4}, "model.policy.dtype", "rollout.adapter=merged"),
+    ({**GPU, **NF4, "rollout.adapter": "merged"}, "rollout.adapter", "write served"),
     ({"data.task": "jsonl"}, "data.task", "set data.path"),
     ({"data.path": "x.jsonl"}, "data.path", "data.task=jsonl"),
     ({**JSONL, "data.fields.demonstration": None}, "data.fields.demonstration", "data.demonstrations=FILE"),
@@ -274,12 +276,18 @@ ALLOWED: list[dict[str, Any]] = [
     {**JSONL, "data.fields.demonstration": None, "data.demonstrations": "experts.jsonl"},
     {"data.task": "gsm8k", "discriminator.positives": "expert_and_correct"},
     {"model.policy": {}, "warm_start": "/a/sft.yaml"},
-    {"model.policy": {"path": "a/b", "revision": "main", "lora": {"rank": 512}}},
+    {"model.policy": {"path": "a/b", "revision": "main", "lora": {"rank": 512}}, **SERVED},
+    {"model.policy": {"path": "a/b", "lora": {"rank": 600}}},
     {"model.policy.build.hidden_size": 64, "rollout.engine": "hf"},
     {"model.policy.build.hidden_size": 64, "placement.device": "gpu"},
     NF4,
     {**GPU, **NF4, "learner.zero_stage": 2},
-    {**GPU, "model.policy.lora.rank": 4, "rollout.engine": "hf"},
+    {**GPU, **SERVED, **ADAPTER},
+    {**GPU, "model.policy.lora.rank": 4},
+    {**GPU, **ADAPTER, "rollout.weight_transport": "ipc"},
+    # One file serves sft too, whose adapter comes from disk.
+    {**GPU, **NF4, "rollout.adapter": "merged", "algorithm.type": "sft"},
+    SERVED,
     {"model.policy.lora.rank": 4, "placement.device": "cpu"},
     {"eval.temperature": 0, "eval.samples_per_prompt": 1},
     {"placement": {"type": "disaggregated", "policy_gpu_fraction": 1.0}},
@@ -311,7 +319,7 @@ def test_an_answer_to_device_auto_is_checked_too() -> None:
     with pytest.raises(ConfigError, match=r"^here: model\.policy\.quantization=nf4: needs a GPU"):
         check(config, "here", "cpu")
     with pytest.raises(ConfigError, match=r"model\.policy\.dtype=float32: vllm's GPU kernels"):
-        check(make({"model.policy.lora.rank": 4}), device="gpu")
+        check(make({**SERVED, "model.policy.lora.rank": 4}), device="gpu")
 
 
 def test_every_rule_has_a_case_that_breaks_it() -> None:

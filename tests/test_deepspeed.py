@@ -157,6 +157,28 @@ def test_no_rank_holds_more_than_a_chunk_of_the_model(
         assert len(chunks["sizes"]) > 3, "the model must be larger than a few chunks for this to show anything"
 
 
+@pytest.mark.parametrize("plan", [p for p in [*PLAIN, *OTHERS] if p["kind"] == "policy-lora"], ids=str)
+def test_a_merged_adapter_is_gathered_and_added_at_every_stage(
+    plan: dict[str, Any], two_ranks: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, results = two_ranks
+    state, found = results[plan["name"]]["state"], results[plan["name"]]["merged"]
+    dtype = next(iter(state.values())).dtype
+    base = make_module("policy", base_path(folder), dtype=plan.get("dtype", "float32")).wrapped.state_dict()
+    assert set(found) == {f"{name}.weight" for name in adapted(state)}
+    for name in adapted(state):
+        down, up = (state[f"base_model.model.{name}.lora_{part}.weight"].float() for part in "AB")
+        expected = base[f"{name}.weight"].float() + 2 * (up @ down)
+        tensor = found[f"{name}.weight"]
+        assert tensor.dtype == dtype and not torch.equal(tensor, base[f"{name}.weight"])
+        bound = 1e-6 if dtype == torch.float32 else 2**-8 * float(expected.abs().max())
+        torch.testing.assert_close(tensor.float(), expected, rtol=0, atol=bound)
+
+
+def adapted(state: dict[str, torch.Tensor]) -> set[str]:
+    return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in state}
+
+
 def test_resume_is_bit_exact(two_ranks: tuple[Path, dict[str, Any]]) -> None:
     for plan in OTHERS:
         if not plan.get("resume"):

@@ -40,6 +40,7 @@ def test_counts_equal_the_real_models(tmp_path: Path, kind: str, tied: bool, kv_
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
+    merged = pytest.importorskip("rairl_ray.engines.outgoing").merged
     extra = {"head_dim": 24} if kind == "qwen3" else {}
     config = transformers.AutoConfig.for_model(
         kind,
@@ -66,6 +67,13 @@ def test_counts_equal_the_real_models(tmp_path: Path, kind: str, tied: bool, kv_
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=5, target_modules="all-linear"))
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert shape.lora_parameters(Lora(rank=5)) == trained
+    for targets in ("all-linear", ["q_proj", "v_proj"], ["down_proj"]):
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            adapted = peft.get_peft_model(model, peft.LoraConfig(r=5, target_modules=targets))
+        sent = sum(torch.Size(item.shape).numel() for item in merged(adapted))
+        lora = Lora.model_validate({"rank": 5, "target_modules": targets})
+        assert shape.changed_parameters(lora) == sent
     assert shape.max_length == 77
     file = tmp_path / "config.json"
     file.write_text(file.read_text().replace("max_position_embeddings", "n_positions"))
@@ -131,6 +139,17 @@ def test_a_4_bit_base_is_a_quarter_of_its_blocks() -> None:
     # the engine serves the base as published
     config = from_dict({"model": {"policy": {"path": path, "dtype": "bfloat16", "quantization": "nf4"}}})
     assert memory(config)[0].parts["weights"] == 2 * shape.parameters
+
+
+def test_an_engine_has_room_for_a_served_adapter_alone() -> None:
+    def adapter(**rollout: str) -> int | None:
+        model = {"path": "Qwen/Qwen2.5-0.5B-Instruct", "dtype": "bfloat16", "lora": {"rank": 20}}
+        return memory(from_dict({"model": {"policy": model}, "rollout": rollout}))[0].parts["adapter"]
+
+    sizes = 24 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
+    assert adapter() == adapter(engine="hf") == 0
+    assert adapter(adapter="served", engine="hf") == 2 * 20 * sizes
+    assert adapter(adapter="served") == 2 * 2 * 32 * sizes  # two slots of the next rank that vLLM has
 
 
 def test_references_are_counted_only_where_a_loss_needs_a_copy() -> None:

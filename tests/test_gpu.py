@@ -147,9 +147,10 @@ def trained(experiment: str, output: Path, *arguments: str) -> Path:
 
 @gpu_needs.vllm
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("weights", ["full", "adapter"])
+@pytest.mark.parametrize("weights", ["full", "merged", "served"])
 def test_airl_on_one_gpu_shared_by_fractions_with_a_sleeping_engine(weights: str, tmp_path: Path) -> None:
-    lora = ["model.policy.lora.rank=8", "model.discriminator.lora.rank=8"] if weights == "adapter" else []
+    adapter = [f"rollout.adapter={weights}", "model.policy.lora.rank=8", "model.discriminator.lora.rank=8"]
+    lora = [] if weights == "full" else adapter
     folder = trained("airl", tmp_path, *SCALAR, *SLEEPING, *lora)
     assert (folder / "final" / "reward_model" / "reward.json").is_file()
 

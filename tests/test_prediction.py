@@ -42,6 +42,17 @@ def test_the_papers_step_by_hand() -> None:
     assert found.gpu_hours == pytest.approx(8 * found.hours) and found.hours > 500 * found.step / 3600
 
 
+@pytest.mark.parametrize("adapter", ["merged", "served"])
+def test_what_a_sync_sends(adapter: str) -> None:
+    """36 blocks of 2048 by 2 x 2048 + 2 x 256 + 3 x 11008 with biases on q, k and v; or rank 256."""
+    found = predict(load_config(PAPER, [f"rollout.adapter={adapter}"]), gpus=8)
+    assert found is not None
+    blocks = 2048 * (2 * 2048 + 2 * 256 + 3 * 11008) + 2048 + 2 * 256
+    factors = 256 * (2 * 4096 + 2 * (2048 + 256) + 3 * (2048 + 11008))
+    parameters = 36 * (blocks if adapter == "merged" else factors)
+    assert found.sync == pytest.approx(2 * parameters / Assumptions().link)
+
+
 @given(st.integers(8, 64), st.integers(2, 16), st.integers(16, 2048))
 def test_more_tokens_take_longer_and_running_ahead_hides_the_shorter_half(
     prompts: int, samples: int, tokens: int

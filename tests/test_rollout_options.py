@@ -37,7 +37,13 @@ def test_options_come_from_the_configuration() -> None:
             "rollout": {"max_completion_tokens": 70, "max_sequences": 9, "memory_share": 0.3, "sleep": True},
         }
     )
+    merged = engine_options(config, model_path="some/model", eos_id=4, device="cuda")
+    assert (merged.lora_rank, merged.partial_syncs, merged.weight_transport) == (None, True, "ipc")
+    assert "enable_lora" not in llm_arguments(merged)
+    served = config.rollout.model_copy(update={"adapter": "served"})
+    config = config.model_copy(update={"rollout": served})
     opened = engine_options(config, model_path="some/model", eos_id=4, device="cuda")
+    assert (opened.lora_rank, opened.partial_syncs, opened.weight_transport) == (12, False, "object_store")
     assert (opened.max_tokens, opened.max_sequences, opened.revision) == (120, 9, "abc")
     assert engine_options(config, model_path="/cache/folder", eos_id=4, device="cpu").revision is None
     arguments = llm_arguments(opened)

@@ -12,11 +12,13 @@ import torch
 
 from rairl_ray import metrics as names
 from rairl_ray.config.load import from_dict
-from rairl_ray.config.transport import weight_transport
+from rairl_ray.config.transport import adapter_of, weight_transport
 from rairl_ray.engines.weight_transfer import NEEDED, check_vllm
 from rairl_ray.errors import ConfigError, ModelError
 from rairl_ray.runfolder import RunFolder
 from tests.runs import TINY, launch
+
+LORA = {"policy": {"path": "some/model", "lora": {"rank": 8}}}
 
 
 def config(**sections: Any) -> Any:
@@ -34,7 +36,9 @@ def config(**sections: Any) -> Any:
         ({"rollout": {"tensor_parallel": 2}}, "nccl"),
         ({"rollout": {"weight_transport": "object_store"}}, "object_store"),
         ({"rollout": {"engine": "hf"}}, "object_store"),
-        ({"model": {"policy": {"path": "some/model", "lora": {"rank": 8}}}}, "object_store"),
+        ({"model": LORA}, "ipc"),
+        ({"model": LORA, "placement": {"type": "disaggregated"}}, "nccl"),
+        ({"model": LORA, "rollout": {"adapter": "served"}}, "object_store"),
         ({"algorithm": {"type": "sft"}}, "object_store"),
         (
             {"placement": {"type": "disaggregated"}, "rollout": {"replicas": {"min": 1, "max": 2}}},
@@ -48,6 +52,18 @@ def test_auto_takes_the_gpu_transport_that_the_placement_allows(
     run = config(**sections)
     assert weight_transport(run, "cuda") == expected
     assert weight_transport(run, "cpu") == "object_store"
+
+
+def test_an_adapter_is_merged_where_the_base_is_as_published() -> None:
+    def of(algorithm: str = "airl", asked: str = "auto", **model: Any) -> str | None:
+        policy = {"path": "some/model", "lora": {"rank": 8}, **model}
+        sections = {"algorithm": {"type": algorithm}, "rollout": {"adapter": asked}}
+        return adapter_of(from_dict({"model": {"policy": policy}, **sections}))
+
+    assert (of(), of("grpo"), of(asked="served")) == ("merged", "merged", "served")
+    assert of(quantization="nf4", dtype="bfloat16") == "served"
+    assert of("sft") == of("sft", "merged") == "served", "its adapter comes from disk, once"
+    assert of(lora={}) is None
 
 
 def test_a_gpu_transport_on_a_machine_without_gpus_is_one_line() -> None:

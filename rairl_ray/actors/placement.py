@@ -156,9 +156,9 @@ def bundles(config: RunConfig, device: str | None = None) -> Plan:
         roles={role: slots[role] for role in needs},
         device="gpu" if device == "gpu" else "cpu",
         selectors={role: asked for role in needs if (asked := config.placement.labels.of(role))},
-        spare=config.rollout.most_replicas - config.rollout.least_replicas
-        if config.algorithm.needs.rollouts
-        else 0,
+        spare=0
+        if not config.algorithm.needs.rollouts
+        else config.rollout.most_replicas - config.rollout.least_replicas,
     )
 
 

@@ -23,7 +23,7 @@ from rairl_ray.actors.learner import (
 from rairl_ray.actors.weight_sync import EngineClient, WeightUpdate, put_update
 from rairl_ray.algorithms.policy_losses import mean_metrics, policy_loss
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.config.transport import weight_transport
+from rairl_ray.config.transport import adapter_of, weight_transport
 from rairl_ray.data.batching import PolicyTensors, policy_tensors
 from rairl_ray.keys import key_seed
 from rairl_ray.types import PolicyBatch, PolicySample, UpdateResult
@@ -52,6 +52,7 @@ class PolicyActor(LearnerActor):
             self.model_path, self.config.model.policy, device=self.device, seed=self.config.seed
         )
         self._model = LogprobModel(model, with_reference=self.config.policy.kl_coefficient > 0)
+        self._outgoing()  # refuses an adapter that cannot be merged before anything is trained
         return DeepSpeedEngine(
             self._model,
             self.config.policy,
@@ -162,10 +163,16 @@ class PolicyActor(LearnerActor):
 
         if weight_transport(self.config, self.device) != "object_store":
             return self._push(engines)
-        lora = self.config.model.policy.lora.rank is not None
-        adapter = adapter_config(self._model) if lora else None
-        update = put_update(self.engine.trainable_state(), self.version, adapter)
+        adapter = adapter_config(self._model) if adapter_of(self.config) == "served" else None
+        update = put_update(self.engine.outgoing(self._outgoing()), self.version, adapter)
         return update if self.rank == 0 else None
+
+    def _outgoing(self) -> list[Any]:
+        """What a sync sends: the trained weights, or the matrices that a merged adapter changes."""
+        from rairl_ray.engines import outgoing
+
+        kind = outgoing.merged if adapter_of(self.config) == "merged" else outgoing.trained
+        return kind(self._model)
 
     def _push(self, engines: Sequence[Any]) -> WeightUpdate | None:
         """Not run: no GPU was available."""
@@ -175,11 +182,12 @@ class PolicyActor(LearnerActor):
             check_vllm()
             from rairl_ray.engines.weight_transfer_vllm import LearnerSource, open_sender
 
-            workers = self.config.rollout.tensor_parallel
+            items, workers = self._outgoing(), self.config.rollout.tensor_parallel
             self._sender = open_sender(
                 weight_transport(self.config, self.device),
                 LearnerSource(
-                    self.engine.trainable_shapes(), partial(self.engine.trainable_state, on_device=True)
+                    [(item.name, item.dtype, item.shape) for item in items],
+                    partial(self.engine.outgoing, items, on_device=True),
                 ),
                 EngineClient(engines, workers, self.config.timeouts.sync_seconds),
                 rank=self.rank,

@@ -23,7 +23,7 @@ class WeightUpdate:
     chunks: tuple[ray.ObjectRef, ...] | None
     """References to `weights.Packed` chunks; None: the learner has pushed them into the engines already."""
     adapter_config: Mapping[str, Any] | None = None
-    """PEFT configuration of an adapter; None: full weights."""
+    """PEFT configuration of an adapter; None: weights."""
 
 
 def put_update(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from rairl_ray.config.schema import Build, Lora, Model, RunConfig
+from rairl_ray.config.transport import KEPT_ADAPTERS, adapter_of
 from rairl_ray.config.windows import window_of
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -86,6 +87,16 @@ class Shape:
         sizes = self.linear_sizes
         names = sizes if lora.target_modules == "all-linear" else [n for n in lora.target_modules if n in sizes]
         return (lora.rank or 0) * self.layers * sum(sum(sizes[name]) for name in names)
+
+    def changed_parameters(self, lora: Lora) -> int:
+        """What a sync of a merged adapter sends: the linear layers that it changes and those beside them."""
+        sizes, all_linear = self.linear_sizes, lora.target_modules == "all-linear"
+        blocks = (("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"))
+        sent = [block for block in blocks if all_linear or set(block) & set(lora.target_modules)]
+        count = sum(sizes[name][0] * sizes[name][1] for block in sent for name in block)
+        if self.attention_bias and blocks[0] in sent:
+            count += (self.heads + 2 * self.kv_heads) * self.head_size
+        return self.layers * count
 
     def cache_bytes(self, tokens: int, bytes_per_value: int) -> int:
         """Key-value cache of so many tokens."""
@@ -269,7 +280,7 @@ def _rollout_memory(config: RunConfig, model: Model) -> Memory:
     if shape is not None:
         parameters = shape.parameters
         weights = parameters * size // parallel
-        adapter = shape.lora_parameters(model.lora) * size // parallel
+        adapter = _served_parameters(config, model, shape) * size // parallel
         cache = shape.cache_bytes(length * rollout.max_sequences, size) // parallel
     if config.placement.device == "cpu" and rollout.offers.own_cache:
         cache = int(rollout.cpu_cache_gib * 2**30)
@@ -281,6 +292,17 @@ def _rollout_memory(config: RunConfig, model: Model) -> Memory:
         trained=None,
         parts={"weights": weights, "adapter": adapter, "key-value cache": cache},
     )
+
+
+def _served_parameters(config: RunConfig, model: Model, shape: Shape) -> int:
+    """Of adapters in an engine: vLLM makes room for some, of its next larger rank, on all linear layers."""
+    if adapter_of(config) != "served":
+        return 0
+    ranks = config.rollout.offers.lora_ranks
+    if ranks is None:
+        return shape.lora_parameters(model.lora)
+    rank = next((rank for rank in ranks if rank >= (model.lora.rank or 0)), ranks[-1])
+    return KEPT_ADAPTERS * shape.lora_parameters(Lora(rank=rank))
 
 
 def _learner_memory(config: RunConfig, role: Role, model: Model) -> Memory:

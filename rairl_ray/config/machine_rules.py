@@ -9,7 +9,11 @@ from urllib.parse import urlsplit
 from rairl_ray.config import labels as selectors
 from rairl_ray.config.estimate import shape_of
 from rairl_ray.config.schema import Model, RunConfig
-from rairl_ray.config.transport import engines_own_gpus, learner_beside_every_engine
+from rairl_ray.config.transport import (
+    adapter_of,
+    engines_own_gpus,
+    learner_beside_every_engine,
+)
 
 Problems = Iterator[tuple[str, str]]
 
@@ -74,9 +78,14 @@ def lora(config: RunConfig) -> Problems:
             yield f"model.{role}.lora.alpha", f"means nothing without an adapter; set model.{role}.lora.rank"
         if not settings.target_modules:
             yield f"model.{role}.lora.target_modules", "is empty; name modules or write all-linear"
-    rank, largest = config.model.policy.lora.rank, config.rollout.offers.largest_lora_rank
-    if largest is not None and rank is not None and rank > largest:
-        yield "model.policy.lora.rank", f"{config.rollout.engine} opens adapters up to rank {largest}; lower it"
+    rank, ranks = config.model.policy.lora.rank, config.rollout.offers.lora_ranks
+    served = adapter_of(config) == "served"
+    if served and ranks is not None and rank is not None and rank > ranks[-1]:
+        yield (
+            "model.policy.lora.rank",
+            f"{config.rollout.engine} serves adapters up to rank {ranks[-1]}; lower it, or write "
+            "rollout.adapter=merged",
+        )
 
 
 def build_shape(config: RunConfig) -> Problems:
@@ -169,16 +178,22 @@ def quantization(config: RunConfig) -> Problems:
             yield key, "cannot be cut into ZeRO-3's shards; set learner.zero_stage=2"
         if role == "discriminator" and config.discriminator.loss.gradient_penalty > 0:
             yield key, "has no second derivative for discriminator.loss.gradient_penalty; write none"
+    if config.model.policy.quantization != "none" and adapter_of(config) == "merged":
+        yield (
+            "rollout.adapter",
+            f"needs the base as published, and model.policy.quantization={config.model.policy.quantization} "
+            "leaves the learner 4 bits of it; write served",
+        )
 
 
 def precision(config: RunConfig) -> Problems:
     refuses = config.placement.device == "gpu" and not config.rollout.offers.float32_adapters
     policy = config.model.policy
-    if refuses and policy.lora.rank is not None and policy.dtype == "float32":
+    if refuses and adapter_of(config) == "served" and policy.dtype == "float32":
         yield (
             "model.policy.dtype",
             f"{config.rollout.engine}'s GPU kernels for adapters (model.policy.lora.rank={policy.lora.rank}) "
-            "take bfloat16 alone; write bfloat16, or set rollout.engine=hf",
+            "take bfloat16 alone; write bfloat16, or set rollout.adapter=merged",
         )
 
 
@@ -253,9 +268,9 @@ def transport(config: RunConfig) -> Problems:
         yield key, "moves weights between GPUs, but placement.device=cpu; write auto or object_store"
     if not config.rollout.offers.transports:
         yield key, f"is nothing that rollout.engine={config.rollout.engine} can do; write auto or object_store"
-    if config.model.policy.lora.rank is not None:
-        rank = config.model.policy.lora.rank
-        yield key, f"moves full weights, but model.policy.lora.rank={rank} trains an adapter; write auto"
+    if adapter_of(config) == "served" and config.algorithm.needs.rollouts:
+        adapter = config.rollout.adapter
+        yield key, f"moves weights, but an adapter travels alone (rollout.adapter={adapter}); write auto"
     if asked == "nccl" and not engines_own_gpus(config):
         yield (
             key,

@@ -40,9 +40,13 @@ class Rollout(Section):
     prefix_caching: bool = True
     sleep: bool = False
     """GPU, colocated: give the engine's memory back while the learners work."""
+    adapter: Literal["auto", "merged", "served"] = "auto"
+    """How a LoRA policy gets into the engines. `merged`: a sync sends the matrices that the adapter changes,
+    with it added to the stored base, and the engine serves plain weights. `served`: the adapter travels alone
+    (far fewer bytes) and the engine computes it beside every token. auto: merged, served for a 4-bit base."""
     weight_transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
-    """How full weights reach the engines; auto: `ipc` where they share GPUs with the policy learner, `nccl`
-    where they have GPUs of their own, else `object_store`. Adapters and pools always use the object store."""
+    """How weights reach the engines; auto: `ipc` where they share GPUs with the policy learner, `nccl` where
+    they have GPUs of their own, else `object_store`. Served adapters and pools always use the object store."""
     probe_every: NonNegativeInt | None = None
     """After the first sync and every n-th one, compare learner and engines on a few fixed traces; 0: never.
     None: 50 where each step's own samples are compared too (trainer/probe.py), else 1."""

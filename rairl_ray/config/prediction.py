@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from rairl_ray.config.estimate import BYTES, Shape, models_of, shape_of, work
 from rairl_ray.config.schema import Model, RunConfig
+from rairl_ray.config.transport import adapter_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def predict(config: RunConfig, gpus: float, policy: Model | None = None) -> Pred
         discriminator, warm_up = update * updates, update * (todo.discriminator_updates - steps * updates)
     sft, samples = not config.algorithm.needs.rollouts, todo.samples_per_step
     rollout = 0.0 if sft else _rollout_seconds(shape, model, config, samples, assumed)
-    sync = 0.0 if sft else _synced_bytes(shape, model) / assumed.link
+    sync = 0.0 if sft else _synced_bytes(config, shape, model) / assumed.link
     found = Prediction(
         rollout=rollout, score=score, discriminator=discriminator, policy=one_policy, sync=sync,
         overlapped=config.trainer.max_staleness_steps > 0, hours=0.0, gpu_hours=0.0,
@@ -153,6 +154,7 @@ def _rollout_seconds(
     return (decoding + prefill) / rollout.tensor_parallel
 
 
-def _synced_bytes(shape: Shape, model: Model) -> int:
-    trained = shape.lora_parameters(model.lora) if model.lora.rank else shape.parameters
-    return trained * BYTES[model.dtype]
+def _synced_bytes(config: RunConfig, shape: Shape, model: Model) -> int:
+    sent = {None: shape.parameters, "merged": shape.changed_parameters(model.lora)}
+    parameters = sent.get(adapter_of(config), shape.lora_parameters(model.lora))
+    return parameters * BYTES[model.dtype]

@@ -75,7 +75,8 @@ class EngineOffers:
     """Full weights can reach it by NCCL and CUDA IPC."""
     own_cache: bool = False
     """It takes `rollout.memory_share` of a GPU, or `rollout.cpu_cache_gib`, when it starts."""
-    largest_lora_rank: int | None = None
+    lora_ranks: tuple[int, ...] | None = None
+    """The values that it takes for the largest rank of the adapters that it serves; None: any."""
     cpu_head_sizes: tuple[int, ...] | None = None
     """Sizes of an attention head on a CPU; None: any."""
     float32_adapters: bool = True
@@ -98,6 +99,9 @@ class AlgorithmNeeds:
     """`reward.type` where nothing names it."""
 
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The only values that vLLM takes for the largest rank that it serves."""
+
 ALGORITHMS = {
     "airl": AlgorithmNeeds(discriminator=True, experts=True),
     "grpo": AlgorithmNeeds(answers=True, reward="correctness"),
@@ -109,7 +113,7 @@ ENGINES = {
         tensor_parallel=True,
         transports=True,
         own_cache=True,
-        largest_lora_rank=512,
+        lora_ranks=VLLM_RANKS,
         cpu_head_sizes=(32, 64, 80, 96, 112, 128, 192, 256),
         float32_adapters=False,
     ),

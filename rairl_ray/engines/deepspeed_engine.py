@@ -37,8 +37,9 @@ from rairl_ray.config.schema import Optimizer
 from rairl_ray.engines import zero_shards
 from rairl_ray.engines.background import BackgroundWriter, snapshot
 from rairl_ray.engines.optimizer import RecordingAdamW, learning_rate_factor
+from rairl_ray.engines.outgoing import Outgoing, trained
 from rairl_ray.engines.safe_files import refuse_foreign_code
-from rairl_ray.engines.weights import CHUNK_BYTES, bounded, exported_name
+from rairl_ray.engines.weights import CHUNK_BYTES, bounded
 from rairl_ray.keys import key_seed
 from rairl_ray.types import Written
 
@@ -126,11 +127,6 @@ def _config(settings: Optimizer, learner: Learner, *, bfloat16: bool, persistent
 def _stage(learner: Learner, bfloat16: bool) -> int:
     """ZeRO stage; bfloat16 without partitions cannot accumulate in float32, so stage 0 becomes 1 there."""
     return max(1, learner.zero_stage) if bfloat16 else learner.zero_stage
-
-
-def _nbytes(parameter: nn.Parameter) -> int:
-    """Bytes of the whole parameter, also where this rank holds a part of it."""
-    return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
 
 class DeepSpeedEngine:
@@ -233,40 +229,30 @@ class DeepSpeedEngine:
         norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
         return {"grad_norm": norm, "learning_rate": learning_rate, "loss": total}
 
-    def trainable_state(
-        self, *, chunk_bytes: int = CHUNK_BYTES, on_device: bool = False
+    def trainable_state(self, **options: Any) -> Iterator[dict[str, Tensor]]:
+        """Trained weights under Hugging Face (full) or PEFT (adapter) names; `outgoing` says how they come."""
+        return self.outgoing(trained(self.module), **options)
+
+    def outgoing(
+        self, items: Sequence[Outgoing], *, chunk_bytes: int = CHUNK_BYTES, on_device: bool = False
     ) -> Iterator[dict[str, Tensor]]:
-        """Trained weights under Hugging Face (full) or PEFT (adapter) names, in chunks of `chunk_bytes`.
+        """The items by name, made from what `chunk_bytes` hold at a time.
 
         All ranks must run through it together: under ZeRO-3 each chunk is gathered as it is asked for and let
-        go before the next, so no rank ever holds more than one chunk (or one tensor that is larger) besides
+        go before the next, so no rank ever holds more than one chunk (or one item that is larger) besides
         its share. Rank 0 gets copies on the CPU, the others empty chunks; `on_device` gives copies on the
         device to all ranks.
         """
-        named = ((item, _nbytes(item[1])) for item in self._trained())
-        for group in bounded(named, chunk_bytes):
+        for group in bounded(((item, item.nbytes) for item in items), chunk_bytes):
             yield self._chunk(group, on_device)  # no name of ours keeps it while the next one is gathered
 
-    def trainable_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and whole shape of what `trainable_state` yields, in its order; gathers nothing."""
-        return [
-            (exported_name(name), p.dtype, tuple(getattr(p, "ds_shape", p.shape)))
-            for name, p in self._trained()
-        ]
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-
-    def _chunk(self, group: Sequence[tuple[str, nn.Parameter]], on_device: bool) -> dict[str, Tensor]:
-        with self._gathered([parameter for _, parameter in group]):
+    def _chunk(self, group: Sequence[Outgoing], on_device: bool) -> dict[str, Tensor]:
+        with self._gathered([parameter for item in group for parameter in item.parameters]):
             if self.rank != 0 and not on_device:
                 return {}
-            return {
-                exported_name(name): p.detach().to(p.device if on_device else "cpu", copy=True)
-                for name, p in group
-            }
+            return {item.name: item.tensor(item.parameters[0].device if on_device else "cpu") for item in group}
 
-    def _gathered(self, parameters: Sequence[nn.Parameter]) -> Any:
+    def _gathered(self, parameters: Sequence[Tensor]) -> Any:
         if not self._sharded:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)

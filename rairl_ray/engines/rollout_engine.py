@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.config.transport import Transport, weight_transport
+from rairl_ray.config.transport import Transport, adapter_of, weight_transport
 from rairl_ray.errors import DataError, ModelError
 from rairl_ray.types import FinishReason
 
@@ -53,7 +53,9 @@ class EngineOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     lora_rank: int | None = None
-    """Largest adapter rank; None: the engine takes full weights only."""
+    """Largest adapter rank; None: the engine takes weights only."""
+    partial_syncs: bool = False
+    """A sync brings some layers, each whole; the others stay as they are on disk (a merged adapter)."""
     max_sequences: int = 256
     """Sequences decoded at once."""
     prefix_caching: bool = True
@@ -133,7 +135,8 @@ class RolloutEngine(Protocol):
     def load_weights(self, chunks: Iterable[Mapping[str, Tensor]], version: int) -> SyncReport:
         """All weights of the model under their Hugging Face names (a tied head may be left out).
 
-        One chunk after the other is loaded and let go; its tensors are read, never written.
+        With `EngineOptions.partial_syncs` those of some layers. One chunk after the other is loaded and let
+        go; its tensors are read, never written.
         """
 
     def load_adapter(
@@ -173,7 +176,8 @@ def engine_options(
         trust_remote_code=policy.trust_remote_code,
         dtype=policy.dtype,
         device=device,
-        lora_rank=policy.lora.rank,
+        lora_rank=policy.lora.rank if adapter_of(config) == "served" else None,
+        partial_syncs=adapter_of(config) == "merged",
         max_sequences=rollout.max_sequences,
         prefix_caching=rollout.prefix_caching,
         tensor_parallel=rollout.tensor_parallel,

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rairl_ray.config.transport import KEPT_ADAPTERS
+from rairl_ray.config.variants import VLLM_RANKS
 from rairl_ray.engines.environment import compute_environment
 from rairl_ray.engines.rollout_engine import (
     Decode,
@@ -38,10 +40,6 @@ from rairl_ray.engines.weights import adapter_folder, checksum
 from rairl_ray.errors import ModelError
 
 GIB = 2**30
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The only values that vLLM takes for its largest rank."""
-KEPT_ADAPTERS = 2
-"""Adapter versions held at once: the current one and the one before."""
 ADAPTER_IDS = itertools.count(1)
 """Never used twice in a process, not even by two engines: vLLM's caches know an adapter by its id and name."""
 WORKER_EXTENSION = "rairl_ray.engines.weight_transfer_vllm.TransferReport"
@@ -208,17 +206,18 @@ class VllmEngine:
         """`started`: time.perf_counter() when the update began."""
         self._llm.finish_weight_update(str(version))
         reports = self._llm.collective_rpc("transfer_report")
-        faults = {fault for fault, _, _ in reports if fault is not None}
+        faults = {fault for fault, *_ in reports if fault is not None}
         if faults:
             raise WeightSyncError(
                 f"policy version {version} does not fit the rollout engine's model: {faults.pop()}"
             )
-        missing = sorted({name for _, names, _ in reports for name in names})
+        partial = self._options.partial_syncs
+        missing = sorted({name for _, names, halves, _ in reports for name in (halves if partial else names)})
         if missing:
             raise WeightSyncError(
                 f"policy version {version} came without the weights of {', '.join(missing[:5])}"
             )
-        checksums = {digest for _, _, digest in reports}
+        checksums = {digest for *_, digest in reports}
         if len(checksums) != 1:
             raise WeightSyncError(f"policy version {version} arrived differently in the engine's workers")
         self._llm.reset_prefix_cache()
@@ -337,11 +336,11 @@ def llm_arguments(options: EngineOptions, lora_targets: Sequence[str] = ()) -> d
             # inside a placement group vLLM would choose ray, and refuse our bundles of several GPUs
             arguments["distributed_executor_backend"] = "mp"
     if options.lora_rank is not None:
-        fitting = [rank for rank in LORA_RANKS if rank >= options.lora_rank]
+        fitting = [rank for rank in VLLM_RANKS if rank >= options.lora_rank]
         if not fitting:
             raise ModelError(
-                f"model.policy.lora.rank={options.lora_rank}: vLLM serves ranks up to {LORA_RANKS[-1]}; "
-                "use a smaller rank or rollout.engine=hf"
+                f"model.policy.lora.rank={options.lora_rank}: vLLM serves ranks up to {VLLM_RANKS[-1]}; "
+                "use a smaller rank or rollout.adapter=merged"
             )
         arguments |= {
             "enable_lora": True,

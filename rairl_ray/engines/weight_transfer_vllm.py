@@ -37,6 +37,9 @@ from rairl_ray.config.transport import Transport
 from rairl_ray.engines.weight_transfer import BACKENDS
 from rairl_ray.engines.weights import CHUNK_BYTES, Checksum
 
+Report = tuple[str | None, list[str], list[str], str]
+"""Of an update: what did not fit; parameters that got nothing; layers that got a part; checksum of it all."""
+
 HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
 
 
@@ -63,6 +66,7 @@ class Watched:
     def start_weight_update(self) -> None:
         self._expected = {name.replace(".base_layer.", ".") for name, _ in self.model.named_parameters()}
         self._filled: set[str] = set()
+        self._halves: list[str] = []
         self._fault: str | None = None
         self._digest = Checksum()
         super().start_weight_update()  # type: ignore[misc]
@@ -83,15 +87,15 @@ class Watched:
 
     def finish_weight_update(self) -> None:
         del self.model.load_weights
+        self._halves = [name for name, layer in self.model.named_modules() if _half_loaded(layer)]
         try:
             super().finish_weight_update()  # type: ignore[misc]
         except Exception as error:  # it must return: the worker would take the update for unfinished for ever
             self._fault = str(error)
             self._abandon()
 
-    def report(self) -> tuple[str | None, list[str], str]:
-        """Of the last update: what did not fit; parameters that were not filled; checksum of what arrived."""
-        return self._fault, sorted(self._expected - self._filled), self._digest.hexdigest()
+    def report(self) -> Report:
+        return self._fault, sorted(self._expected - self._filled), self._halves, self._digest.hexdigest()
 
     def _abandon(self) -> None:
         """Put the old tensors back into layers that are not whole.
@@ -116,6 +120,15 @@ class Watched:
             yield name, tensor
             if tied and self.device.type == "cpu" and name.endswith(EMBEDDINGS):
                 yield HEAD, tensor
+
+
+def _half_loaded(layer: Any) -> bool:
+    """Whether vLLM would go on with whatever memory held in the rest of this layer.
+
+    True as well for one that is padded: an embedding, but no linear layer.
+    """
+    info = get_layerwise_info(layer)
+    return info.can_load() and 0 < info.load_numel < info.load_numel_total
 
 
 class _ChunkLoader(WeightTransferEngine[NoInit, Chunk]):
@@ -166,7 +179,7 @@ class TransferReport:
 
     weight_transfer_engine: Any
 
-    def transfer_report(self) -> tuple[str | None, list[str], str]:
+    def transfer_report(self) -> Report:
         return self.weight_transfer_engine.report()
 
 
@@ -177,7 +190,7 @@ class LearnerSource(WeightSource):
     """The learner's trained weights as vLLM's trainer engines read them; every pass makes a new checksum.
 
     Args:
-        shapes: `DeepSpeedEngine.trainable_shapes()`.
+        shapes: name, dtype and whole shape of what comes, in its order.
         chunks: starts a pass; tensors on this rank's device, the same names in the same order.
     """
 
