@@ -242,7 +242,7 @@ def test_silently_wrong_numerics_fail_the_run_by_the_probe(joined: None, tmp_pat
 def test_without_a_probe_the_samples_of_the_next_step_find_it(joined: None, tmp_path: Path) -> None:
     with perturbed_loop(tmp_path, "rollout.probe_every=0") as loop:
         loop.sync()
-        metrics, _ = loop.step(1, PhaseTimer())
+        metrics = loop.step(1, PhaseTimer())[0]
         assert metrics[names.ROLLOUT_LOGPROB_GAP] < 1e-5 and names.SYNC_LOGPROB_GAP not in metrics
         with pytest.raises(GroupFailure, match=r"policy version 1 .* on the samples of its step, and at most"):
             loop.step(2, PhaseTimer())

@@ -148,7 +148,7 @@ class Run:
         self._forget_references()
         with timer.phase(names.TIME_SYNC):
             self.pool.grow()
-        metrics, groups = self.loop.step(step, timer)
+        metrics, groups, rewarded = self.loop.step(step, timer)
         self.progress.step = step
         self.parts.finished(step)
         metrics |= self.session.prepared.facts
@@ -163,7 +163,7 @@ class Run:
         metrics |= {**self.saving.take_metrics(), **timer.finish()}
         if self.progress.unevaluated is None:
             self.session.log(step, metrics)
-        self.session.log_rollouts(step, groups)
+        self.session.log_rollouts(step, groups, rewarded)
         self.session.display.step(step, metrics)
 
     def _forget_references(self) -> None:

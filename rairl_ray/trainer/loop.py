@@ -74,8 +74,10 @@ class Loop:
         self._probed = False
         self.probe = make_probe(feed.fixed(PROBE_TRACES, "probe"), rollouts.renderer, config)
 
-    def step(self, step: int, timer: PhaseTimer) -> tuple[dict[str, float], list[RolloutGroup]]:
-        """One whole step; returns its metrics and its rollouts (for the log)."""
+    def step(
+        self, step: int, timer: PhaseTimer
+    ) -> tuple[dict[str, float], list[RolloutGroup], list[list[RewardedTrace]]]:
+        """One whole step; returns its metrics, and for the log its rollouts and what each was rewarded with."""
         with timer.phase(names.TIME_ROLLOUT):
             rollouts = self.ahead.take(step)
         groups, replicas = rollouts.groups, len(self.rollouts)
@@ -92,7 +94,7 @@ class Loop:
         metrics |= result.metrics
         metrics[names.ROLLOUT_REPLICAS] = float(replicas)
         metrics[names.POLICY_VERSION] = float(result.version)
-        return metrics, groups
+        return metrics, groups, rewarded
 
     def sync(self) -> None:
         """Give the newest policy to every rollout replica; each proves that it serves what the learner has.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from rairl_ray.files import name_beside
 from rairl_ray.runfolder import RunFolder, Summary, write_summary
 from rairl_ray.tracking import Tracker, git_state
 from rairl_ray.trainer.prepare import Prepared
-from rairl_ray.types import RolloutGroup
+from rairl_ray.types import RewardedTrace, RolloutGroup
 
 FREE_KEYS = {
     "output_dir": "where the run folder lies",
@@ -162,8 +163,10 @@ class Session:
             return path
         return self.store.latest_valid()
 
-    def log_rollouts(self, step: int, groups: list[RolloutGroup]) -> None:
-        """A sample of the step's rollouts, to the run folder and as a table to the tracker."""
+    def log_rollouts(
+        self, step: int, groups: Sequence[RolloutGroup], rewarded: Sequence[Sequence[RewardedTrace]]
+    ) -> None:
+        """A sample of the rollouts with their rewards, to the run folder and as a table to the tracker."""
         every = self.config.trainer.log_rollouts_every
         if not every or step % every:
             return
@@ -175,12 +178,15 @@ class Session:
                 "generation_idx": rollout.sample_index,
                 "finish_reason": rollout.finish_reason,
                 "policy_version": rollout.policy_version,
+                "discriminator_version": trace.discriminator_version,
+                "token_rewards": [_finite(value) for value in trace.token_rewards],
                 "seed": rollout.seed,
                 "answer": group.prompt.answer,
                 "correct": self.prepared.task.grade(group.prompt, rollout.text).correct,
             }
-            for group in groups
-            for rollout in group.rollouts
+            # a group's expert traces, which some advantages add, come after its samples
+            for group, traces in zip(groups, rewarded, strict=True)
+            for rollout, trace in zip(group.rollouts, traces, strict=False)
         ][:LOGGED_ROLLOUTS]
         self.folder.write_rollouts(step, rows)
         self.tracker.log_table(rows, f"rollouts/step-{step:06d}")
@@ -205,6 +211,11 @@ class Session:
                 f"evaluation rows: {self.folder.evaluations}",
             ]
         )
+
+
+def _finite(value: float) -> float | None:
+    """A number that JSON has, to six digits; None for a trace without units, which has no reward."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def summary_rows(summary: Summary) -> list[dict[str, object]]:
