@@ -25,9 +25,9 @@ from rairl_ray.actors.sampling import STREAM, SampleLines
 from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.tasks import make_task, task_rules
-from rairl_ray.engines.models import materialise
+from rairl_ray.engines.models import resolve_model
 from rairl_ray.engines.vllm_engine import vllm_environment
-from rairl_ray.trainer.parts import cluster
+from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.verbs.machines import engine_pool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,7 +146,7 @@ def main() -> None:
     rounds = []
     with tempfile.TemporaryDirectory() as temporary, cluster(config):
         cache = Path(temporary) / "models"
-        path = materialise(config.model.policy, role="policy", cache_dir=cache, seed=0)
+        path = resolve_model(config.model.policy, role="policy", cache_dir=cache, seed=0)
         for number in range(arguments.rounds):
             folder = Path(temporary) / str(number)
             folder.mkdir()
