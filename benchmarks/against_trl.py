@@ -106,7 +106,7 @@ def _tree(pid: int) -> list[tuple[str, float]]:
 
 
 def trl_steps(model: str, config: RunConfig, steps: int, folder: Path) -> dict[str, Any]:
-    task = make_task(config)
+    task = make_task(config.data)
     rows = task.train[: PROMPTS * (steps + 2)]
     system = task.system_prompt
     wanted = {
