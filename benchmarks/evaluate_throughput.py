@@ -88,7 +88,7 @@ def bare(arguments: argparse.Namespace, path: str) -> tuple[int, float]:
     command = [sys.executable, "-m", "benchmarks.evaluate_throughput", "--bare", path]
     command += ["--prompts", str(arguments.prompts), "--samples", str(arguments.samples)]
     command += ["--model", arguments.model] if arguments.model else []
-    environment = {**os.environ, **vllm_environment(device="cpu", threads=os.cpu_count())}
+    environment = {**os.environ, **vllm_environment(device="cpu", threads=os.cpu_count() or 1)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     answer = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     return answer["tokens"], answer["seconds"]
