@@ -129,4 +129,4 @@ def test_only_the_run_knows_strategies() -> None:
         for path in root.rglob("*.py")
         if "trainer.airl import" in path.read_text() or "trainer.grpo import" in path.read_text()
     }
-    assert users == {"adversarial"}
+    assert users == {"rl_trainer"}
