@@ -3,6 +3,7 @@
 # make test-matrix  every role stopped in every phase: an hour
 # make cluster-test  local clusters, jobs and Slurm (where it is installed), ten minutes
 # make mutants  ten minutes of small faults that tests must notice (docs/mutants.md)
+# make bench  short versions of the benchmarks, one JSON file each in build/bench (docs/performance.md)
 # make lint   ruff and mypy
 # make audit  known weaknesses of the locked packages (pip-audit, asks PyPI)
 
@@ -12,7 +13,10 @@ PYTEST_ARGS ?=
 # Two at a time: most of an end-to-end test is waiting. More than two need more memory than a laptop has.
 TWO := -n 2 --dist worksteal --durations=20
 
-.PHONY: audit install demo test test-slow test-matrix cluster-test gpu-test mutants lint format clean
+# GSM8K=FOLDER: where train.jsonl and test.jsonl are; without it the data come from the hub
+BENCH := build/bench
+
+.PHONY: audit bench install demo test test-slow test-matrix cluster-test gpu-test mutants lint format clean
 
 install:
 	@PYTHON=$(PYTHON) bash requirements/install.sh
@@ -38,6 +42,14 @@ gpu-test: install
 # MINUTES=30 SEED=1 make mutants: longer, and other ones
 mutants: install
 	$(BIN)/python tests/mutants.py $(or $(MINUTES),10) $(or $(SEED),0)
+
+bench: install
+	@mkdir -p $(BENCH)
+	$(BIN)/python -m benchmarks.learner_rows --rounds 3 --threads 1 --json $(BENCH)/learner_rows.json
+	$(BIN)/python -m benchmarks.evaluate_throughput --prompts 64 --rounds 2 --json $(BENCH)/evaluate_throughput.json
+	$(BIN)/python -m benchmarks.lines_memory --rows 10000 100000 --json $(BENCH)/lines_memory.json
+	$(BIN)/python -m benchmarks.sweep_scale --nodes 4 --trials 12 24 --finished 50 100 --json $(BENCH)/sweep_scale.json
+	$(BIN)/python -m benchmarks.against_trl --steps 2 $(if $(GSM8K),--data $(GSM8K)) --json $(BENCH)/against_trl.json
 
 audit: install
 	$(PYTHON) -m venv .venv-audit

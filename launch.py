@@ -94,7 +94,7 @@ def train(
     # Heavy imports wait until the configuration is known to be good.
     from rairl_ray.trainer.run import train as run_training
 
-    return run_training(resolved, resume, fork=start)
+    return run_training(resolved, resume, start)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What a sweep costs beside its trials: memory, starts, snapshots and restores against the number of trials.
 
 Usage: python -m benchmarks.sweep_scale [--trials 25 50 100] [--finished 100 300 1000] [--nodes 8] [--seconds 5]
+       [--json FILE]
 
 Trials are stand-ins that only wait and then leave the folder of a finished run, the one place for a fake here:
 everything else is the sweep itself (launch.py's own `sweep`, Ray Tune, run folders) on a simulated cluster of
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--finished", type=int, nargs="+", default=[100, 300, 1000])
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=5.0, help="median length of a trial")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     run._trainable = stand_in
     restored = [restore(size) for size in arguments.finished]
@@ -191,7 +193,10 @@ def main() -> None:
         **{name: exponent(swept, name) for name in ("driver_megabytes", "snapshot_seconds")},
         **{f"restore_{name}": exponent(restored, name) for name in ("seconds", "driver_megabytes")},
     }
-    print(json.dumps({"sweeps": swept, "restores": restored, "growth": growth}, indent=1))
+    text = json.dumps({"sweeps": swept, "restores": restored, "growth": growth}, indent=1)
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

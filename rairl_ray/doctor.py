@@ -132,7 +132,7 @@ def _models(config: RunConfig, whole: bool, problems: list[str]) -> Iterator[tup
         if whole:
             check_window(config, path, config.model.policy, "model.policy")
         own = config.model.discriminator
-        if config.algorithm.type == "airl" and (own.path or own.build):
+        if config.algorithm.needs.discriminator and (own.path or own.build):
             start = saved_start(config)
             place, reads = open_discriminator(config, rules, start, path, strict=False)
             model = discriminator_model(config, start)

@@ -81,6 +81,7 @@ POLICY_PADDING_SHARE = "policy/padding_share"
 # rollouts
 ROLLOUT_TOKENS_PER_SECOND = "rollout/tokens_per_second"
 ROLLOUT_TOKENS = "rollout/tokens"
+ROLLOUT_REPLICAS = "rollout/replicas"
 ROLLOUT_STALENESS = "rollout/staleness"
 ROLLOUT_COMPLETION_TOKENS = "rollout/completion_tokens"
 ROLLOUT_TRUNCATED = "rollout/truncated_share"
@@ -105,7 +106,7 @@ TIME_EVALUATION = "time/evaluation"
 TIME_OTHER = "time/other"
 TIME_STEP = "time/step"
 
-MEASURES_MACHINE = ("time/", ROLLOUT_TOKENS_PER_SECOND, "checkpoint/")
+MEASURES_MACHINE = ("time/", ROLLOUT_TOKENS_PER_SECOND, ROLLOUT_REPLICAS, "checkpoint/")
 """Beginnings of names that measure the machine and differ each time."""
 
 

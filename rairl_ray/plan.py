@@ -145,6 +145,14 @@ def print_placement(plan: Plan, cluster: Sequence[Node], console: Console) -> No
         table.add_row(*row)
     console.print()
     console.print(table)
+    if plan.spare:
+        least, most = len(plan.roles["rollout"]), len(plan.roles["rollout"]) + plan.spare
+        at_most = {name: plan.total(name) + plan.spare * amount for name, amount in plan.spare_bundle.items()}
+        console.print(
+            f"rollout replicas: starts with {least}, on the bundles above; up to {most} as the cluster has "
+            f"room, each further one {_said(plan.spare_bundle)}; with {most} the run takes {_said(at_most)}",
+            highlight=False,
+        )
     for number, kind in enumerate(known, 1):
         node, count = kind
         console.print(f"kind {number}: {described([node] * count)}", highlight=False, markup=False)
@@ -163,7 +171,7 @@ def _print_work(config: RunConfig, console: Console) -> None:
     table.add_column("a step", justify="right")
     table.add_column("in all", justify="right")
     steps = config.trainer.steps
-    what = "demonstrations" if config.algorithm.type == "sft" else "samples"
+    what = "samples" if config.algorithm.needs.rollouts else "demonstrations"
     table.add_row(what, f"{todo.samples_per_step:,}", f"{todo.total_samples:,}")
     table.add_row(
         "completion tokens", f"{todo.completion_tokens_per_step:,}", f"{todo.total_completion_tokens:,}"
@@ -171,7 +179,7 @@ def _print_work(config: RunConfig, console: Console) -> None:
     learner_tokens = todo.learner_tokens_per_step
     table.add_row("tokens read by the policy learner", f"{learner_tokens:,}", f"{learner_tokens * steps:,}")
     table.add_row("policy optimizer steps", f"{todo.policy_updates // steps:,}", f"{todo.policy_updates:,}")
-    if config.algorithm.type == "airl":
+    if config.algorithm.needs.discriminator:
         least, most = todo.discriminator_updates, todo.discriminator_updates_most
         in_all = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         a_step = f"{config.discriminator.updates_per_policy_step:,}"
@@ -212,9 +220,11 @@ def print_memory(estimates: list[Memory], plan: Plan, console: Console) -> None:
         table.add_column(heading, overflow="fold")
     for estimate in estimates:
         parts = ", ".join(f"{part} {_bytes(value)}" for part, value in estimate.parts.items() if value != 0)
+        ranks = len(plan.roles[estimate.role])
+        more = f" to {ranks + plan.spare}" if estimate.role == "rollout" and plan.spare else ""
         table.add_row(
             estimate.role,
-            str(len(plan.roles[estimate.role])),
+            f"{ranks}{more}",
             estimate.model,
             _count(estimate.parameters),
             "-" if estimate.role == "rollout" else _count(estimate.trained),

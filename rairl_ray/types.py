@@ -98,7 +98,7 @@ class TokenizedTrace:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceScores:
-    """The discriminator's logits on the units of one trace (before temperature and clip)."""
+    """A reward's scores of the units of one trace, such as logits (before temperature and clip)."""
 
     logits: np.ndarray
     """[U] float32, one per unit."""
@@ -106,8 +106,12 @@ class TraceScores:
     """[U] int64, completion-token index (discriminator tokenizer) of each unit's last token, increasing."""
     unit_char_ends: np.ndarray
     """[U] int64, character end of each unit, comparable with TokenizedTrace.char_ends of any tokenizer."""
-    discriminator_version: int
-    """Number of discriminator updates in the weights that scored it."""
+    discriminator_version: int | None
+    """Number of discriminator updates in the weights that scored it; None for a verifiable reward."""
+    refusal: str = ""
+    """Why a trace that has no units could not be scored."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """The verifiable rewards of a trace that the task graded, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,8 @@ from rairl_ray.keys import keyed_generator
 from rairl_ray.types import DiscriminatorSample
 
 BUILD = Build(hidden_size=64, layers=2, heads=2, intermediate_size=96, max_length=64)
-SETTINGS = Optimizer(learning_rate=1e-3, clip_norm=0.5, weight_decay=0.1, warmup_share=0.25)
-FORKED = Optimizer(learning_rate=4e-3, clip_norm=0.2, weight_decay=0.3, betas=(0.8, 0.9), warmup_share=0.25)
+SETTINGS = Optimizer(learning_rate=1e-3, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.25)
+FORKED = Optimizer(learning_rate=4e-3, max_grad_norm=0.2, weight_decay=0.3, betas=(0.8, 0.9), warmup_ratio=0.25)
 """What a case with `forked` goes on with after its two first updates."""
 DEVICE = os.environ.get("RAIRL_TEST_DEVICE", "cpu")
 """Where the ranks train; the processes of tests/test_gpu.py find `cuda` here."""

@@ -10,7 +10,7 @@ from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.metrics import MEASURES_MACHINE
 from rairl_ray.runfolder import RunFolder
-from rairl_ray.trainer.run import train
+from rairl_ray.trainer.run import run as trainer_run
 from tests.runs import ROOT, TINY, TINY_AIRL
 
 
@@ -57,8 +57,14 @@ def moved(rows: Sequence[dict[str, float]]) -> bool:
 
 def run(config: RunConfig, resume: bool = False) -> list[dict[str, float]]:
     """Train and return `rows_of`."""
-    assert train(config, resume=config.name if resume else None) == 0
-    return rows_of(config)
+    logged: list[int] = []
+    ended = trainer_run(
+        config, resume=config.name if resume else None, sinks=[lambda step, _: logged.append(step)]
+    )
+    rows = rows_of(config)
+    assert ended.status == "finished" and (ended.folder.root / "final" / "policy").is_dir()
+    assert {row["step"] for row in rows[-1:]} <= set(logged), "every row was told to the sink as well"
+    return rows
 
 
 def rows_of(config: RunConfig) -> list[dict[str, float]]:

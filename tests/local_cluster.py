@@ -24,7 +24,8 @@ join(sys.argv[1])
 nodes = sorted(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU"))
 reason, deadline = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), int((time.time() + 60) * 1000)
 client = ray._raylet.GcsClient(address=sys.argv[1])
-assert client.drain_node(nodes[int(sys.argv[2])], reason, "spot", deadline)[0]
+node = next(node for i, node in enumerate(nodes) if sys.argv[2] in (str(i), node[:8]))
+assert client.drain_node(node, reason, "spot", deadline)[0]
 """
 SCRIPT = str(ROOT / "cluster" / "local.sh")
 
@@ -74,8 +75,8 @@ class SeparateNodes:
         command = ["bash", SCRIPT, *arguments, *self.options]
         self._begun = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def drain(self, worker: int) -> None:
-        """Give the drain notice of a spot machine that ends in a minute."""
+    def drain(self, worker: int | str) -> None:
+        """Give a worker (its number, or 8 digits of its node's id) the notice of a spot machine that ends."""
         command = [sys.executable, "-c", DRAIN, self.address, str(worker)]
         done = subprocess.run(
             command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120

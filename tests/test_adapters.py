@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from rairl_ray.config.schema import Lora, Model, RunConfig
 from rairl_ray.data.characters import character_tokenizer
 from rairl_ray.data.rendering import Renderer
-from rairl_ray.engines.artifacts import RewardModel, read_settings, save_policy, save_reward_model
+from rairl_ray.engines.artifacts import read_settings, save_policy, save_reward_model
 from rairl_ray.engines.heads import ImplicitModel, LogprobModel
 from rairl_ray.engines.models import load_causal_lm, materialise
 from rairl_ray.engines.origin import Origin, content_id
+from rairl_ray.engines.reward_heads import RewardModel
 from rairl_ray.errors import ModelError
 
 ATTENTION = "model.layers.0.self_attn.q_proj.weight"

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from rairl_ray.algorithms.discriminator_losses import segment_sums
 from rairl_ray.config.schema import Build, Lora, Model, RunConfig
 from rairl_ray.data.batching import DiscriminatorTensors, discriminator_tensors
-from rairl_ray.engines.artifacts import RewardModel, save_policy, save_reward_model
+from rairl_ray.engines.artifacts import save_policy, save_reward_model
 from rairl_ray.engines.heads import ImplicitModel, LogprobModel, ScalarModel
 from rairl_ray.engines.models import load_causal_lm, load_token_classifier, materialise
+from rairl_ray.engines.reward_heads import RewardModel
 from rairl_ray.errors import ModelError
 from tests.deepspeed_rank import make_samples
 from tests.finished import trained_a_little

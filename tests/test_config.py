@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
+from rairl_ray.config.key_names import RENAMED, known_keys, nearest_key
 from rairl_ray.config.load import (
     dump_yaml,
-    known_keys,
     load_config,
-    nearest_key,
     read_saved,
     warm_start_chain,
 )
@@ -347,6 +346,18 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 def test_an_empty_file_is_a_config_without_a_model(tmp_path: Path) -> None:
     assert "no policy model" in message(write(tmp_path / "empty.yaml", ""))
+
+
+def test_a_former_name_is_answered_with_the_present_one() -> None:
+    for key in (
+        "policy.clip_norm",
+        "discriminator.warmup_share",
+        "policy.importance_cap",
+        "trainer.failure_retries",
+    ):
+        section, _, name = key.partition(".")
+        present = f"{section}.{RENAMED[name]}"
+        assert present in known_keys() and nearest_key(key) == present
 
 
 def test_nearest_keys_are_valid_keys() -> None:

@@ -37,6 +37,8 @@ ADAPTER = {"model.policy.lora.rank": 8, "model.policy.dtype": "bfloat16"}
 SERVED = {"rollout.adapter": "served"}
 APART = {"placement.type": "disaggregated"}
 TRANSPORT = "rollout.weight_transport"
+REPLICAS = "rollout.replicas"
+POOL = {REPLICAS: {"min": 1, "max": 3}}
 NF4 = {"model.policy.quantization": "nf4", "model.policy.lora.rank": 4, "model.policy.dtype": "bfloat16"}
 
 # (what a user writes, the key that is blamed, a part of the remedy)
@@ -83,7 +85,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"model.policy.build.hidden_size": 64}, "model.policy.build.hidden_size", "heads of 16"),
     ({**GPU, "rollout.tensor_parallel": 8}, "model.policy.build.heads", "multiple of rollout.tensor_parallel"),
     ({**CPU, **APART, "rollout.weight_transport": "nccl"}, TRANSPORT, "placement.device=cpu"),
-    ({**GPU, **APART, "rollout.weight_transport": "nccl", "rollout.engine": "hf"}, TRANSPORT, "vLLM's"),
+    ({**GPU, **APART, "rollout.weight_transport": "nccl", "rollout.engine": "hf"}, TRANSPORT, "engine=hf can"),
     ({**GPU, **ADAPTER, **SERVED, "rollout.weight_transport": "ipc"}, TRANSPORT, "adapter=served"),
     ({**GPU, "rollout.weight_transport": "nccl"}, TRANSPORT, "write ipc"),
     ({**GPU, **APART, "rollout.weight_transport": "ipc"}, TRANSPORT, "write nccl"),
@@ -187,6 +189,8 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"discriminator.perturbations.kinds": []}, "discriminator.perturbations.kinds", "count=0"),
     ({"discriminator.perturbations.kinds": ["choice"]}, "discriminator.perturbations.kinds", "add operator"),
+    ({"eval.localisation_kinds": []}, "eval.localisation_kinds", "eval.localisation_traces=0"),
+    ({"eval.localisation_kinds": ["corrupted"]}, "eval.localisation_kinds", "add operator"),
     ({"discriminator.replay.share": 0.5}, "discriminator.replay.share", "capacity"),
     (
         {"discriminator.warmup_max_steps": 3, "discriminator.warmup_steps": 4},
@@ -201,7 +205,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "rollout.samples_per_prompt",
         "advantage.type=loo",
     ),
-    ({"policy.importance_cap": 0.5}, "policy.importance_cap", "1 or more"),
+    ({"policy.tis_cap": 0.5}, "policy.tis_cap", "1 or more"),
     ({"rollout.temperature": 0}, "rollout.temperature", "above 0"),
     ({"eval.temperature": 0}, "eval.temperature", "samples_per_prompt=1"),
     ({"eval.k": []}, "eval.k", "write a list"),
@@ -221,11 +225,15 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"learner.offload": "cpu", "learner.zero_stage": 0}, "learner.offload", "zero_stage of 1"),
     ({"learner.offload": "cpu", "placement.device": "cpu"}, "learner.offload", "write none"),
     ({"rollout.sleep": True, "placement.device": "cpu"}, "rollout.sleep", "set it to false"),
-    ({"rollout.sleep": True, "rollout.engine": "hf"}, "rollout.sleep", "is vLLM's"),
+    ({"rollout.sleep": True, "rollout.engine": "hf"}, "rollout.sleep", "engine=hf can"),
     ({"rollout.sleep": True, "placement.type": "disaggregated"}, "rollout.sleep", "nobody shares"),
-    ({"rollout.tensor_parallel": 2, "rollout.engine": "hf"}, "rollout.tensor_parallel", "is vLLM's"),
+    ({"rollout.tensor_parallel": 2, "rollout.engine": "hf"}, "rollout.tensor_parallel", "engine=hf can"),
     ({"rollout.tensor_parallel": 2, "placement.device": "cpu"}, "rollout.tensor_parallel", "rollout.replicas"),
     ({**GPU, "rollout.tensor_parallel": 2, "placement.gpus_per_node": 1}, "rollout.tensor_parallel", "one"),
+    ({REPLICAS: {"min": 4, "max": 2}}, REPLICAS, "write {min: 2, max: 4}"),
+    ({**POOL, "trainer.max_staleness_steps": 2}, REPLICAS, "set it to 0, or write a number such as 3"),
+    ({**POOL, **GPU, **APART, TRANSPORT: "nccl"}, REPLICAS, "write object_store or auto"),
+    ({**POOL, "placement.strategy": "STRICT_PACK"}, REPLICAS, "write PACK"),
     ({"placement.policy_gpu_fraction": 0.5}, "placement.policy_gpu_fraction", "add up to 1.25"),
     ({**GPU, "rollout.memory_share": 0.9}, "rollout.memory_share", "rollout.sleep=true"),
 ]  # fmt: skip
@@ -294,6 +302,9 @@ ALLOWED: list[dict[str, Any]] = [
     {"tracking.uri": "databricks-uc"},
     {"name": "demo/airl-1.5_b"},
     {"learner.replicas": 16, "algorithm.type": "sft"},
+    {**POOL, **GPU, **APART},
+    {**POOL, "trainer.max_staleness_steps": 2, "algorithm.type": "sft"},
+    {REPLICAS: {"min": 2, "max": 2}, "trainer.max_staleness_steps": 2},
 ]
 
 
@@ -307,7 +318,7 @@ def test_an_answer_to_device_auto_is_checked_too() -> None:
     check(config, device="gpu")
     with pytest.raises(ConfigError, match=r"^here: model\.policy\.quantization=nf4: needs a GPU"):
         check(config, "here", "cpu")
-    with pytest.raises(ConfigError, match=r"model\.policy\.dtype=float32: vLLM's GPU kernels"):
+    with pytest.raises(ConfigError, match=r"model\.policy\.dtype=float32: vllm's GPU kernels"):
         check(make({**SERVED, "model.policy.lora.rank": 4}), device="gpu")
 
 

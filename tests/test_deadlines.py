@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 import ray
 
-from rairl_ray.actors.group import ActorGroup, GroupFailure, RankActor, create_members, reserve, start_members
+from rairl_ray.actors.group import (
+    ActorGroup,
+    GroupFailure,
+    RankActor,
+    create_members,
+    pause_after,
+    reserve,
+    start_members,
+)
 from rairl_ray.actors.placement import Plan, Slot
 from rairl_ray.actors.roster import Roster
 from rairl_ray.errors import DataError, PlacementError, RunFailure
@@ -151,7 +159,7 @@ def failing_session(
     said: list[str] = []
     config = SimpleNamespace(
         name="run",
-        trainer=SimpleNamespace(failure_retries=retries, retry_backoff_seconds=backoff),
+        trainer=SimpleNamespace(max_restarts_per_role=retries, retry_backoff_seconds=backoff),
         timeouts=SimpleNamespace(probe_seconds=1.0, teardown_seconds=1.0),
     )
     session = SimpleNamespace(
@@ -192,7 +200,7 @@ def test_every_role_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_backoff_doubles_up_to_its_cap() -> None:
-    pauses = [attempts._pause(2.0, failures) for failures in (1, 2, 3, 8, 9, 10_000)]
+    pauses = [pause_after(failures, 2.0) for failures in (1, 2, 3, 8, 9, 10_000)]
     assert pauses == [2, 4, 8, 256, 300, 300]
 
 

@@ -124,7 +124,7 @@ def test_stopped_while_it_loads_after_a_kill(
     stop = Fault(role, rank, "load")
     plant(kill, tmp_path, monkeypatch)
     plant(stop, tmp_path, monkeypatch)
-    overrides = ["timeouts.checkpoint_seconds=20", "trainer.failure_retries=2"]
+    overrides = ["timeouts.checkpoint_seconds=20", "trainer.max_restarts_per_role=2"]
     assert train(configuration(tmp_path, *overrides)) == 0
     folder = tmp_path / "demo" / "airl"
     assert_reported(folder, tmp_path, kill, "update", 2, 0)

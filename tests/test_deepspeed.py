@@ -101,7 +101,7 @@ def plain_loop(
         optimizer.zero_grad()
         loss = loss_of(module, kind, make_samples(step), penalty)
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)))
         losses.append(loss.item())
         optimizer.step()
     return module, norms, losses
@@ -322,7 +322,7 @@ from rairl_ray.engines.environment import setup_environment
 setup_environment(0, 1, "127.0.0.1", 1, "cpu", 1)
 from rairl_ray.config.schema import Optimizer
 from rairl_ray.engines.optimizer import learning_rate_factor
-rows = {s: [learning_rate_factor(u, Optimizer(schedule=s, warmup_share=0.2), 10) for u in range(11)]
+rows = {s: [learning_rate_factor(u, Optimizer(schedule=s, warmup_ratio=0.2), 10) for u in range(11)]
         for s in ("constant", "linear", "cosine")}
 print(json.dumps(rows))
 """
@@ -338,5 +338,5 @@ print(json.dumps(rows))
 
 def test_defaults_are_the_papers() -> None:
     settings = Optimizer()
-    assert (settings.betas, settings.weight_decay, settings.clip_norm) == ((0.9, 0.99), 0.1, 1.0)
+    assert (settings.betas, settings.weight_decay, settings.max_grad_norm) == ((0.9, 0.99), 0.1, 1.0)
     assert TOTAL_UPDATES == 4

@@ -133,7 +133,9 @@ def test_the_strategy_rewards_every_token_of_a_trace(kind: str, values: list[flo
                     logprobs=(-1.0,) * len(ids), finish_reason="stop", policy_version=3)
         )  # fmt: skip
     strategy = GrpoStrategy(task, renderer, Reward(type=kind))
-    [traces], found = strategy.rewards([RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))], 1, PhaseTimer())
+    groups = [RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))]
+    assert strategy.learn(groups, 1, PhaseTimer()) == {}
+    [traces], found = strategy.score(groups, PhaseTimer())
     for trace, value in zip(traces, values, strict=True):
         assert set(trace.token_rewards.tolist()) == {value} == {trace.last_unit_reward}
     assert found[REWARD_MEAN] == pytest.approx(sum(values) / 3)
@@ -193,7 +195,7 @@ def test_from_rewards_to_gradients_as_trl(aggregation: str, kind: str, seed: int
             advantages_BT[p * group + g, : len(values)] = torch.from_numpy(values)
     loss, _ = policy_loss(
         logps, old, sampling, advantages_BT, mask, ref, torch.zeros(problems * group, dtype=torch.bool),
-        Policy(aggregation=aggregation, clip_low=0.2, clip_high=0.28, kl_coefficient=0.04, importance_cap=2.0),
+        Policy(aggregation=aggregation, clip_low=0.2, clip_high=0.28, kl_coefficient=0.04, tis_cap=2.0),
         total_tokens=int(lengths.sum()), total_samples=problems * group, max_completion_tokens=width,
     )  # fmt: skip
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)

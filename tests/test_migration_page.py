@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch import app
-from rairl_ray.config.load import known_keys, load_config
+from rairl_ray.config.key_names import known_keys
+from rairl_ray.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "from-expert-reasoning.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rairl_ray.algorithms.completion_text import read_source
 from rairl_ray.algorithms.equations import Number, evaluate_text, find_equations, find_numbers, write_number
-from rairl_ray.algorithms.negatives import KINDS, Perturbed, _weight, changed_span, perturb
+from rairl_ray.algorithms.negatives import Perturbed, _weight, changed_span, perturb
 from rairl_ray.algorithms.slip import near_values
 from rairl_ray.types import Demonstration, Prompt
 
@@ -376,12 +376,3 @@ def test_real_experts(shared_data: Path) -> None:
     assert min(found[kind] for kind in ("numbers", "answer", "swap_answer")) >= 295
     assert found["operator"] >= 250
     assert found["slip"] >= 200
-
-
-def test_every_kind_of_the_config_exists() -> None:
-    from typing import get_args
-
-    from rairl_ray.config.schema import Perturbations
-
-    (literal, _) = get_args(Perturbations.model_fields["kinds"].annotation)
-    assert set(get_args(literal)) == set(KINDS)

@@ -30,7 +30,15 @@ from rairl_ray.trainer.airl import AirlStrategy
 from rairl_ray.trainer.feed import Feed
 from rairl_ray.trainer.heldout import HeldOut
 from rairl_ray.trainer.loop import policy_batches
-from rairl_ray.types import DiscriminatorBatch, DiscriminatorSample, Prompt, Rollout, RolloutGroup, UpdateResult
+from rairl_ray.types import (
+    DiscriminatorBatch,
+    DiscriminatorSample,
+    Prompt,
+    RewardedTrace,
+    Rollout,
+    RolloutGroup,
+    UpdateResult,
+)
 
 ORDINARY, SPECIAL, EMPTY = range(3)
 
@@ -80,6 +88,15 @@ def strategy_of(config: RunConfig, one_tokenizer: bool) -> tuple[AirlStrategy, F
     return AirlStrategy(*args), feed, renderer
 
 
+def rewards_of(
+    strategy: AirlStrategy, groups: list[RolloutGroup], step: int = 1
+) -> tuple[list[list[RewardedTrace]], dict[str, float]]:
+    """The reward's part of a step."""
+    metrics = strategy.learn(groups, step, PhaseTimer())
+    rewarded, measured = strategy.score(groups, PhaseTimer())
+    return rewarded, metrics | measured
+
+
 @pytest.mark.parametrize("density", ["sparse", "interval", "partial", "dense"])
 @pytest.mark.parametrize("advantage", ["sequence", "discounted", "loo"])
 def test_they_teach_the_policy_nothing_and_change_nothing_for_the_others(density: str, advantage: str) -> None:
@@ -91,7 +108,7 @@ def test_they_teach_the_policy_nothing_and_change_nothing_for_the_others(density
     prompt, alone = feed.next_prompts(2)
     odd = group_of(renderer, alone, SPECIAL, EMPTY)
     groups = [group_of(renderer, prompt, ORDINARY, SPECIAL, EMPTY, ORDINARY), odd]
-    rewarded, metrics = strategy.rewards(groups, 1, PhaseTimer())
+    rewarded, metrics = rewards_of(strategy, groups)
     assert metrics[names.REWARD_UNSCORED] == 4
     assert math.isfinite(metrics[names.REWARD_MEAN]) and math.isfinite(metrics[names.REWARD_STD])
     (batch,) = policy_batches(rewarded, config, 1)
@@ -100,7 +117,7 @@ def test_they_teach_the_policy_nothing_and_change_nothing_for_the_others(density
     ]
     for index in (1, 2, 4, 5):
         assert not batch.samples[index].advantages.any()
-    pair = strategy.rewards([group_of(renderer, prompt, ORDINARY, ORDINARY)], 2, PhaseTimer())[0]
+    pair = rewards_of(strategy, [group_of(renderer, prompt, ORDINARY, ORDINARY)], 2)[0]
     (without,) = policy_batches(pair, config, 1)
     for a, b in zip((batch.samples[0], batch.samples[3]), without.samples, strict=True):
         assert a.advantages.tolist() == b.advantages.tolist()
@@ -109,7 +126,7 @@ def test_they_teach_the_policy_nothing_and_change_nothing_for_the_others(density
 def test_with_one_tokenizer_special_tokens_have_units_like_any_other_token() -> None:
     strategy, feed, renderer = strategy_of(RunConfig(), one_tokenizer=True)
     groups = [group_of(renderer, feed.next_prompts(1)[0], SPECIAL, EMPTY)]
-    rewarded, metrics = strategy.rewards(groups, 1, PhaseTimer())
+    rewarded, metrics = rewards_of(strategy, groups)
     assert metrics[names.REWARD_UNSCORED] == 1
     assert np.isfinite(rewarded[0][0].token_rewards).all() and len(rewarded[0][0].token_rewards) == 8
 
@@ -119,7 +136,7 @@ def test_with_one_tokenizer_special_tokens_have_units_like_any_other_token() -> 
 def test_the_policys_loss_of_a_batch_with_them_is_finite(kinds: tuple[int, ...], aggregation: str) -> None:
     config = RunConfig.model_validate({"policy": {"aggregation": aggregation}})
     strategy, feed, renderer = strategy_of(config, one_tokenizer=False)
-    rewarded, _ = strategy.rewards([group_of(renderer, feed.next_prompts(1)[0], *kinds)], 1, PhaseTimer())
+    rewarded, _ = rewards_of(strategy, [group_of(renderer, feed.next_prompts(1)[0], *kinds)])
     (batch,) = policy_batches(rewarded, config, 1)
     tensors = policy_tensors(batch.samples, renderer.pad_id)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -146,7 +163,7 @@ def test_they_are_evaluated_and_logged(tmp_path: Path) -> None:
         group_of(renderer, p, *kinds)
         for p, kinds in zip(feed.next_prompts(2), [(ORDINARY, SPECIAL, EMPTY), (EMPTY,) * 3], strict=True)
     ]
-    heldout = HeldOut(config, task, nobody, strategy)
+    heldout = HeldOut(config, task, nobody, strategy.scorer)
     rows = heldout.rows(groups)
     assert [row.score is None for row in rows] == [False, True, True, True, True, True]
     assert math.isnan(heldout.separation(groups))
@@ -155,7 +172,7 @@ def test_they_are_evaluated_and_logged(tmp_path: Path) -> None:
     summary = summarise(rows, k=[1], resamples=10)
     assert summary[names.EVAL_PASS_AT_1]["value"] == 0.0
     assert math.isfinite(summary[names.EVAL_RERANK_AT_1]["value"])
-    _, metrics = strategy.rewards(groups[1:], 1, PhaseTimer())
+    _, metrics = rewards_of(strategy, groups[1:])
     folder = RunFolder(tmp_path)
     folder.append_metrics(1, metrics)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())[names.REWARD_UNSCORED] == 3

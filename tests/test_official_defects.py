@@ -102,13 +102,13 @@ def one_step(config: RunConfig, prompts: int = 4, samples: int = 3) -> tuple[Not
     notebook, feed = Notebook(), Feed(task, config.seed)
     nobody: Any = None
     strategy = AirlStrategy(config, task, feed, renderer, reader, notebook, nobody)  # type: ignore[arg-type]
-    drawn = feed.next_prompts(prompts)
     groups = [
         RolloutGroup(prompt=p, rollouts=tuple(sampled(renderer, p, i, cut=i == 0) for i in range(samples)))
-        for p in drawn
+        for p in feed.next_prompts(prompts)
     ]
-    strategy.rewards(groups, 1, PhaseTimer())
-    return notebook, [feed.demonstration(prompt.id) for prompt in drawn]
+    strategy.learn(groups, 1, PhaseTimer())
+    strategy.score(groups, PhaseTimer())
+    return notebook, [feed.demonstration(group.prompt.id) for group in groups]
 
 
 def sampled(renderer: Renderer, prompt: Prompt, index: int, *, cut: bool) -> Rollout:

@@ -74,11 +74,11 @@ def token_loss(row: Row, t: int, config: Policy) -> float:
     logp, advantage = row.logprobs[t], row.advantages[t]
     if row.expert:
         ratio, weight = 1.0, 1.0
-    elif config.importance_cap is None:
+    elif config.tis_cap is None:
         ratio, weight = math.exp(logp - row.sampling[t]), 1.0
     else:
         ratio = math.exp(logp - row.old[t])
-        weight = min(math.exp(row.old[t] - row.sampling[t]), config.importance_cap)
+        weight = min(math.exp(row.old[t] - row.sampling[t]), config.tis_cap)
     clipped = max(1 - config.clip_low, min(1 + config.clip_high, ratio))
     loss = -weight * min(ratio * advantage, clipped * advantage)
     if config.kl_coefficient > 0:
@@ -103,7 +103,7 @@ configs = st.builds(
     clip_high=st.sampled_from([0.2, 0.28]),
     aggregation=st.sampled_from(AGGREGATIONS),
     kl_coefficient=st.sampled_from([0.0, 0.04, 1.0]),
-    importance_cap=st.sampled_from([None, 1.1, 2.0]),
+    tis_cap=st.sampled_from([None, 1.1, 2.0]),
 )
 
 
@@ -150,7 +150,7 @@ def test_loss_gradients_and_metrics_do_not_depend_on_the_split(
 def test_gradients_are_those_of_the_formula(aggregation: str, cap: float | None) -> None:
     """Central differences of the naive loss, at points away from the clip's corners."""
     rows = random_rows(11)
-    config = Policy(aggregation=aggregation, importance_cap=cap, kl_coefficient=0.1)
+    config = Policy(aggregation=aggregation, tis_cap=cap, kl_coefficient=0.1)
     width = max(len(row.logprobs) for row in rows)
     logprobs = torch.tensor([r.logprobs + [0.0] * (width - len(r.logprobs)) for r in rows], requires_grad=True)
     loss, _ = contribution(rows, config, rows, logprobs)
@@ -183,7 +183,7 @@ def test_on_policy_gradient_is_reinforce() -> None:
 
 def test_no_old_logprobs_means_the_policys_own_before_its_only_update() -> None:
     rows = random_rows(6, experts=True)
-    config = Policy(importance_cap=1.5)
+    config = Policy(tis_cap=1.5)
     implied, _ = contribution(rows, config, rows, old=False)
     for row in rows:
         row.old = list(row.logprobs)
@@ -195,7 +195,7 @@ def test_an_expert_trace_is_trained_on_with_ratio_one_whatever_its_sampling_says
     row = Row([-0.5, -3.0], [9.0, 9.0], [float("nan")] * 2, [0.0, 0.0], [2.0, 2.0], expert=True)
     for cap in (None, 2.0):
         logprobs = torch.tensor([row.logprobs], requires_grad=True)
-        loss, sums = contribution([row], Policy(importance_cap=cap), [row], logprobs)
+        loss, sums = contribution([row], Policy(tis_cap=cap), [row], logprobs)
         (gradient,) = torch.autograd.grad(loss, logprobs)
         assert float(loss) == pytest.approx(-2.0)
         assert gradient.tolist() == [[-1.0, -1.0]], "raises the log-probability of every expert token"
@@ -206,7 +206,7 @@ def test_metrics_are_means_over_the_policys_own_tokens() -> None:
     ratio = 1.5
     row = Row([math.log(ratio) - 1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0], [1.0, 1.0])
     expert = Row([-9.0], [0.0], [0.0], [0.0], [1.0], expert=True)
-    config = Policy(kl_coefficient=0.5, importance_cap=2.0)
+    config = Policy(kl_coefficient=0.5, tis_cap=2.0)
     _, sums = contribution([row, expert], config, [row, expert])
     means = mean_metrics({name: float(value) for name, value in sums.items()})
     assert means[metrics.POLICY_TOKENS] == 2
@@ -226,7 +226,7 @@ def test_the_gap_compares_the_learner_before_the_update_with_what_sampled() -> N
         assert means[metrics.ROLLOUT_LOGPROB_GAP] == pytest.approx(expected, rel=1e-5)
         assert metrics.ROLLOUT_GAP_TOKENS not in means
     # an update that no longer sees the sampling policy counts for every metric but this one
-    _, later = contribution([row], Policy(importance_cap=None), [row], old=False)
+    _, later = contribution([row], Policy(tis_cap=None), [row], old=False)
     both = {name: float(sums[name]) + float(later[name]) for name in later}
     for name in (metrics.ROLLOUT_LOGPROB_GAP, metrics.ROLLOUT_GAP_TOKENS):
         both[name] = float(sums[name])
@@ -258,16 +258,16 @@ def test_k3_has_the_gradient_of_the_other_kl() -> None:
 
 def test_what_nobody_measured_is_absent_and_not_zero() -> None:
     row = Row([-1.0, -2.0], [-1.5, -2.5], [-1.4, -2.8], [0.0, 0.0], [1.0, 1.0])
-    _, sums = contribution([row], Policy(kl_coefficient=0.0, importance_cap=None), [row])
+    _, sums = contribution([row], Policy(kl_coefficient=0.0, tis_cap=None), [row])
     assert {metrics.POLICY_KL, metrics.POLICY_IMPORTANCE_WEIGHT}.isdisjoint(mean_metrics(sums))
-    _, sums = contribution([row], Policy(kl_coefficient=0.1, importance_cap=2.0), [row])
+    _, sums = contribution([row], Policy(kl_coefficient=0.1, tis_cap=2.0), [row])
     assert {metrics.POLICY_KL, metrics.POLICY_IMPORTANCE_WEIGHT} <= mean_metrics(sums).keys()
 
 
 def test_one_absurd_token_does_not_make_the_loss_infinite() -> None:
     row = Row([-1.0], [-300.0], [-300.0], [-1.0], [-1.0])
     for cap in (None, 2.0):
-        loss, _ = contribution([row], Policy(importance_cap=cap), [row])
+        loss, _ = contribution([row], Policy(tis_cap=cap), [row])
         assert math.isfinite(float(loss))
 
 

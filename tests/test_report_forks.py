@@ -40,5 +40,16 @@ def test_why_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(Absent, match="none of the runs is a fork"):
         fork_parts(collect([str(parent.root), str(fork.root)]).runs)
     fork.write_fork(parent.root, 3, [])
-    with pytest.raises(Absent, match=r"not among what is reported: fork \(of .*parent\); name them too"):
+    with pytest.raises(Absent, match=r"left out: fork \(its run .*parent is not among .*; name it too\)"):
         fork_parts(collect([str(fork.root)]).runs)
+
+
+def test_a_fork_that_shares_no_problem_with_its_run_is_named_and_the_others_stay(tmp_path: Path) -> None:
+    parent, fork = make_run(tmp_path / "parent"), make_run(tmp_path / "fork")
+    elsewhere = [dataclasses.replace(row, prompt_id=f"other/{row.prompt_id}") for row in make_rows(problems=2)]
+    other = make_run(tmp_path / "other", rows=elsewhere)
+    for run in (fork, other):
+        run.write_fork(parent.root, 3, [])
+    (table,) = fork_parts(collect([str(run.root) for run in (parent, fork, other)]).runs)
+    assert isinstance(table, Table) and [row[0] for row in table.rows] == ["fork"]
+    assert "Left out: other (other and parent were not evaluated on the same problems)." in table.note

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from rairl_ray.actors.rollout import sampling_seed
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.engines.environment import compute_environment
 from rairl_ray.engines.hf_engine import draw
 from rairl_ray.engines.rollout_engine import EngineOptions, SamplingSettings, check_adapter, engine_options
 from rairl_ray.engines.vllm_engine import llm_arguments, vllm_environment
@@ -58,10 +60,33 @@ def test_options_come_from_the_configuration() -> None:
         llm_arguments(dataclasses.replace(opened, lora_rank=600))
 
 
-def test_environment() -> None:
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LD_PRELOAD", "KMP_BLOCKTIME", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
     on_cpu = vllm_environment(device="cpu", threads=3)
     assert on_cpu["OMP_NUM_THREADS"] == "3" and on_cpu["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
-    assert "LD_PRELOAD" not in vllm_environment(device="cuda", threads=3)
+    on_gpu = vllm_environment(device="cuda", threads=3)
+    assert not on_gpu.keys() & {"LD_PRELOAD", "OMP_NUM_THREADS", "KMP_BLOCKTIME"}
+
+
+def test_threads_without_work_sleep_and_what_the_user_set_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("LD_PRELOAD", "KMP_BLOCKTIME", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    without = compute_environment("cpu", 2)
+    assert without["OMP_WAIT_POLICY"] == "PASSIVE" and "LD_PRELOAD" not in without
+    library = tmp_path / "lib" / "libiomp5.so"
+    library.parent.mkdir()
+    library.touch()
+    intel = compute_environment("cpu", 2)
+    assert (intel["LD_PRELOAD"], intel["KMP_BLOCKTIME"]) == (str(library), "1")
+    monkeypatch.setenv("LD_PRELOAD", "/lib/theirs.so")
+    monkeypatch.setenv("KMP_BLOCKTIME", "50")
+    kept = compute_environment("cpu", 2)
+    assert (kept["LD_PRELOAD"], kept["KMP_BLOCKTIME"]) == (f"{library}:/lib/theirs.so", "50")
+    assert "LD_PRELOAD" not in compute_environment("cuda", 2)
 
 
 def test_draw_inverts_the_distribution() -> None:

@@ -105,7 +105,7 @@ def synchronous_losses(prepared: Prepared, parts: Parts) -> Iterator[tuple[float
     for step in range(1, config.trainer.steps + 1):
         parts.rollouts.sync(parts.policy.weights(parts.rollouts.members))
         groups = parts.rollouts.generate(feed.next_prompts(config.trainer.prompts_per_step), f"train/{step}")
-        rewarded, _ = strategy.rewards(groups, step, PhaseTimer())
+        rewarded, _ = strategy.score(groups, PhaseTimer())
         result = parts.policy.update(policy_batches(rewarded, config, step))
         yield result.metrics[names.POLICY_LOSS], result.metrics[names.POLICY_GRAD_NORM]
 

@@ -17,7 +17,7 @@ from rairl_ray.actors.chunks import Line
 from rairl_ray.config.schema import Density, Model
 from rairl_ray.data.batching import discriminator_tensors
 from rairl_ray.data.rendering import Renderer, load_tokenizer
-from rairl_ray.engines.artifacts import RewardModel
+from rairl_ray.engines.reward_heads import RewardModel
 from rairl_ray.errors import ConfigError, DataError, ModelError, UserError
 from rairl_ray.rewards.lines import ScoreLines
 from rairl_ray.rewards.reading import TraceReader, sample_of

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rairl_ray.trainer import session
 from rairl_ray.trainer.heldout import HeldOut
-from rairl_ray.trainer.run import train
+from rairl_ray.trainer.run import run as run_of
+from rairl_ray.trainer.session import StopRequest
 from rairl_ray.types import RolloutGroup
 from tests.inprocess import config_of, differing, rows_of, run
 
@@ -20,9 +20,6 @@ def test_a_run_stopped_in_each_of_its_evaluations_has_the_rows_of_the_uninterrup
 ) -> None:
     whole = run(config_of("airl", tmp_path / "whole", *RUN))
     config = config_of("airl", tmp_path / "stopped", *RUN)
-    stops: list[session.StopRequest] = []
-    made = session.StopRequest.__init__
-    monkeypatch.setattr(session.StopRequest, "__init__", lambda self: (made(self), stops.append(self))[0])
     drawn: list[str] = []
     sample = HeldOut.sample
 
@@ -30,14 +27,16 @@ def test_a_run_stopped_in_each_of_its_evaluations_has_the_rows_of_the_uninterrup
         """Asks for a stop while the last awaited sampling of this attempt is on."""
         drawn.append(stream)
         if len(drawn) == at:
-            stops[-1]._event.set()
+            stop.ask()
         return sample(self, stream)
 
     monkeypatch.setattr(HeldOut, "sample", stopped)
     # the sampling to stop in: at the start; then (start, warm-up,) step 2; then (step 2,) the end
     for attempt, at in enumerate((1, 3, 2)):
         drawn.clear()
-        assert train(config, resume=config.name if attempt else None) == 130
+        stop = StopRequest()
+        ended = run_of(config, resume=config.name if attempt else None, stop=stop)
+        assert (ended.status, ended.summary) == ("stopped", {})
         assert len(drawn) == at, "nothing is evaluated after the stop"
     at = 0
     assert differing(run(config, resume=True), whole) == []

@@ -70,6 +70,9 @@ def test_what_does_not_fit_or_is_no_sweep(tmp_path: Path) -> None:
         shown(file, cpus=2, gpus=0)
     with pytest.raises(ConfigError, match=r"^metric=eval/pass_at_16"):
         shown(written(tmp_path, metric="eval/pass_at_16"), cpus=16)
+    pool = written(tmp_path, overrides={**WHOLE_CPUS, "rollout.replicas": {"min": 1, "max": 3}})
+    with pytest.raises(ConfigError, match=r"^rollout\.replicas: trials .*write a number, .*replicas: 3}$"):
+        shown(pool, cpus=16)
     assert is_sweep(file) and not is_sweep(DEMO) and not is_sweep(str(tmp_path / "nothing.yaml"))
     assert not any(map(is_sweep, map(str, (ROOT / "experiments/base").glob("*.yaml"))))
 

@@ -74,6 +74,12 @@ def test_times_of_a_step_add_up_and_versions_are_stamped(airl_run: Path) -> None
         assert row[names.DISCRIMINATOR_VERSION] == 2 + row["step"]  # two warm-up updates, then one a step
     rollouts = [json.loads(line) for line in (airl_run / "rollouts" / "step-000002.jsonl").open()]
     assert {row["policy_version"] for row in rollouts} == {1}
+    updates = {row["discriminator_version"] for row in rollouts}
+    assert len(updates) == 1 and updates.pop() == steps[-1][names.DISCRIMINATOR_VERSION]
+    rewards = [row["token_rewards"] for row in rollouts]
+    assert all(row and None not in row for row in rewards)
+    mean = sum(sum(row) / len(row) for row in rewards) / len(rewards)
+    assert mean == pytest.approx(steps[-1][names.REWARD_MEAN], rel=1e-4)
 
 
 def test_mlflow_has_the_run_finished_with_its_metrics(airl_run: Path) -> None:
@@ -163,7 +169,7 @@ def test_engines_that_disagree_with_the_learner_end_the_run_in_one_paragraph(tmp
         *TINY,
         "warm_start=null",
         "rollout.max_sync_logprob_gap=1e-12",
-        "trainer.failure_retries=0",
+        "trainer.max_restarts_per_role=0",
         f"output_dir={tmp_path}",
         "tracking.uri=none",
     )

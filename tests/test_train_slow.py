@@ -122,17 +122,22 @@ def test_smollm2_on_gsm8k_with_vllm_and_two_policy_ranks(shared_data: Path, tmp_
         "experiments/smollm2_gsm8k.yaml",
         f"data.path={shared_data / 'gsm8k'}",
         f"output_dir={tmp_path}",
+        "trainer.steps=2",
+        "trainer.checkpoint_every=2",
+        "rollout.max_completion_tokens=64",
+        "eval.prompts=6",
+        "eval.localisation_traces=4",
         timeout=1500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "smollm2_gsm8k"
     newest = CheckpointStore(folder).latest_valid()
-    assert newest is not None and newest.name == "step-000003"
-    assert CheckpointStore(folder).manifest(newest)["versions"]["policy"] == 3
+    assert newest is not None and newest.name == "step-000002"
+    assert CheckpointStore(folder).manifest(newest)["versions"]["policy"] == 2
     shards = list((newest / "policy").rglob("*optim_states.pt"))
     assert len(shards) == 2, shards
     rows = [json.loads(line) for line in (folder / "evaluations" / "final" / "rows.jsonl").open()]
-    assert len({row["prompt_id"] for row in rows}) == 16
+    assert len({row["prompt_id"] for row in rows}) == 6
     assert names.EVAL_RERANK_AT_1 in read_summary(folder / "evaluations" / "final" / "summary.json")
     row = last_step(folder)
     assert row[names.POLICY_IMPORTANCE_WEIGHT] == pytest.approx(1.0, abs=0.05)

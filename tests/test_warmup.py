@@ -11,7 +11,6 @@ import pytest
 
 from rairl_ray.algorithms.warmup import WarmupGate, frozen
 from rairl_ray.config.schema import Discriminator, RunConfig
-from rairl_ray.trainer import adversarial
 from rairl_ray.trainer.adversarial import Progress, Run
 
 
@@ -58,7 +57,9 @@ def warmed_up(
     run: Any = object.__new__(Run)
     run.config, run.progress = config, progress
     run.parts = SimpleNamespace(roster=SimpleNamespace(draining=set), discriminator=None)
+    run.pool = SimpleNamespace(grow=lambda: None, leave_drained=lambda: None)
     run.airl = SimpleNamespace(update=lambda groups, demonstrations, epoch: {})
+    run._warmup_pool = lambda: SimpleNamespace(next=lambda update: ([], []))
     run._separation = lambda pool: auroc_of(progress.warmup)
 
     def save() -> None:
@@ -80,10 +81,7 @@ def warmed_up(
 
 @pytest.mark.parametrize("every", [1, 7, 10])
 @pytest.mark.parametrize("steps", [0, 10, 20, 25])
-def test_a_resumed_warm_up_opens_its_gate_where_the_uninterrupted_one_does(
-    monkeypatch: pytest.MonkeyPatch, steps: int, every: int
-) -> None:
-    monkeypatch.setattr(adversarial, "WarmupPool", lambda run: SimpleNamespace(next=lambda: ([], [])))
+def test_a_resumed_warm_up_opens_its_gate_where_the_uninterrupted_one_does(steps: int, every: int) -> None:
     config = RunConfig.model_validate({
         "discriminator": {"warmup_steps": steps, "warmup_gate_auroc": 0.75, "warmup_max_steps": 90},
         "trainer": {"checkpoint_every": every},
@@ -101,11 +99,8 @@ def test_a_resumed_warm_up_opens_its_gate_where_the_uninterrupted_one_does(
 
 
 @pytest.mark.parametrize("steps", [10, 20, 25, 60])
-def test_the_gate_never_opens_on_a_number_of_earlier_weights(
-    monkeypatch: pytest.MonkeyPatch, steps: int
-) -> None:
+def test_the_gate_never_opens_on_a_number_of_earlier_weights(steps: int) -> None:
     """A head that happens to rank well before it learned anything, and forgets it."""
-    monkeypatch.setattr(adversarial, "WarmupPool", lambda run: SimpleNamespace(next=lambda: ([], [])))
     config = RunConfig.model_validate({
         "discriminator": {"warmup_steps": steps, "warmup_gate_auroc": 0.75, "warmup_max_steps": 90}
     })  # fmt: skip

@@ -42,7 +42,7 @@ SMALL = [
     "rollout.replicas=2",
     "placement.cpus_per_actor=0.1",
     "policy.learning_rate=0.01",
-    "policy.warmup_share=0",
+    "policy.warmup_ratio=0",
     "policy.schedule=constant",
     "trainer.steps=100",
 ]
@@ -54,8 +54,8 @@ class EvenTokens(GrpoStrategy):
     def __init__(self, prepared: Prepared) -> None:
         super().__init__(prepared.task, prepared.policy_renderer)
 
-    def rewards(self, groups: Any, step: int, timer: PhaseTimer) -> Any:
-        rewarded, metrics = super().rewards(groups, step, timer)
+    def score(self, groups: Any, timer: PhaseTimer) -> Any:
+        rewarded, metrics = super().score(groups, timer)
         return [[even(trace) for trace in traces] for traces in rewarded], metrics
 
 
@@ -242,7 +242,7 @@ def test_silently_wrong_numerics_fail_the_run_by_the_probe(joined: None, tmp_pat
 def test_without_a_probe_the_samples_of_the_next_step_find_it(joined: None, tmp_path: Path) -> None:
     with perturbed_loop(tmp_path, "rollout.probe_every=0") as loop:
         loop.sync()
-        metrics, _ = loop.step(1, PhaseTimer())
+        metrics = loop.step(1, PhaseTimer())[0]
         assert metrics[names.ROLLOUT_LOGPROB_GAP] < 1e-5 and names.SYNC_LOGPROB_GAP not in metrics
         with pytest.raises(GroupFailure, match=r"policy version 1 .* on the samples of its step, and at most"):
             loop.step(2, PhaseTimer())

@@ -40,6 +40,10 @@ def config(**sections: Any) -> Any:
         ({"model": LORA, "placement": {"type": "disaggregated"}}, "nccl"),
         ({"model": LORA, "rollout": {"adapter": "served"}}, "object_store"),
         ({"algorithm": {"type": "sft"}}, "object_store"),
+        (
+            {"placement": {"type": "disaggregated"}, "rollout": {"replicas": {"min": 1, "max": 2}}},
+            "object_store",
+        ),
     ],
 )
 def test_auto_takes_the_gpu_transport_that_the_placement_allows(

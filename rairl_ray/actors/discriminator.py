@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,15 +27,11 @@ from rairl_ray.algorithms.discriminator_losses import (
     discriminator_loss,
     gradient_penalty,
     mean_metrics,
-    segment_sums,
 )
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import DiscriminatorTensors, discriminator_tensors
 from rairl_ray.keys import key_seed
 from rairl_ray.types import DiscriminatorBatch, DiscriminatorSample, UpdateResult
-
-if TYPE_CHECKING:
-    from rairl_ray.engines.heads import ImplicitModel, ScalarModel
 
 MicroBatches = list[list[DiscriminatorSample]]
 
@@ -72,23 +68,18 @@ class DiscriminatorActor(LearnerActor):
             weight_clip=settings.loss.weight_clip,
         )
 
-    def module(self) -> ImplicitModel | ScalarModel:
+    def module(self) -> Any:
         """The head as training starts; over a saved implicit reward with the reference saved beside it."""
-        from rairl_ray.engines.artifacts import saved_reference
-        from rairl_ray.engines.heads import ImplicitModel, ScalarModel
-        from rairl_ray.engines.models import load_causal_lm, load_token_classifier
+        from rairl_ray.engines.reward_heads import HEADS
 
-        settings, seed = self.config.discriminator, self.config.seed
-        model = self.config.model.read_discriminator
-        if settings.head == "implicit":
-            return ImplicitModel(
-                load_causal_lm(self.model_path, model, device=self.device, seed=seed),
-                beta=settings.beta,
-                reference=saved_reference(self.model_path, model.dtype),
-            )
-        outputs = 2 if settings.loss.type == "airl" else 1
-        return ScalarModel(
-            load_token_classifier(self.model_path, model, outputs=outputs, device=self.device, seed=seed)
+        settings = self.config.discriminator
+        return HEADS[settings.head].load(
+            self.model_path,
+            self.config.model.read_discriminator,
+            beta=settings.beta,
+            potential=settings.loss.needs.potential,
+            device=self.device,
+            seed=self.config.seed,
         )
 
     def padded_because(self) -> str | None:
@@ -125,26 +116,14 @@ class DiscriminatorActor(LearnerActor):
     def _outputs(
         self, batch: DiscriminatorTensors, forward: Any, totals: Totals | None = None
     ) -> tuple[DiscriminatorOutputs, Any]:
-        """Unit logits of a micro-batch under either head, and the gradient penalty where training wants it."""
-        if self.config.discriminator.head == "implicit":
-            ratios = forward(
-                batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids,
-                reference_BT=batch.reference_logprobs, packing=batch.packing,
-            )  # fmt: skip
-            values = segment_sums(ratios, batch.unit_start_index, batch.unit_end_index, batch.unit_mask)
-            return DiscriminatorOutputs(values), None
-        # Under `airl` the potential h is read at the state in front of each unit: one token before its segment.
-        before = None
-        if self.config.discriminator.loss.type == "airl":
-            before = batch.prompt_lengths[:, None] + batch.unit_start_index - 1
-        penalty = None
-        if totals is not None and self.config.discriminator.loss.gradient_penalty > 0:
+        """Unit logits of a micro-batch, and the gradient penalty where training wants it."""
+        from rairl_ray.engines.reward_heads import HEADS
+
+        settings, penalty = self.config.discriminator, None
+        if totals is not None and settings.loss.gradient_penalty > 0:
             penalty = partial(_penalty, batch.unit_mask, batch.positive, positive_traces=totals.positive_traces)
-        values, shaping, penalty_value = forward(
-            batch.input_ids, batch.attention_mask, batch.unit_positions, before,
-            penalty=penalty, packing=batch.packing,
-        )  # fmt: skip
-        return DiscriminatorOutputs(values, shaping), penalty_value
+        read = HEADS[settings.head].read
+        return read(forward, batch, potential=settings.loss.needs.potential, penalty=penalty)
 
     def _tensors(self, samples: list[DiscriminatorSample]) -> DiscriminatorTensors:
         return discriminator_tensors(samples or [IDLE], self.pad_id, packed=self.packed).to(self.device)
@@ -203,7 +182,7 @@ class DiscriminatorWorkers(LearnerWorkers):
 
     def _with_references(self, samples: Sequence[DiscriminatorSample]) -> Sequence[DiscriminatorSample]:
         """The samples with what an implicit head's reference says of them, asked once for a trace in a step."""
-        if self.config.discriminator.head != "implicit":
+        if not self.config.discriminator.head_needs.reference:
             return samples
         keys = [(sample.prompt_ids, sample.completion_ids) for sample in samples]
         unknown = {key: s for key, s in zip(keys, samples, strict=True) if key not in self._references}
@@ -220,7 +199,7 @@ class DiscriminatorWorkers(LearnerWorkers):
         """One optimizer update on labelled traces, with global denominators."""
         # A pairwise loss needs all traces of a prompt in one micro-batch; the others balance better without.
         groups = None
-        if self.config.discriminator.loss.type == "bradley_terry":
+        if self.config.discriminator.loss.needs.pairs:
             groups = [sample.pair_id for sample in batch.samples]
         samples = self._with_references(batch.samples)
         refs = put_shards([(samples, self._shard(samples, groups))])

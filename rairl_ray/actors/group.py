@@ -18,12 +18,14 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rairl_ray.actors.placement import Plan
+from rairl_ray.actors.placement import Plan, Slot
 from rairl_ray.actors.roster import FAULTS, Member, Roster
 from rairl_ray.errors import PlacementError, RunFailure, UserError
 
 LOOK_SECONDS = 0.5
 """Between two looks at whether a wait is still wanted."""
+
+LONGEST_PAUSE_SECONDS = 300.0
 
 LAST_LOOK_SECONDS = 1.0
 """Least time that a wait gives to answers which came while the driver was busy elsewhere."""
@@ -34,6 +36,7 @@ class GroupFailure(RunFailure):
 
     `role`, `rank` and `node` are the culprit's as far as it could be found: in a collective all ranks fall
     silent when one stops, and a dead learner may show in a rollout engine that waits for its weights.
+    `state` is that of the culprit's process (roster.py), where it was looked at.
     `waited_seconds` runs from the failed call's start to here, the look at the processes included.
     """
 
@@ -47,10 +50,12 @@ class GroupFailure(RunFailure):
         phase: str = "",
         last_step: int = 0,
         waited_seconds: float = 0.0,
+        state: str = "",
     ) -> None:
         super().__init__(text)
         self.role, self.rank, self.node = role, rank, node
         self.phase, self.last_step, self.waited_seconds = phase, last_step, waited_seconds
+        self.state = state
 
 
 @dataclass(eq=False)
@@ -93,6 +98,9 @@ def whereabouts() -> tuple[str, int, str]:
 
 class ActorGroup:
     """N actors of one role. Use the subclasses with their verbs."""
+
+    by_themselves: frozenset[str] = frozenset()
+    """Phases in which a rank waits for no other process, so that its failure is its own."""
 
     def __init__(self, role: str, members: Sequence[Member], roster: Roster | None = None) -> None:
         self.role = role
@@ -175,10 +183,10 @@ class ActorGroup:
                 cause = error.cause if isinstance(error.cause, BaseException) else error
                 if isinstance(cause, UserError):
                     raise cause from None
-                text = _in_one_line(f"{type(cause).__name__}: {cause}")
+                text = in_one_line(f"{type(cause).__name__}: {cause}")
                 raise self._failure(pending, member, text, started) from error
             except ray.exceptions.RayError as error:
-                text = _in_one_line(str(error)) or type(error).__name__
+                text = in_one_line(str(error)) or type(error).__name__
                 raise self._failure(pending, member, text, started) from error
             del pending.refs[done[0]]
 
@@ -207,18 +215,26 @@ class ActorGroup:
             f"{member.name} failed in phase {pending.phase}, last finished step {self.last_step}: "
             f"{cause.rstrip('.')}"
         )
-        return blamed(text, member, self.roster, pending.phase, self.last_step, started)
+        own = pending.phase in self.by_themselves
+        return blamed(text, member, self.roster, pending.phase, self.last_step, started, own)
 
 
 def blamed(
-    text: str, suspect: Member, roster: Roster | None, phase: str, last_step: int, started: float
+    text: str,
+    suspect: Member,
+    roster: Roster | None,
+    phase: str,
+    last_step: int,
+    started: float,
+    own: bool = False,
 ) -> GroupFailure:
     """The failure, with the culprit that the processes themselves show, else with the suspect.
 
     Args:
         started: `time.monotonic()` at which the wait began that failed.
+        own: nobody but the suspect can be the culprit, so nobody else is looked at.
     """
-    states = roster.states() if roster is not None else {}
+    states = roster.states(suspect if own else None) if roster is not None else {}
     told = ", ".join(f"{role} rank {rank} {state}" for (role, rank), state in sorted(states.items()))
     # A fault among the suspect's own ranks explains a failure before one elsewhere.
     faulty = sorted(
@@ -236,6 +252,7 @@ def blamed(
         phase=phase,
         last_step=last_step,
         waited_seconds=time.monotonic() - started,
+        state=states.get((suspect.role, suspect.rank), ""),
     )
 
 
@@ -246,32 +263,44 @@ def create_members(
     roster: Roster,
     environment: Mapping[str, str],
     arguments: tuple[object, ...],
-    ranks: Sequence[int] | None = None,
 ) -> list[Member]:
     """Create the role's actors in their bundles, without waiting for their processes.
 
     Args:
-        ranks: of these alone; None: of all.
         environment: variables that must be set before the process imports its heavy library.
         arguments: positional constructor arguments after `rank`.
     """
     members = []
-    for rank in range(len(plan.roles[role])) if ranks is None else ranks:
-        bundle, resources = plan.roles[role][rank]
-        others = {key: value for key, value in resources.items() if key not in ("CPU", "GPU")}
-        options = ray.remote(actor_class).options(
-            num_cpus=resources.get("CPU", 0),
-            num_gpus=resources.get("GPU", 0),
-            resources=others or None,
-            max_restarts=0,
-            runtime_env={"env_vars": {**environment, **roster.mark(role, rank)}},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                roster.groups[0], placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
-            ),
-        )
-        members.append(Member(role, rank, options.remote(rank, *arguments)))
+    for rank, slot in enumerate(plan.roles[role]):
+        marked = {**environment, **roster.mark(role, rank)}
+        members.append(create_member(role, actor_class, rank, roster.groups[0], slot, marked, arguments))
         roster.add(members[-1])
     return members
+
+
+def create_member(
+    role: str,
+    actor_class: type[RankActor],
+    rank: int,
+    group: PlacementGroup,
+    slot: Slot,
+    environment: Mapping[str, str],
+    arguments: tuple[object, ...],
+) -> Member:
+    """Create one actor in its bundle of a placement group, which need not be there yet; waits for nothing."""
+    bundle, resources = slot
+    others = {key: value for key, value in resources.items() if key not in ("CPU", "GPU")}
+    options = ray.remote(actor_class).options(
+        num_cpus=resources.get("CPU", 0),
+        num_gpus=resources.get("GPU", 0),
+        resources=others or None,
+        max_restarts=0,
+        runtime_env={"env_vars": dict(environment)},
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
+        ),
+    )
+    return Member(role, rank, options.remote(rank, *arguments))
 
 
 def start_members(
@@ -307,7 +336,7 @@ def reserve(plan: Plan, deadline_seconds: float) -> PlacementGroup:
             list(plan.bundles), strategy=plan.strategy, bundle_label_selector=labels if any(labels) else None
         )
     except ValueError as error:  # GB200 for one role alone, say
-        raise PlacementError(f"placement.labels: Ray refuses {labels}: {_in_one_line(str(error))}") from None
+        raise PlacementError(f"placement.labels: Ray refuses {labels}: {in_one_line(str(error))}") from None
     if not group.wait(timeout_seconds=deadline_seconds):
         remove_placement_group(group)
         asked = f" with labels {labels}" if any(labels) else ""
@@ -318,5 +347,11 @@ def reserve(plan: Plan, deadline_seconds: float) -> PlacementGroup:
     return group
 
 
-def _in_one_line(text: str) -> str:
+def pause_after(failures: int, first: float) -> float:
+    """Seconds to wait after so many failures in a row: `first`, doubled with each, up to five minutes."""
+    return min(LONGEST_PAUSE_SECONDS, first * 2 ** min(failures - 1, 30))
+
+
+def in_one_line(text: str) -> str:
+    """The first lines of a text, joined by blanks."""
     return " ".join(line.strip() for line in text.strip().splitlines()[:12])

@@ -10,6 +10,7 @@ import ray
 from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
 from ray._private.services import get_node_ip_address
+from ray._private.state import available_resources_per_node
 from ray.exceptions import AuthenticationError
 
 from rairl_ray.actors.placement import Node
@@ -59,6 +60,16 @@ def join(address: str, namespace: str | None = None) -> None:
 def present_nodes() -> list[Node]:
     """The living nodes of the cluster that this process has joined."""
     return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+
+
+def free_nodes() -> dict[str, Node]:
+    """Node id -> what is free there at this moment, of the living nodes of the joined cluster."""
+    free = available_resources_per_node()
+    return {
+        node["NodeID"]: Node(free.get(node["NodeID"], {}), node["Labels"])
+        for node in ray.nodes()
+        if node["Alive"]
+    }
 
 
 def nodes_at(address: str) -> list[Node]:

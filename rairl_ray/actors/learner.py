@@ -15,6 +15,7 @@ from rairl_ray.actors.group import ActorGroup, Member, RankActor
 from rairl_ray.actors.placement import gpu_fractions
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import shares
+from rairl_ray.engines.environment import compute_environment
 from rairl_ray.types import DiscriminatorSample, PolicySample, Written
 
 S = TypeVar("S", PolicySample, DiscriminatorSample)
@@ -26,7 +27,7 @@ def learner_environment(config: RunConfig, device: str, threads: int) -> Mapping
     Ranks on one CPU share its cores; two ranks with all cores each would only trade places.
     """
     ranks = max(config.learner.replicas, discriminator_replicas(config))
-    return {"OMP_NUM_THREADS": str(max(1, threads // ranks)), "TOKENIZERS_PARALLELISM": "false"}
+    return compute_environment(device, max(1, threads // ranks))
 
 
 def discriminator_replicas(config: RunConfig) -> int:

@@ -12,6 +12,7 @@ A bundle holds at most one rank of a role, and a whole GPU: NCCL refuses two ran
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,8 @@ class Plan:
     device: Device
     selectors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Role -> the label selector of `placement.labels`; roles without one may be anywhere."""
+    spare: int = 0
+    """Rollout replicas beyond these that may join while the run is on, each in `spare_bundle`."""
 
     @property
     def labels(self) -> tuple[dict[str, str], ...]:
@@ -73,6 +76,12 @@ class Plan:
             for slot in self.roles.get(role, ()):
                 found[slot.bundle].update(selector)
         return found
+
+    @property
+    def spare_bundle(self) -> dict[str, float]:
+        """What a replica takes that joins: it shares its GPUs with nobody."""
+        own = self.roles["rollout"][0].resources
+        return {name: float(math.ceil(amount)) if name == "GPU" else amount for name, amount in own.items()}
 
     def total(self, resource: str) -> float:
         """Sum over all bundles."""
@@ -147,19 +156,23 @@ def bundles(config: RunConfig, device: str | None = None) -> Plan:
         roles={role: slots[role] for role in needs},
         device="gpu" if device == "gpu" else "cpu",
         selectors={role: asked for role in needs if (asked := config.placement.labels.of(role))},
+        spare=0
+        if not config.algorithm.needs.rollouts
+        else config.rollout.most_replicas - config.rollout.least_replicas,
     )
 
 
 def roles(config: RunConfig) -> tuple[str, ...]:
     """Who takes part. SFT has a rollout engine too: it is evaluated by sampling."""
-    return ("rollout", "policy", "discriminator") if config.algorithm.type == "airl" else ("rollout", "policy")
+    learned = ("discriminator",) if config.algorithm.needs.discriminator else ()
+    return ("rollout", "policy", *learned)
 
 
 def _needs(config: RunConfig, role: str, device: str) -> tuple[int, dict[str, float]]:
     """(ranks, resources of one rank) of a role."""
     learner, placement, parallel = config.learner, config.placement, config.rollout.tensor_parallel
     ranks = {
-        "rollout": 1 if config.algorithm.type == "sft" else config.rollout.replicas,
+        "rollout": config.rollout.least_replicas if config.algorithm.needs.rollouts else 1,
         "policy": learner.replicas,
         "discriminator": learner.discriminator_replicas or learner.replicas,
     }[role]
@@ -183,7 +196,7 @@ def gpu_fractions(config: RunConfig) -> dict[str, float]:
         "policy": placement.policy_gpu_fraction,
         "discriminator": placement.discriminator_gpu_fraction,
     }
-    if config.algorithm.type == "sft" and config.learner.replicas > 1:
+    if not config.algorithm.needs.rollouts and config.learner.replicas > 1:
         fractions["policy"] = max(fractions["policy"], OVER_HALF)
         fractions["rollout"] = min(fractions["rollout"], round(1.0 - fractions["policy"], 4))
     return fractions
@@ -308,6 +321,15 @@ def room(plan: Plan, nodes: Sequence[Node]) -> int:
             if asked:
                 most.append(int(there / round(asked, 4) + 1e-6))
     return min(most)
+
+
+def side_by_side(bundle: Mapping[str, float], selector: Mapping[str, str], nodes: Sequence[Node]) -> int:
+    """How many such bundles the nodes hold at once."""
+    return sum(
+        min(int(node.resources.get(name, 0.0) / amount + 1e-6) for name, amount in bundle.items() if amount)
+        for node in nodes
+        if node.has(selector)
+    )
 
 
 def _fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> bool:

@@ -75,7 +75,7 @@ class PolicyActor(LearnerActor):
         report: dict[str, float] = {}
         for index, (batches, old, (tokens, samples)) in enumerate(zip(minibatches, olds, totals, strict=True)):
             # without old log-probabilities only the first update still sees the weights that were sent
-            moved = index > 0 and self.config.policy.importance_cap is None
+            moved = index > 0 and self.config.policy.tis_cap is None
             unknown = (names.ROLLOUT_LOGPROB_GAP, names.ROLLOUT_GAP_TOKENS) if moved else ()
 
             def loss(
@@ -95,7 +95,7 @@ class PolicyActor(LearnerActor):
 
     def _old_logprobs(self, minibatches: list[MicroBatches]) -> list[list[Any]]:
         """Log-probabilities before the first update; needed only where a later update sees moved weights."""
-        if len(minibatches) == 1 or self.config.policy.importance_cap is None:
+        if len(minibatches) == 1 or self.config.policy.tis_cap is None:
             return [[None] * len(batches) for batches in minibatches]
         return [[self._logprobs(part) for part in batches] for batches in minibatches]
 

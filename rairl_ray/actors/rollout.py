@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rairl_ray.actors.group import ActorGroup, GroupFailure, Interrupted, Member, Pending
 from rairl_ray.actors.rollout_actor import Traces
@@ -24,13 +24,13 @@ from rairl_ray.types import Prompt, Rollout, RolloutGroup
 
 @dataclass(frozen=True)
 class PendingGroups:
-    """Sampling that was started; `shares` and `requests` are by replica."""
+    """Sampling that was started; `shares` (of the prompts) and `requests` are by rank."""
 
     prompts: tuple[Prompt, ...]
     count: int
     """Samples of each prompt."""
-    shares: Sequence[Sequence[int]]
-    requests: Sequence[Sequence[GenerationRequest]]
+    shares: Mapping[int, Sequence[int]]
+    requests: Mapping[int, Sequence[GenerationRequest]]
     settings: SamplingSettings
     pending: Pending
 
@@ -53,28 +53,22 @@ class Sampled:
     """How long the slowest replica sampled."""
 
 
-@dataclass
-class Replacement:
-    """How a replica that is lost while it samples is replaced, and the learners not disturbed."""
-
-    respawn: Callable[[int], Member]
-    """Makes a new process for a rank, in its bundle."""
-    bring_up: Callable[[RolloutWorkers], None]
-    """Gives a new replica the policy that the others serve, and checks it."""
-    tell: Callable[[str], None]
-    left: int
-    """Replicas that may still be lost; the next one is a failure of the group."""
+Answer = tuple[list[Generation], int | None, float]
+"""Of one replica: completions in the order of its requests, the version that made them, and the seconds."""
 
 
 class RolloutWorkers(ActorGroup):
-    """All rollout replicas as one sampler."""
+    """All rollout replicas as one sampler. Ranks only grow: a replica that has left leaves a gap."""
+
+    by_themselves = frozenset({"generate"})
 
     def __init__(self, members: Sequence[Member], config: RunConfig, renderer: Renderer) -> None:
         super().__init__("rollout", members)
         self._config = config
         self._renderer = renderer
-        self.replacement: Replacement | None = None
-        """None: a lost replica is a failure of the group."""
+        self.lost: Callable[[GroupFailure], None] | None = None
+        """Takes a lost replica out of the group, or puts another in its place; raises the failure where neither
+        may be (pool.py). None: a lost replica is a failure of the group."""
         self._busy = False
         """Whether the engines still sample what nobody waits for."""
 
@@ -121,9 +115,10 @@ class RolloutWorkers(ActorGroup):
         prompt_ids = [self._renderer.prompt_ids(prompt) for prompt in prompts]
         # A problem that is drawn twice goes on counting, so its samples are others.
         firsts = [count * place for place in occurrences(prompt.id for prompt in prompts)]
-        shares = balance([len(ids) + settings.max_tokens for ids in prompt_ids], len(self))
-        requests = [
-            [
+        costs = [len(ids) + settings.max_tokens for ids in prompt_ids]
+        shares = self._shared(costs)
+        requests = {
+            rank: [
                 GenerationRequest(
                     prompt_ids=prompt_ids[i],
                     seed=sampling_seed(self._config.seed, stream, prompts[i].id, firsts[i] + sample),
@@ -131,26 +126,23 @@ class RolloutWorkers(ActorGroup):
                 for i in share
                 for sample in range(count)
             ]
-            for share in shares
-        ]
-        pending = self.submit(
-            "generate",
-            self._config.timeouts.rollout_seconds,
-            lambda actor, rank: actor.generate.remote(requests[rank], settings),
-        )
+            for rank, share in shares.items()
+        }
+        pending = self._sample(requests, settings)
         return PendingGroups(tuple(prompts), count, shares, requests, settings, pending)
 
     def collect(self, started: PendingGroups, unless: Callable[[], bool] | None = None) -> Sampled:
         """Wait for what `start` began; `unless` as in `generate`."""
         try:
-            answers = self._answers(started, unless)
+            answers = self._answers(started.requests, started, started.pending, unless)
         except Interrupted:
             self._busy = True
             raise
         groups: dict[int, RolloutGroup] = {}
         seconds = 0.0
-        for share, asked, answer in zip(started.shares, started.requests, answers, strict=True):
-            generations, version, spent = answer
+        for rank, share in started.shares.items():
+            asked = started.requests[rank]
+            generations, version, spent = answers[rank]
             seconds = max(seconds, spent)
             for place, i in enumerate(share):
                 rows = range(place * started.count, (place + 1) * started.count)
@@ -161,69 +153,77 @@ class RolloutWorkers(ActorGroup):
                 groups[i] = RolloutGroup(prompt=started.prompts[i], rollouts=rollouts)
         return Sampled([groups[i] for i in range(len(started.prompts))], seconds)
 
+    def _shared(self, costs: Sequence[int]) -> dict[int, list[int]]:
+        """Rank -> its share of things of these costs."""
+        shares = balance(costs, len(self))
+        return {member.rank: share for member, share in zip(self.members, shares, strict=True)}
+
+    def _sample(
+        self, requests: Mapping[int, Sequence[GenerationRequest]], settings: SamplingSettings
+    ) -> Pending:
+        return self.submit(
+            "generate",
+            self._config.timeouts.rollout_seconds,
+            lambda actor, rank: actor.generate.remote(requests[rank], settings),
+        )
+
     def _answers(
-        self, started: PendingGroups, unless: Callable[[], bool] | None
-    ) -> list[tuple[list[Generation], int | None, float]]:
-        """The replicas' answers by rank. What a lost one was asked, all sample again once it is replaced."""
-        pending, lost = started.pending, list[int]()
+        self,
+        requests: Mapping[int, Sequence[GenerationRequest]],
+        started: PendingGroups,
+        pending: Pending,
+        unless: Callable[[], bool] | None,
+    ) -> dict[int, Answer]:
+        """Rank -> the answer to its requests; what a lost replica was asked, all sample again."""
+        answers = self._wait_for_those_left(pending, unless)
+        for rank in requests.keys() - answers.keys():
+            answers[rank] = self._sampled_again(requests[rank], started, unless)
+        return answers
+
+    def _sampled_again(
+        self, requests: Sequence[GenerationRequest], started: PendingGroups, unless: Callable[[], bool] | None
+    ) -> Answer:
+        """A lost share, divided among all replicas by whole prompts; their seeds give the same samples."""
+        shares = self._shared([1] * (len(requests) // started.count))
+        rows = {
+            rank: [prompt * started.count + i for prompt in share for i in range(started.count)]
+            for rank, share in shares.items()
+        }
+        asked = {rank: [requests[row] for row in own] for rank, own in rows.items()}
+        answers = self._answers(asked, started, self._sample(asked, started.settings), unless)
+        made = {
+            row: generation
+            for rank, own in rows.items()
+            for row, generation in zip(own, answers[rank][0], strict=True)
+        }
+        versions = [version for _, version, _ in answers.values()]
+        seconds = max(spent for *_, spent in answers.values())
+        return [made[row] for row in range(len(requests))], versions[0], seconds
+
+    def _wait_for_those_left(
+        self, pending: Pending, unless: Callable[[], bool] | None = None
+    ) -> dict[int, Any]:
+        """Rank -> result of a call, without those of replicas that were lost meanwhile."""
+        lost = set[int]()
         while True:
             try:
                 self.wait(pending, unless)
                 break
             except GroupFailure as failure:
-                lost.append(self._replace(failure))
+                if self.lost is None or failure.phase != pending.phase or failure.rank is None:
+                    raise
+                self.lost(failure)
+                lost.add(failure.rank)
                 refs = {ref: member for ref, member in pending.refs.items() if member.rank not in lost}
                 pending = replace(pending, refs=refs)
                 self._queue.append(pending)
-        answers = {rank: answer for rank, answer in pending.results.items() if rank not in lost}
-        for rank in dict.fromkeys(lost):
-            answers[rank] = self._sampled_again(started.requests[rank], started, unless)
-        return [answers[rank] for rank in range(len(self))]
+        return {rank: result for rank, result in pending.results.items() if rank not in lost}
 
-    def _sampled_again(
-        self, requests: Sequence[GenerationRequest], started: PendingGroups, unless: Callable[[], bool] | None
-    ) -> tuple[list[Generation], int | None, float]:
-        """A lost share, divided among all replicas by whole prompts; their seeds give the same samples."""
-        shares = balance([1] * (len(requests) // started.count), len(self))
-        rows = [[p * started.count + i for p in share for i in range(started.count)] for share in shares]
-        answers = self.wait(
-            self.submit(
-                "generate",
-                self._config.timeouts.rollout_seconds,
-                lambda actor, rank: actor.generate.remote(
-                    [requests[row] for row in rows[rank]], started.settings
-                ),
-            ),
-            unless,
-        )
-        made = {
-            row: g
-            for own, (found, *_) in zip(rows, answers, strict=True)
-            for row, g in zip(own, found, strict=True)
-        }
-        return [made[row] for row in range(len(requests))], answers[0][1], max(spent for *_, spent in answers)
-
-    def _replace(self, failure: GroupFailure) -> int:
-        """End the lost replica, put a new one in its place; its rank. Raises the failure if it is not ours."""
-        how = self.replacement
-        alone = len(self) < 2 or self.roster is None
-        if how is None or how.left < 1 or alone or (failure.role, failure.phase) != (self.role, "generate"):
-            raise failure
-        how.left -= 1
-        begun = time.monotonic()
-        assert self.roster is not None and failure.rank is not None
-        self.roster.end_member(self.members[failure.rank], self._config.timeouts.teardown_seconds)
-        member = how.respawn(failure.rank)
+    def alone(self, member: Member) -> RolloutWorkers:
+        """A replica that does not belong to the group yet, as a group of one."""
         one = RolloutWorkers([member], self._config, self._renderer)
         one.roster, one.last_step = self.roster, self.last_step
-        one.open()
-        how.bring_up(one)
-        self.members[failure.rank] = member
-        spent, waited = time.monotonic() - begun, failure.waited_seconds
-        how.tell(
-            f"rollout rank {failure.rank} replaced in {spent:.1f} s, after waiting {waited:.1f} s: {failure}"
-        )
-        return failure.rank
+        return one
 
     def sync(self, update: WeightUpdate, probe: Traces = ()) -> list[list[list[float]]]:
         """Every replica takes the update and answers the sender's version and checksum.
@@ -248,24 +248,25 @@ class RolloutWorkers(ActorGroup):
     def finish_sync(self, started: PendingSync) -> list[list[list[float]]]:
         """Wait for a sync and check its answers; returns and raises as `sync`."""
         update = started.update
-        answers = self.wait(started.pending)
-        for rank, (report, _) in enumerate(answers):
+        answers = self._wait_for_those_left(started.pending)
+        for place, member in enumerate(self.members):
+            report, _ = answers[member.rank]
             if (report.version, report.checksum) != (update.version, update.checksum):
                 raise self.refused(
-                    rank,
+                    place,
                     f"policy version {update.version} left the learner with checksum {update.checksum}, and "
                     f"the engine now holds version {report.version} with checksum {report.checksum}: its "
                     "weights are not the learner's",
                 )
-        return [scores for _, scores in answers]
+        return [answers[member.rank][1] for member in self.members]
 
-    def refused(self, rank: int, cause: str) -> GroupFailure:
-        """The failure of a replica whose weights or numbers cannot be trusted."""
-        member = self.members[rank]
+    def refused(self, place: int, cause: str) -> GroupFailure:
+        """The failure of the `place`-th replica, whose weights or numbers cannot be trusted."""
+        member = self.members[place]
         return GroupFailure(
             f"{member.name} failed in phase sync, last finished step {self.last_step}: {cause}",
             role=self.role,
-            rank=rank,
+            rank=member.rank,
             node=member.node,
             phase="sync",
             last_step=self.last_step,

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
 
 from rairl_ray.actors.group import RankActor
 from rairl_ray.actors.weight_sync import WeightUpdate, fetched
+from rairl_ray.config.machine_schema import Rollout
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.variants import complete
 from rairl_ray.data.rendering import Renderer, load_tokenizer
+from rairl_ray.engines.environment import compute_environment
 from rairl_ray.engines.rollout_engine import (
+    Decode,
+    EngineOptions,
     Generation,
     GenerationRequest,
     RolloutEngine,
@@ -113,19 +119,35 @@ def open_engine(config: RunConfig, policy_path: str, device: Literal["cpu", "cud
         stop_ids=tuple(sorted(stops - {renderer.eos_id})),
         device=device,
     )
-    if config.rollout.engine == "vllm":
-        from rairl_ray.engines.vllm_engine import VllmEngine
-
-        return VllmEngine(options, renderer.completion_text)
-    from rairl_ray.engines.hf_engine import HfEngine
-
-    return HfEngine(options, renderer.completion_text)
+    return ENGINES[config.rollout.engine].open(options, renderer.completion_text)
 
 
 def rollout_environment(config: RunConfig, device: Literal["cpu", "cuda"], threads: int) -> dict[str, str]:
     """Environment of the actor's process, set before it starts."""
-    if config.rollout.engine == "vllm":
-        from rairl_ray.engines.vllm_engine import vllm_environment
+    return ENGINES[config.rollout.engine].environment(device, threads)
 
-        return vllm_environment(device=device, threads=threads)
-    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+
+def _vllm_environment(device: Literal["cpu", "cuda"], threads: int) -> dict[str, str]:
+    from rairl_ray.engines.vllm_engine import vllm_environment
+
+    return vllm_environment(device=device, threads=threads)
+
+
+class Engine(NamedTuple):
+    """A kind of rollout engine; its library is imported in the actor's process alone."""
+
+    module: str
+    name: str
+    """Of the class in `module`: a RolloutEngine, made from EngineOptions and Decode."""
+    environment: Callable[[Literal["cpu", "cuda"], int], dict[str, str]]
+
+    def open(self, options: EngineOptions, decode: Decode) -> RolloutEngine:
+        engine: RolloutEngine = getattr(import_module(self.module), self.name)(options, decode)
+        return engine
+
+
+ENGINES = {
+    "vllm": Engine("rairl_ray.engines.vllm_engine", "VllmEngine", _vllm_environment),
+    "hf": Engine("rairl_ray.engines.hf_engine", "HfEngine", compute_environment),
+}
+complete(f"{__name__}.ENGINES", ENGINES, Rollout, "engine")

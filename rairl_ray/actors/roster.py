@@ -29,6 +29,9 @@ MARK = "RAIRL_MEMBER"
 ANY_RANK = -1
 """In the mark of processes that learn their rank only later (Ray Train's workers)."""
 
+OWN_SECONDS = 5.0
+"""How long a look takes at most at a member whose failure explains itself."""
+
 RUNNING, STOPPED, GONE, NOT_STARTED = "running", "stopped", "gone", "not started"
 DISK, SILENT_NODE, LOST_NODE = "waiting for a disk", "on a silent node", "on a lost node"
 FAULTS = (STOPPED, GONE, LOST_NODE, SILENT_NODE, NOT_STARTED)
@@ -78,17 +81,27 @@ class Roster:
         """Enter a member, or what has become known of it."""
         self.members[member.role, member.rank] = member
 
-    def states(self) -> dict[tuple[str, int], str]:
-        """(role, rank) -> state of its process, within `probe_seconds` whatever has happened to the nodes."""
-        if not self.members:
+    def remove(self, member: Member) -> None:
+        """Forget a member that has left."""
+        self.members.pop((member.role, member.rank), None)
+
+    def states(self, only: Member | None = None) -> dict[tuple[str, int], str]:
+        """(role, rank) -> state of its process, within `probe_seconds` whatever has happened to the nodes.
+
+        Args:
+            only: of this member alone, within OWN_SECONDS.
+        """
+        members = self.members if only is None else {(only.role, only.rank): only}
+        if not members:
             return {}
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        asked = self._nodes()
-        found = _on_nodes(asked & alive, look, self.attempt, self.probe_seconds)
+        asked = self._nodes() if only is None else {only.node_id}
+        seconds = self.probe_seconds if only is None else min(OWN_SECONDS, self.probe_seconds)
+        found = _on_nodes(asked & alive, look, self.attempt, seconds)
         claimed = {member.pid for member in self.members.values()}
         return {
             key: _state_elsewhere(member, found, asked - alive) or _state(member, found, claimed)
-            for key, member in self.members.items()
+            for key, member in members.items()
         }
 
     def end(self, seconds: float) -> list[str]:
@@ -125,9 +138,8 @@ class Roster:
         self.groups, self.members = [], {}
 
     def draining(self) -> set[str]:
-        """Ids of nodes that hold a bundle or a member and are about to go."""
-        found = draining_nodes()
-        return found & self._nodes() if found else found
+        """Ids of nodes that hold a member and are about to go."""
+        return draining_nodes() & {member.node_id for member in self.members.values()}
 
     def _nodes(self) -> set[str]:
         """Nodes that hold a bundle or a member."""

@@ -7,13 +7,30 @@ ever dropped by value: an advantage of exactly 0.0 is data, and lengths alone sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from rairl_ray.config.schema import Advantage
+from rairl_ray.config.variants import complete
 
 STD_EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class Group:
+    """The traces of one prompt that have a reward, g of them."""
+
+    rewards: Sequence[np.ndarray]
+    """g arrays [T_i] float64: each token's reward."""
+    last: np.ndarray
+    """[g] float64: the last unit's reward."""
+
+    @property
+    def means(self) -> np.ndarray:
+        """[g] mean token reward."""
+        return np.array([values.mean() for values in self.rewards])
 
 
 def advantages(
@@ -34,20 +51,35 @@ def advantages(
     """
     rewards = [np.asarray(r, dtype=np.float64) for r in token_rewards]
     group = [i for i, r in enumerate(rewards) if len(r) > 0 and not np.isnan(r).any()]
-    means = np.array([rewards[i].mean() for i in group])
+    known = Group([rewards[i] for i in group], np.asarray(last_unit_rewards, dtype=np.float64)[group])
     result = [np.zeros(len(r)) for r in rewards]
-    if config.type == "sequence":
-        mean, scale = _mean_and_scale(means, config)
-        for i, own in zip(group, means, strict=True):
-            result[i] = np.full(len(rewards[i]), (own - mean) / scale)
-    elif config.type == "discounted":
-        mean, scale = _mean_and_scale(np.asarray(last_unit_rewards, dtype=np.float64)[group], config)
-        for i in group:
-            result[i] = discounted_sums((rewards[i] - mean) / scale, config.gamma)
-    else:  # loo
-        for i, others in zip(group, _mean_of_the_others(means), strict=True):
-            result[i] = discounted_sums(rewards[i] - others, config.gamma)
+    for i, values in zip(group, ADVANTAGES[config.type](known, config), strict=True):
+        result[i] = values
     return [a.astype(np.float32) for a in result]
+
+
+def _sequence(group: Group, config: Advantage) -> list[np.ndarray]:
+    mean, scale = _mean_and_scale(group.means, config)
+    return [np.full(len(r), (own - mean) / scale) for r, own in zip(group.rewards, group.means, strict=True)]
+
+
+def _discounted(group: Group, config: Advantage) -> list[np.ndarray]:
+    mean, scale = _mean_and_scale(group.last, config)
+    return [discounted_sums((r - mean) / scale, config.gamma) for r in group.rewards]
+
+
+def _loo(group: Group, config: Advantage) -> list[np.ndarray]:
+    others = _mean_of_the_others(group.means)
+    return [discounted_sums(r - mean, config.gamma) for r, mean in zip(group.rewards, others, strict=True)]
+
+
+ADVANTAGES: dict[str, Callable[[Group, Advantage], list[np.ndarray]]] = {
+    "sequence": _sequence,
+    "discounted": _discounted,
+    "loo": _loo,
+}
+"""g arrays [T_i], the advantages of each trace's tokens."""
+complete(f"{__name__}.ADVANTAGES", ADVANTAGES, Advantage, "type")
 
 
 def discounted_sums(values_T: np.ndarray, gamma: float) -> np.ndarray:

@@ -1,18 +1,19 @@
 """Which completion tokens are scored ("units"), and how unit values become token values (docs/method.md 2).
 
-All four densities are one code path: the indexes of the tokens at which a unit ends. They depend on the
+All densities are one code path: the indexes of the tokens at which a unit ends. They depend on the
 completion alone, never on the prompt, so the same function serves training, scoring, reranking,
 localisation and plots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from rairl_ray.algorithms.steps import step_ends
 from rairl_ray.config.schema import Density
+from rairl_ray.config.variants import complete
 
 
 def unit_tokens(text: str, char_ends: Sequence[int], density: Density) -> np.ndarray:
@@ -23,15 +24,7 @@ def unit_tokens(text: str, char_ends: Sequence[int], density: Density) -> np.nda
     count = len(char_ends)
     if count == 0:
         return np.zeros(0, dtype=np.int64)
-    if density.type == "dense":
-        return np.arange(count, dtype=np.int64)
-    if density.type == "interval":
-        ends = np.arange(density.every - 1, count, density.every, dtype=np.int64)
-    elif density.type == "partial":
-        ends = _tokens_at(np.asarray(step_ends(text), dtype=np.int64), np.asarray(char_ends, dtype=np.int64))
-    else:  # sparse
-        ends = np.zeros(0, dtype=np.int64)
-    return np.union1d(ends, [count - 1]).astype(np.int64)
+    return np.union1d(DENSITIES[density.type](text, char_ends, density), [count - 1]).astype(np.int64)
 
 
 def unit_starts(unit_tokens: np.ndarray) -> np.ndarray:
@@ -80,11 +73,23 @@ def unit_of_tokens(
     return np.minimum(unit, len(unit_char_ends) - 1)
 
 
-def _tokens_at(ends: np.ndarray, char_ends: np.ndarray) -> np.ndarray:
+def tokens_at(ends: Sequence[int], char_ends: Sequence[int]) -> np.ndarray:
     """For each character end the token that completes it.
 
     A token that only begins a character of several bytes has the same character end as the token before it,
     and belongs to what follows: hence the first of equals.
     """
-    tokens = np.searchsorted(char_ends, ends, side="left")
+    tokens = np.searchsorted(
+        np.asarray(char_ends, dtype=np.int64), np.asarray(ends, dtype=np.int64), side="left"
+    )
     return tokens[tokens < len(char_ends)]  # sampled text may decode to more than its tokens account for
+
+
+DENSITIES: dict[str, Callable[[str, Sequence[int], Density], np.ndarray]] = {
+    "sparse": lambda text, char_ends, density: np.zeros(0, dtype=np.int64),
+    "partial": lambda text, char_ends, density: tokens_at(step_ends(text), char_ends),
+    "interval": lambda text, char_ends, density: np.arange(density.every - 1, len(char_ends), density.every),
+    "dense": lambda text, char_ends, density: np.arange(len(char_ends)),
+}
+"""Indexes of the tokens that end a unit, in any order; the last token does so in all of them."""
+complete(f"{__name__}.DENSITIES", DENSITIES, Density, "type")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from rairl_ray import metrics
 from rairl_ray.config.schema import DiscriminatorLoss
+from rairl_ray.config.variants import complete
 from rairl_ray.types import DiscriminatorBatch
 
 POSITIVE_COUNT = "discriminator/positive_count"
@@ -60,13 +62,28 @@ class DiscriminatorOutputs:
 
 
 @dataclass(frozen=True)
-class _Items:
-    """What a loss compares: units, or whole traces, flattened to one axis of N with their labels."""
+class Items:
+    """What most losses compare: units, or whole traces, flattened to one axis of N with their labels."""
 
     logits: Tensor
     positive: Tensor
     positive_total: int
     negative_total: int
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A micro-batch as a loss sees it."""
+
+    logits: Tensor
+    """[B, U], 0 off the mask."""
+    unit_mask: Tensor
+    positive: Tensor
+    """[B]"""
+    pair_id: Tensor
+    """[B]"""
+    totals: Totals
+    items: Items
 
 
 def discriminator_loss(
@@ -86,23 +103,14 @@ def discriminator_loss(
     The gradient penalty is separate (`gradient_penalty`): it needs the input embeddings.
     """
     unit_mask, positive_B = unit_mask.bool(), positive_B.bool()
-    logits_BU = outputs.values.float()
-    if config.type == "airl":
-        if policy_logprobs_BU is None:
-            raise ValueError("discriminator.loss.type airl needs the policy's log-probabilities of the units")
-        logits_BU = airl(outputs, unit_mask, policy_logprobs_BU, gamma=config.gamma)
-    logits_BU = torch.where(unit_mask, logits_BU, 0.0)
-    items = _items(logits_BU, unit_mask, positive_B, totals, config)
-    if config.type == "bradley_terry":
-        present_B = unit_mask.any(dim=1)
-        trace_logits_B = logits_BU.sum(dim=1)
-        if config.level == "unit":  # the mean keeps a long trace from winning by its length
-            trace_logits_B = trace_logits_B / unit_mask.sum(dim=1).clamp(min=1)
-        loss = bradley_terry(
-            trace_logits_B[present_B], positive_B[present_B], pair_id_B[present_B], pair_total=totals.pairs
+    if config.needs.policy_logprobs and policy_logprobs_BU is None:
+        raise ValueError(
+            f"discriminator.loss.type {config.type} needs the policy's log-probabilities of the units"
         )
-    else:
-        loss = LOSSES[config.type](items, config)
+    kind = LOSSES[config.type]
+    logits_BU = torch.where(unit_mask, kind.logits(outputs, unit_mask, policy_logprobs_BU, config), 0.0)
+    items = _items(logits_BU, unit_mask, positive_B, totals, config)
+    loss = kind.contribution(Labelled(logits_BU, unit_mask, positive_B, pair_id_B, totals, items), config)
     return loss, _metric_sums(loss, items)
 
 
@@ -213,7 +221,8 @@ def mean_metrics(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _bce(items: _Items, config: DiscriminatorLoss) -> Tensor:
+def _bce(batch: Labelled, config: DiscriminatorLoss) -> Tensor:
+    items = batch.items
     return bce(
         items.logits,
         items.positive,
@@ -223,7 +232,8 @@ def _bce(items: _Items, config: DiscriminatorLoss) -> Tensor:
     )
 
 
-def _wgan(items: _Items, config: DiscriminatorLoss) -> Tensor:
+def _wgan(batch: Labelled, config: DiscriminatorLoss) -> Tensor:
+    items = batch.items
     return wgan(
         items.logits,
         items.positive,
@@ -233,23 +243,61 @@ def _wgan(items: _Items, config: DiscriminatorLoss) -> Tensor:
     )
 
 
-LOSSES: dict[str, Callable[[_Items, DiscriminatorLoss], Tensor]] = {"bce": _bce, "wgan": _wgan, "airl": _bce}
-"""Losses over units or traces; `airl` is bce on its own logits, `bradley_terry` compares pairs instead."""
+def _bradley_terry(batch: Labelled, config: DiscriminatorLoss) -> Tensor:
+    present_B = batch.unit_mask.any(dim=1)
+    logits_B = batch.logits.sum(dim=1)
+    if config.level == "unit":  # the mean keeps a long trace from winning by its length
+        logits_B = logits_B / batch.unit_mask.sum(dim=1).clamp(min=1)
+    return bradley_terry(
+        logits_B[present_B],
+        batch.positive[present_B],
+        batch.pair_id[present_B],
+        pair_total=batch.totals.pairs,
+    )
+
+
+def _plain_logits(
+    outputs: DiscriminatorOutputs, unit_mask: Tensor, logprobs_BU: Tensor | None, config: DiscriminatorLoss
+) -> Tensor:
+    return outputs.values.float()
+
+
+def _airl_logits(
+    outputs: DiscriminatorOutputs, unit_mask: Tensor, logprobs_BU: Tensor | None, config: DiscriminatorLoss
+) -> Tensor:
+    assert logprobs_BU is not None
+    return airl(outputs, unit_mask, logprobs_BU, gamma=config.gamma)
+
+
+class Loss(NamedTuple):
+    """A loss: a micro-batch's contribution from the units' logits, and what these are of the head's outputs."""
+
+    contribution: Callable[[Labelled, DiscriminatorLoss], Tensor]
+    logits: Callable[[DiscriminatorOutputs, Tensor, Tensor | None, DiscriminatorLoss], Tensor] = _plain_logits
+
+
+LOSSES = {
+    "bce": Loss(_bce),
+    "wgan": Loss(_wgan),
+    "bradley_terry": Loss(_bradley_terry),
+    "airl": Loss(_bce, _airl_logits),
+}
+complete(f"{__name__}.LOSSES", LOSSES, DiscriminatorLoss, "type")
 
 
 def _items(
     logits_BU: Tensor, unit_mask: Tensor, positive_B: Tensor, totals: Totals, config: DiscriminatorLoss
-) -> _Items:
+) -> Items:
     if config.level == "trace":
         present_B = unit_mask.any(dim=1)
-        return _Items(
+        return Items(
             logits_BU.sum(dim=1)[present_B],
             positive_B[present_B],
             totals.positive_traces,
             totals.negative_traces,
         )
     positive_BU = positive_B[:, None].expand_as(unit_mask)
-    return _Items(logits_BU[unit_mask], positive_BU[unit_mask], totals.positive_units, totals.negative_units)
+    return Items(logits_BU[unit_mask], positive_BU[unit_mask], totals.positive_units, totals.negative_units)
 
 
 def _class_weights(
@@ -263,7 +311,7 @@ def _class_weights(
     )
 
 
-def _metric_sums(loss: Tensor, items: _Items) -> dict[str, Tensor]:
+def _metric_sums(loss: Tensor, items: Items) -> dict[str, Tensor]:
     logits, positive = items.logits.detach(), items.positive
     return {
         metrics.DISCRIMINATOR_LOSS: loss.detach(),

@@ -26,6 +26,8 @@ from rairl_ray.algorithms.equations import (
     write_number,
 )
 from rairl_ray.algorithms.slip import near_values, slip
+from rairl_ray.config.schema import Perturbations
+from rairl_ray.config.variants import complete
 from rairl_ray.keys import keyed_random
 from rairl_ray.types import Demonstration
 
@@ -162,6 +164,7 @@ KINDS: dict[str, Callable[[Source, random.Random], str | None]] = {
     "choice": other_choice,
     "corrupted": shipped_corruption,
 }
+complete(f"{__name__}.KINDS", KINDS, Perturbations, "kinds")
 
 
 # --- never correct by accident -----------------------------------------------------------------------

@@ -6,11 +6,15 @@ to the loss of the whole update. Shapes: B traces, T completion tokens (right pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from rairl_ray import metrics
 from rairl_ray.config.schema import Policy
+from rairl_ray.config.variants import complete
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios beyond this are cut (and give no gradient), so that one absurd token cannot make the loss inf."""
@@ -36,8 +40,8 @@ def policy_loss(
     but logprobs_BT is a constant. Per token: min(r A, clip(r, 1 - clip_low, 1 + clip_high) A). A sum of what
     nobody measured (KL without a reference, weights without a cap) is absent.
 
-    - importance_cap None: r = pi / pi_sampling, straight to the rollout engine's log-probabilities.
-    - importance_cap c: r = pi / pi_old with the learner's own pi_old before the update, and the token's loss
+    - tis_cap None: r = pi / pi_sampling, straight to the rollout engine's log-probabilities.
+    - tis_cap c: r = pi / pi_old with the learner's own pi_old before the update, and the token's loss
       is weighted by min(pi_old / pi_sampling, c). old_logprobs_BT None means that this is the only update on
       these samples, so pi_old is pi itself.
     - expert tokens: r = 1 with pi's gradient, weight 1; their sampling and old log-probabilities are not read.
@@ -46,24 +50,23 @@ def policy_loss(
     expert_BT = expert_B.bool()[:, None] & mask
     logprobs = torch.where(mask, logprobs_BT.float(), 0.0)
     old, sampling = _constants(logprobs, old_logprobs_BT, sampling_logprobs_BT, mask & ~expert_BT)
-    if config.importance_cap is None:
+    if config.tis_cap is None:
         anchor, weight = sampling, torch.ones_like(logprobs)
     else:
-        anchor, weight = old, _exp(old - sampling).clamp(max=config.importance_cap)
+        anchor, weight = old, _exp(old - sampling).clamp(max=config.tis_cap)
     ratio = _exp(logprobs - anchor)
     advantage = torch.where(mask, advantages_BT.float(), 0.0)
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     unclipped_gain, clipped_gain = ratio * advantage, clipped * advantage
     token_losses = -weight * torch.minimum(unclipped_gain, clipped_gain)
 
-    measured: dict[str, Tensor] = (
-        {} if config.importance_cap is None else {metrics.POLICY_IMPORTANCE_WEIGHT: weight}
-    )
+    measured: dict[str, Tensor] = {} if config.tis_cap is None else {metrics.POLICY_IMPORTANCE_WEIGHT: weight}
     if reference_logprobs_BT is not None:
         measured[metrics.POLICY_KL] = kl = k3(logprobs, torch.where(mask, reference_logprobs_BT.float(), 0.0))
         token_losses = token_losses + config.kl_coefficient * kl
 
-    loss = _aggregate(token_losses, mask, config, total_tokens, total_samples, max_completion_tokens)
+    counts = Counts(total_tokens, total_samples, max_completion_tokens)
+    loss = AGGREGATIONS[config.aggregation](torch.where(mask, token_losses, 0.0), mask, counts)
     own = mask & ~expert_BT
     sums = {
         metrics.POLICY_TOKENS: own.sum(),
@@ -124,19 +127,24 @@ def _exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def _aggregate(
-    token_losses: Tensor,
-    mask: Tensor,
-    config: Policy,
-    total_tokens: int,
-    total_samples: int,
-    max_completion_tokens: int,
-) -> Tensor:
-    """sequence_mean: GRPO; token_mean: DAPO / BNPO; constant: Dr. GRPO."""
-    token_losses = torch.where(mask, token_losses, 0.0)
-    if config.aggregation == "sequence_mean":
-        lengths = mask.sum(dim=1).clamp(min=1)
-        return (token_losses.sum(dim=1) / lengths).sum() / max(total_samples, 1)
-    if config.aggregation == "token_mean":
-        return token_losses.sum() / max(total_tokens, 1)
-    return token_losses.sum() / (max(total_samples, 1) * max_completion_tokens)
+class Counts(NamedTuple):
+    """The denominators of an update over all micro-batches and ranks."""
+
+    tokens: int
+    samples: int
+    longest: int
+    """`rollout.max_completion_tokens`."""
+
+
+AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, Counts], Tensor]] = {
+    # GRPO
+    "sequence_mean": lambda losses_BT, mask_BT, counts: (
+        (losses_BT.sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)).sum() / max(counts.samples, 1)
+    ),
+    # DAPO, BNPO
+    "token_mean": lambda losses_BT, mask_BT, counts: losses_BT.sum() / max(counts.tokens, 1),
+    # Dr. GRPO
+    "constant": lambda losses_BT, mask_BT, counts: losses_BT.sum() / (max(counts.samples, 1) * counts.longest),
+}
+"""This micro-batch's contribution from its tokens' losses [B, T] (0 off the mask)."""
+complete(f"{__name__}.AGGREGATIONS", AGGREGATIONS, Policy, "aggregation")

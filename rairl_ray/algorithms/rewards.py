@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
 
 import numpy as np
 
 from rairl_ray.config.schema import Eval, Reward
-
-Selector = Literal["mean", "sum", "last", "min", "discounted", "tail"]
+from rairl_ray.config.variants import complete
 
 
 def unit_rewards(logits_U: np.ndarray, config: Reward, outcome: float | None = None) -> np.ndarray:
@@ -36,7 +35,7 @@ def clipped_count(logits_U: np.ndarray, config: Reward) -> int:
 
 
 def trace_score(
-    unit_rewards_U: np.ndarray, selector: Selector, *, discount: float = 0.95, tail_share: float = 0.25
+    unit_rewards_U: np.ndarray, selector: str, *, discount: float = 0.95, tail_share: float = 0.25
 ) -> float:
     """The one number of a trace that reranks it (`eval.selector`).
 
@@ -46,18 +45,7 @@ def trace_score(
     if len(unit_rewards_U) == 0:
         raise ValueError("trace_score: a trace without units has no score")
     values = np.asarray(unit_rewards_U, dtype=np.float64)
-    match selector:
-        case "sum":
-            return float(values.sum())
-        case "min":
-            return float(values.min())
-        case "last":
-            return float(values[-1])
-        case "discounted":
-            return float(np.average(values, weights=_discounts(len(values), discount)))
-        case "tail":
-            return float(values[-max(1, math.ceil(tail_share * len(values))) :].mean())
-    return float(values.mean())
+    return float(SELECTORS[selector](values, discount, tail_share))
 
 
 def selected_score(unit_rewards_U: np.ndarray, config: Eval) -> float:
@@ -68,3 +56,17 @@ def selected_score(unit_rewards_U: np.ndarray, config: Eval) -> float:
 def _discounts(count: int, discount: float) -> np.ndarray:
     """[count] 1, discount, discount^2, ...; a discount of 0 leaves the first unit alone."""
     return discount ** np.arange(count, dtype=np.float64)
+
+
+SELECTORS: dict[str, Callable[[np.ndarray, float, float], float]] = {
+    "mean": lambda values, discount, tail_share: values.mean(),
+    "sum": lambda values, discount, tail_share: values.sum(),
+    "last": lambda values, discount, tail_share: values[-1],
+    "min": lambda values, discount, tail_share: values.min(),
+    "discounted": lambda values, discount, tail_share: np.average(
+        values, weights=_discounts(len(values), discount)
+    ),
+    "tail": lambda values, discount, tail_share: values[-max(1, math.ceil(tail_share * len(values))) :].mean(),
+}
+"""The number of a trace from its unit rewards [U], U >= 1."""
+complete(f"{__name__}.SELECTORS", SELECTORS, Eval, "selector")

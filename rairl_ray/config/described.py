@@ -7,10 +7,10 @@ from rairl_ray.config.schema import RunConfig
 
 def density_name(config: RunConfig) -> str:
     """`interval 15`, `dense`, ..., or the verifier's name where no reward is learned."""
-    if config.algorithm.type != "airl":
-        return config.reward.type if config.algorithm.type == "grpo" else "none"
+    if not config.algorithm.needs.discriminator:
+        return config.reward.type if config.algorithm.needs.answers else "none"
     density = config.reward.density
-    return f"{density.type} {density.every}" if density.type == "interval" else density.type
+    return f"{density.type} {density.every}" if density.needs.every else density.type
 
 
 def model_name(model: object) -> str:

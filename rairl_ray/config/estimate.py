@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from rairl_ray.config.schema import Build, Lora, Model, RunConfig
-from rairl_ray.config.transport import KEPT_ADAPTERS, VLLM_RANKS, adapter_of
+from rairl_ray.config.transport import KEPT_ADAPTERS, adapter_of
 from rairl_ray.config.windows import window_of
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -201,11 +201,11 @@ class Work:
 def work(config: RunConfig) -> Work:
     """Count what a run will do. SFT: samples are demonstrations, one optimizer update a step."""
     steps, prompts = config.trainer.steps, config.trainer.prompts_per_step
-    sft = config.algorithm.type == "sft"
+    sft = not config.algorithm.needs.rollouts
     samples = prompts if sft else prompts * config.rollout.samples_per_prompt
     tokens = samples * config.rollout.max_completion_tokens
     least = most = 0
-    if config.algorithm.type == "airl":
+    if config.algorithm.needs.discriminator:
         settings = config.discriminator
         later = steps * settings.updates_per_policy_step
         longest = settings.warmup_steps
@@ -251,7 +251,7 @@ def memory(config: RunConfig, policy: Model | None = None) -> list[Memory]:
     """
     policy, discriminator = models_of(config, policy)
     roles = [_rollout_memory(config, policy), _learner_memory(config, "policy", policy)]
-    if config.algorithm.type == "airl":
+    if config.algorithm.needs.discriminator:
         roles.append(_learner_memory(config, "discriminator", discriminator))
     return roles
 
@@ -282,11 +282,11 @@ def _rollout_memory(config: RunConfig, model: Model) -> Memory:
         weights = parameters * size // parallel
         adapter = _served_parameters(config, model, shape) * size // parallel
         cache = shape.cache_bytes(length * rollout.max_sequences, size) // parallel
-    if config.placement.device == "cpu" and rollout.engine == "vllm":
+    if config.placement.device == "cpu" and rollout.offers.own_cache:
         cache = int(rollout.cpu_cache_gib * 2**30)
     return Memory(
         role="rollout",
-        ranks=rollout.replicas,
+        ranks=rollout.most_replicas,
         model=_name(model),
         parameters=parameters,
         trained=None,
@@ -298,9 +298,10 @@ def _served_parameters(config: RunConfig, model: Model, shape: Shape) -> int:
     """Of adapters in an engine: vLLM makes room for some, of its next larger rank, on all linear layers."""
     if adapter_of(config) != "served":
         return 0
-    if config.rollout.engine != "vllm":
+    ranks = config.rollout.offers.lora_ranks
+    if ranks is None:
         return shape.lora_parameters(model.lora)
-    rank = next((rank for rank in VLLM_RANKS if rank >= (model.lora.rank or 0)), VLLM_RANKS[-1])
+    rank = next((rank for rank in ranks if rank >= (model.lora.rank or 0)), ranks[-1])
     return KEPT_ADAPTERS * shape.lora_parameters(Lora(rank=rank))
 
 
@@ -312,7 +313,7 @@ def _learner_memory(config: RunConfig, role: Role, model: Model) -> Memory:
     )
     parameters = trained = None
     if shape is not None:
-        scalar = role == "discriminator" and config.discriminator.head == "scalar"
+        scalar = role == "discriminator" and config.discriminator.head_needs.own_output
         parameters = shape.backbone_parameters + shape.hidden_size if scalar else shape.parameters
         adapter = shape.lora_parameters(model.lora)
         trained = adapter if model.lora.rank else parameters
@@ -341,9 +342,9 @@ def _weights(model: Model, shape: Shape, parameters: int) -> int:
 def _reference(config: RunConfig, role: Role, model: Model, shape: Shape) -> int:
     """A frozen copy, where a loss compares with it; an adapter's reference is its own base."""
     if role == "policy":
-        needed = config.policy.kl_coefficient > 0 and config.algorithm.type != "sft"
+        needed = config.policy.kl_coefficient > 0 and config.algorithm.needs.rollouts
     else:
-        needed = config.discriminator.head == "implicit"
+        needed = config.discriminator.head_needs.reference
     return shape.parameters * BYTES[model.dtype] if needed and not model.lora.rank else 0
 
 

@@ -6,12 +6,9 @@ overrides. Every error names the layer that said it: `file:line` or `command lin
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,9 @@ import yaml
 from pydantic import ValidationError
 
 from rairl_ray.config import rules
+from rairl_ray.config.key_names import leaves, nearest_key, unknown_keys
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.config.section import Section
+from rairl_ray.config.variants import ALGORITHMS
 from rairl_ray.config.yamlfile import Document, Dumper, parse_scalar, read_document
 from rairl_ray.errors import ConfigError
 
@@ -91,7 +89,7 @@ def from_dict(data: Mapping[str, Any], origin: Callable[[str], str] | str = "con
     data = _with_reward_of_algorithm(_normalised(dict(data)))
     unknown = [
         f"{place(key)}: unknown key {key} (value {rules.show(value)}): the nearest key is {nearest_key(key)}"
-        for key, value in _unknown_keys(data, RunConfig, "")
+        for key, value in unknown_keys(data, RunConfig, "")
     ]
     if unknown:
         raise ConfigError("\n".join(unknown))
@@ -135,7 +133,7 @@ def config_hash(config: RunConfig) -> str:
 
 def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of every key that differs, in the schema's order."""
-    before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
+    before, after = dict(leaves(old.model_dump(mode="json"))), dict(leaves(new.model_dump(mode="json")))
     keys = list(dict.fromkeys([*before, *after]))
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
@@ -174,7 +172,7 @@ def warm_start_chain(config: RunConfig) -> list[RunConfig]:
         if not Path(path).is_file():
             raise ConfigError(f"warm_start={path}: no such file; name an SFT experiment file")
         earlier = load_config(path)
-        if earlier.algorithm.type != "sft":
+        if earlier.algorithm.needs.rollouts:
             raise ConfigError(
                 f"warm_start={path}: has algorithm.type={earlier.algorithm.type}; name an SFT experiment file"
             )
@@ -198,25 +196,6 @@ def _sharing(earlier: RunConfig, config: RunConfig) -> RunConfig:
     sizes = ("prompts", "samples_per_prompt", "k", "temperature", "top_p", "bootstrap")
     shared["eval"] = earlier.eval.model_copy(update={key: getattr(config.eval, key) for key in sizes})
     return earlier.model_copy(update=shared)
-
-
-def known_keys() -> list[str]:
-    """All dotted keys of the schema, sections included."""
-    return list(_schema_keys(RunConfig, ""))
-
-
-def nearest_key(key: str) -> str:
-    """The valid key that a mistyped one most likely meant."""
-    parent, _, last = key.rpartition(".")
-
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        its_parent, _, its_last = candidate.rpartition(".")
-        tail = difflib.SequenceMatcher(None, last, its_last).ratio()
-        short = last == "".join(word[0] for word in its_last.split("_")) or its_last.startswith(last)
-        return whole + tail + 0.5 * (parent == its_parent) + 0.5 * short
-
-    return max(known_keys(), key=likeness)
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -269,7 +248,7 @@ def _override(text: str) -> Document:
     nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
-    lines = dict.fromkeys([key, *(f"{key}.{leaf}" for leaf, _ in _leaves(value) if leaf)], 0)
+    lines = dict.fromkeys([key, *(f"{key}.{leaf}" for leaf, _ in leaves(value) if leaf)], 0)
     return Document(COMMAND_LINE, _normalised(nested), lines)
 
 
@@ -308,14 +287,15 @@ def _normalised(data: dict[str, Any]) -> dict[str, Any]:
 def _with_reward_of_algorithm(data: dict[str, Any]) -> dict[str, Any]:
     """Where no layer names `reward.type`, it is what the algorithm needs; a named one is never changed."""
     algorithm, reward = data.get("algorithm"), data.get("reward", {})
-    if not isinstance(algorithm, dict) or algorithm.get("type") != "grpo" or not isinstance(reward, dict):
+    kind = str(algorithm.get("type")) if isinstance(algorithm, dict) else ""
+    if kind not in ALGORITHMS or not isinstance(reward, dict):
         return data
-    return {**data, "reward": {"type": "correctness", **reward}}
+    return {**data, "reward": {"type": ALGORITHMS[kind].reward, **reward}}
 
 
 def _refuse_idle_interval(config: RunConfig) -> None:
     density = config.reward.density
-    if density.type != "interval":
+    if not density.needs.every:
         raise ConfigError(
             f"{COMMAND_LINE}: reward.density.every={density.every}: only `interval` has one, but "
             f"reward.density.type={density.type}; add reward.density.type=interval"
@@ -325,42 +305,17 @@ def _refuse_idle_interval(config: RunConfig) -> None:
 # --- keys and messages ----------------------------------------------------------------------------
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    """The section class of `Section` or `Section | None`, else None."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    for option in options:
-        if isinstance(option, type) and issubclass(option, Section):
-            return option
-    return None
-
-
-def _schema_keys(section: type[Section], prefix: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        inner = _section_of(field.annotation)
-        if inner is not None:
-            yield from _schema_keys(inner, f"{prefix}{name}.")
-
-
-def _unknown_keys(data: Mapping[str, Any], section: type[Section], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        field = section.model_fields.get(str(key))
-        if field is None:
-            yield from _leaves(value, f"{prefix}{key}")
-        elif isinstance(value, dict):
-            inner = _section_of(field.annotation)
-            if inner is not None:
-                yield from _unknown_keys(value, inner, f"{prefix}{key}.")
-            elif typing.get_origin(field.annotation) is not dict:
-                yield from ((f"{prefix}{key}.{below}", leaf) for below, leaf in value.items())
-
-
 def _explain(error: ValidationError, data: Mapping[str, Any], place: Callable[[str], str]) -> Iterator[str]:
     """One line for each wrong key; a key that fits none of several types gets them all."""
     reasons: dict[str, list[str]] = {}
-    for item in error.errors(include_url=False):
-        key = _key_of(item["loc"], data)
-        reason = _ALLOWED.get(item["type"]) or item["msg"].replace("Input should be", "must be")
+    items = error.errors(include_url=False)
+    for item in items:
+        key, (*above, last) = _key_of(item["loc"], data), item["loc"]
+        lacks = f"lacks {last}" if item["type"] == "missing" and isinstance(last, str) else None
+        elsewhere = [other for other in items if other is not item and [*other["loc"][: len(above)]] == above]
+        if isinstance(item["input"], dict) and not lacks and elsewhere and last != key.rpartition(".")[2]:
+            continue  # a type of a union, for which the mapping was not meant: its section's errors are told
+        reason = lacks or _ALLOWED.get(item["type"]) or item["msg"].replace("Input should be", "must be")
         reasons.setdefault(key, []).append(reason)
     for key, texts in reasons.items():
         value = rules.show(_value_at(data, key))
@@ -371,10 +326,9 @@ def _key_of(location: Sequence[int | str], data: Any) -> str:
     """The dotted key of a pydantic location, without its marks for the members of a union."""
     parts = []
     for part in location:
-        if not isinstance(data, dict) or part not in data:
-            break
-        parts.append(str(part))
-        data = data[part]
+        if isinstance(data, dict) and part in data:
+            parts.append(str(part))
+            data = data[part]
     return ".".join(parts)
 
 
@@ -382,12 +336,3 @@ def _value_at(data: Any, key: str) -> Any:
     for part in key.split("."):
         data = data[part]
     return data
-
-
-def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a nested mapping; an empty mapping is a value."""
-    if isinstance(data, dict) and data:
-        for key, value in data.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, data

@@ -10,15 +10,12 @@ from rairl_ray.config import labels as selectors
 from rairl_ray.config.estimate import shape_of
 from rairl_ray.config.schema import Model, RunConfig
 from rairl_ray.config.transport import (
-    VLLM_RANKS,
     adapter_of,
     engines_own_gpus,
     learner_beside_every_engine,
 )
 
 Problems = Iterator[tuple[str, str]]
-
-VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 192, 256)
 
 
 def names(config: RunConfig) -> Problems:
@@ -81,16 +78,18 @@ def lora(config: RunConfig) -> Problems:
             yield f"model.{role}.lora.alpha", f"means nothing without an adapter; set model.{role}.lora.rank"
         if not settings.target_modules:
             yield f"model.{role}.lora.target_modules", "is empty; name modules or write all-linear"
-    rank = config.model.policy.lora.rank
-    served = config.rollout.engine == "vllm" and adapter_of(config) == "served"
-    if served and rank is not None and rank > VLLM_RANKS[-1]:
+    rank, ranks = config.model.policy.lora.rank, config.rollout.offers.lora_ranks
+    served = adapter_of(config) == "served"
+    if served and ranks is not None and rank is not None and rank > ranks[-1]:
         yield (
             "model.policy.lora.rank",
-            f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}; lower it or set rollout.adapter=merged",
+            f"{config.rollout.engine} serves adapters up to rank {ranks[-1]}; lower it, or write "
+            "rollout.adapter=merged",
         )
 
 
 def build_shape(config: RunConfig) -> Problems:
+    served = config.rollout.offers.cpu_head_sizes if config.placement.device != "gpu" else None
     for role in ("policy", "discriminator"):
         build = getattr(config.model, role).build
         if build is None:
@@ -105,21 +104,18 @@ def build_shape(config: RunConfig) -> Problems:
                 f"gives heads of {size}, and rotary positions need an even size; "
                 f"make it {(size + 1) * build.heads}",
             )
-        elif role == "policy" and _vllm_on_cpu(config) and size not in VLLM_CPU_HEAD_SIZES:
+        elif role == "policy" and served is not None and size not in served:
             yield (
                 key,
-                f"gives heads of {size}; vLLM on a CPU serves {', '.join(map(str, VLLM_CPU_HEAD_SIZES))}: "
-                f"change hidden_size or heads={build.heads}, or set rollout.engine=hf",
+                f"gives heads of {size}; {config.rollout.engine} on a CPU serves "
+                f"{', '.join(map(str, served))}: change hidden_size or heads={build.heads}, or set "
+                "rollout.engine=hf",
             )
         if role == "policy" and build.heads % config.rollout.tensor_parallel:
             yield (
                 f"model.{role}.build.heads",
                 f"must be a multiple of rollout.tensor_parallel={config.rollout.tensor_parallel}",
             )
-
-
-def _vllm_on_cpu(config: RunConfig) -> bool:
-    return config.rollout.engine == "vllm" and config.placement.device != "gpu"
 
 
 def window(config: RunConfig) -> Problems:
@@ -191,20 +187,20 @@ def quantization(config: RunConfig) -> Problems:
 
 
 def precision(config: RunConfig) -> Problems:
-    on_gpu = config.placement.device == "gpu" and config.rollout.engine == "vllm"
+    refuses = config.placement.device == "gpu" and not config.rollout.offers.float32_adapters
     policy = config.model.policy
-    if on_gpu and adapter_of(config) == "served" and policy.dtype == "float32":
+    if refuses and adapter_of(config) == "served" and policy.dtype == "float32":
         yield (
             "model.policy.dtype",
-            f"vLLM's GPU kernels for adapters (model.policy.lora.rank={policy.lora.rank}) take bfloat16 alone; "
-            "write bfloat16, or set rollout.adapter=merged",
+            f"{config.rollout.engine}'s GPU kernels for adapters (model.policy.lora.rank={policy.lora.rank}) "
+            "take bfloat16 alone; write bfloat16, or set rollout.adapter=merged",
         )
 
 
 def ranks(config: RunConfig) -> Problems:
     """Every rank of a learner must have something to learn from in every optimizer update."""
     prompts, samples = config.trainer.prompts_per_step, config.rollout.samples_per_prompt
-    learner, sft = config.learner, config.algorithm.type == "sft"
+    learner, sft = config.learner, not config.algorithm.needs.rollouts
     updates_per_step = config.policy.minibatches_per_step
     traces = prompts if sft else prompts * samples // updates_per_step
     if traces < learner.replicas:
@@ -212,7 +208,7 @@ def ranks(config: RunConfig) -> Problems:
         if not sft:
             said += f" x rollout.samples_per_prompt={samples} / policy.minibatches_per_step={updates_per_step}"
         yield "learner.replicas", f"{said} gives {traces} traces an update, fewer than the ranks; lower it"
-    if config.algorithm.type != "airl":
+    if not config.algorithm.needs.discriminator:
         return
     updates = [("the step", prompts * samples, prompts)]
     if config.discriminator.warmup_steps:
@@ -241,8 +237,8 @@ def engine(config: RunConfig) -> Problems:
     rollout, device = config.rollout, config.placement.device
     if rollout.sleep and device == "cpu":
         yield "rollout.sleep", "gives back GPU memory, but placement.device=cpu; set it to false"
-    if rollout.sleep and rollout.engine != "vllm":
-        yield "rollout.sleep", f"is vLLM's, but rollout.engine={rollout.engine}; set it to false"
+    if rollout.sleep and not rollout.offers.sleep:
+        yield "rollout.sleep", f"is nothing that rollout.engine={rollout.engine} can do; set it to false"
     if rollout.sleep and config.trainer.max_staleness_steps > 0:
         yield (
             "trainer.max_staleness_steps",
@@ -250,8 +246,8 @@ def engine(config: RunConfig) -> Problems:
         )
     if rollout.sleep and (config.placement.type == "disaggregated" or rollout.tensor_parallel > 1):
         yield "rollout.sleep", "nobody shares the engine's GPU in this placement; set it to false"
-    if rollout.tensor_parallel > 1 and rollout.engine != "vllm":
-        yield "rollout.tensor_parallel", f"is vLLM's, but rollout.engine={rollout.engine}; set it to 1"
+    if rollout.tensor_parallel > 1 and not rollout.offers.tensor_parallel:
+        yield "rollout.tensor_parallel", f"is nothing that rollout.engine={rollout.engine} can do; set it to 1"
     if rollout.tensor_parallel > 1 and device == "cpu":
         yield (
             "rollout.tensor_parallel",
@@ -270,9 +266,9 @@ def transport(config: RunConfig) -> Problems:
         return
     if config.placement.device == "cpu":
         yield key, "moves weights between GPUs, but placement.device=cpu; write auto or object_store"
-    if config.rollout.engine != "vllm":
-        yield key, f"is vLLM's, but rollout.engine={config.rollout.engine}; write auto or object_store"
-    if adapter_of(config) == "served" and config.algorithm.type != "sft":
+    if not config.rollout.offers.transports:
+        yield key, f"is nothing that rollout.engine={config.rollout.engine} can do; write auto or object_store"
+    if adapter_of(config) == "served" and config.algorithm.needs.rollouts:
         adapter = config.rollout.adapter
         yield key, f"moves weights, but an adapter travels alone (rollout.adapter={adapter}); write auto"
     if asked == "nccl" and not engines_own_gpus(config):
@@ -288,6 +284,35 @@ def transport(config: RunConfig) -> Problems:
         )
 
 
+def pool(config: RunConfig) -> Problems:
+    """Replicas that come and go do so between two steps, each by itself."""
+    key, rollout = "rollout.replicas", config.rollout
+    least, most = rollout.least_replicas, rollout.most_replicas
+    if least > most:
+        yield key, f"has min above max; write {{min: {most}, max: {least}}}"
+    if not rollout.elastic or not config.algorithm.needs.rollouts:
+        return
+    fixed = f"or write a number such as {most}"
+    if config.trainer.max_staleness_steps > 0:
+        yield (
+            key,
+            f"trainer.max_staleness_steps={config.trainer.max_staleness_steps} leaves no moment "
+            f"without samples under way, in which a replica could join; set it to 0, {fixed}",
+        )
+    if rollout.weight_transport in ("nccl", "ipc"):
+        yield (
+            key,
+            f"rollout.weight_transport={rollout.weight_transport} ends with the first replica that leaves; "
+            f"write object_store or auto, {fixed}",
+        )
+    if config.placement.strategy == "STRICT_PACK":
+        yield (
+            key,
+            "a replica that joins may be on any node, but placement.strategy=STRICT_PACK asks for one; write "
+            f"PACK, {fixed}",
+        )
+
+
 def fractions(config: RunConfig) -> Problems:
     """Roles that share a GPU cannot take more than all of it."""
     placement = config.placement
@@ -296,7 +321,7 @@ def fractions(config: RunConfig) -> Problems:
     shares = {
         "rollout": placement.rollout_gpu_fraction if config.rollout.tensor_parallel == 1 else 0.0,
         "policy": placement.policy_gpu_fraction,
-        "discriminator": placement.discriminator_gpu_fraction if config.algorithm.type == "airl" else 0.0,
+        "discriminator": placement.discriminator_gpu_fraction if config.algorithm.needs.discriminator else 0.0,
     }
     total = sum(shares.values())
     if total > 1.0 + 1e-9:
@@ -306,7 +331,7 @@ def fractions(config: RunConfig) -> Problems:
             f"the roles on one GPU add up to {total:g} ({said}); lower the fractions to at most 1 together "
             "or write placement.type=disaggregated",
         )
-    own = config.rollout.tensor_parallel > 1 or config.rollout.sleep or config.rollout.engine != "vllm"
+    own = config.rollout.tensor_parallel > 1 or config.rollout.sleep or not config.rollout.offers.own_cache
     if (
         placement.device == "gpu"
         and not own
@@ -332,7 +357,7 @@ def labels(config: RunConfig) -> Problems:
         role
         for role in wanted
         if (role != "rollout" or config.rollout.tensor_parallel == 1)
-        and (role != "discriminator" or config.algorithm.type == "airl")
+        and (role != "discriminator" or config.algorithm.needs.discriminator)
     ]
     for first, second in combinations(together, 2):
         for key in sorted(wanted[first].keys() & wanted[second].keys()):
@@ -359,6 +384,7 @@ MACHINE_RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     zero,
     engine,
     transport,
+    pool,
     fractions,
     labels,
 )

@@ -9,13 +9,23 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
+from rairl_ray.config import variants
 from rairl_ray.config.labels import plain
-from rairl_ray.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Section
+from rairl_ray.config.section import ERROR_KINDS, ErrorKind, Fraction, NonNegativeFloat, NonNegativeInt, Section
+
+
+class Pool(Section):
+    """Bounds of a number of replicas that follows the cluster: more as nodes come, fewer as they go."""
+
+    min: PositiveInt
+    """A run starts with so many, and is rebuilt where fewer are left."""
+    max: PositiveInt
 
 
 class Rollout(Section):
     engine: Literal["vllm", "hf"] = "vllm"
-    replicas: PositiveInt = 1
+    replicas: PositiveInt | Pool = 1
+    """Engines that share the sampling, a fixed number or `{min: 1, max: 4}`. Samples do not depend on it."""
     tensor_parallel: PositiveInt = 1
     samples_per_prompt: PositiveInt = 8
     temperature: NonNegativeFloat = 1.0
@@ -36,12 +46,31 @@ class Rollout(Section):
     (far fewer bytes) and the engine computes it beside every token. auto: merged, served for a 4-bit base."""
     weight_transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
     """How weights reach the engines; auto: `ipc` where they share GPUs with the policy learner, `nccl` where
-    they have GPUs of their own, else `object_store`. Served adapters always use the object store."""
+    they have GPUs of their own, else `object_store`. Served adapters and pools always use the object store."""
     probe_every: NonNegativeInt | None = None
     """After the first sync and every n-th one, compare learner and engines on a few fixed traces; 0: never.
     None: 50 where each step's own samples are compared too (trainer/probe.py), else 1."""
     max_sync_logprob_gap: PositiveFloat | None = None
     """Largest mean |difference| a token in these comparisons; None: 0.001 in float32, 0.1 in bfloat16."""
+
+    @property
+    def offers(self) -> variants.EngineOffers:
+        return variants.ENGINES[self.engine]
+
+    @property
+    def least_replicas(self) -> int:
+        """Replicas that a run cannot do without."""
+        return self.replicas.min if isinstance(self.replicas, Pool) else self.replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas that it may have at once."""
+        return self.replicas.max if isinstance(self.replicas, Pool) else self.replicas
+
+    @property
+    def elastic(self) -> bool:
+        """Whether replicas come and go while it runs."""
+        return self.least_replicas < self.most_replicas
 
 
 class Learner(Section):
@@ -73,7 +102,7 @@ class Trainer(Section):
     """Policy versions that rollouts may be old: so many steps are sampled ahead of the learners; 0: none."""
     log_rollouts_every: NonNegativeInt = 10
     """Write a sample of rollouts to the run folder every n steps; 0: never."""
-    failure_retries: NonNegativeInt = 1
+    max_restarts_per_role: NonNegativeInt = 1
     """Rebuilds from the newest checkpoint that the failures of ONE role may cost; each role has its own budget.
     Errors of the user are never retried."""
     retry_backoff_seconds: NonNegativeFloat = 2.0
@@ -98,6 +127,9 @@ class Eval(Section):
     """`tail`: mean over this last share of the units (at least one)."""
     localisation_traces: NonNegativeInt = 256
     """Held-out expert traces with one injected error, for localisation."""
+    localisation_kinds: tuple[ErrorKind, ...] = ERROR_KINDS
+    """Kinds of these errors: not training's (`discriminator.perturbations.kinds`), so that runs which perturb
+    otherwise, or nothing, are compared on the same errors."""
     localisation_readout: Literal["largest_drop", "argmin", "threshold"] = "largest_drop"
     """`localise`: how the values of a trace's steps name its first wrong step."""
     localisation_threshold: float | None = None

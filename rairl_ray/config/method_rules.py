@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.variants import ERRORS
 
 Problems = Iterator[tuple[str, str]]
 
@@ -21,7 +22,7 @@ def data_source(config: RunConfig) -> Problems:
             f"data.task={data.task} makes its own problems; set data.task=jsonl or data.path=null",
         )
     if data.task == "jsonl" and data.fields.demonstration is None and data.demonstrations is None:
-        if config.algorithm.type in ("airl", "sft"):
+        if config.algorithm.needs.experts:
             yield (
                 "data.fields.demonstration",
                 f"algorithm.type={config.algorithm.type} learns from experts; name their column or set "
@@ -50,9 +51,9 @@ def gold_answers(config: RunConfig) -> Problems:
     if config.data.task != "jsonl" or config.data.fields.answer is not None:
         return
     remedy = "needs gold answers; set data.fields.answer"
-    if config.algorithm.type == "grpo":
+    if config.algorithm.needs.answers:
         yield "algorithm.type", remedy
-    if config.algorithm.type != "airl":
+    if not config.algorithm.needs.discriminator:
         return
     if config.discriminator.positives == "expert_and_correct":
         yield "discriminator.positives", f"{remedy} or discriminator.positives=expert"
@@ -63,18 +64,19 @@ def gold_answers(config: RunConfig) -> Problems:
 
 
 def reward(config: RunConfig) -> Problems:
-    kind, algorithm = config.reward.type, config.algorithm.type
-    if algorithm == "airl" and kind != "discriminator":
+    kind, needs, algorithm = config.reward.type, config.algorithm.needs, config.algorithm.type
+    if needs.discriminator and kind != "discriminator":
         yield (
             "reward.type",
-            "algorithm.type=airl learns its reward; write reward.type=discriminator or algorithm.type=grpo",
+            f"algorithm.type={algorithm} learns its reward; write reward.type=discriminator or "
+            "algorithm.type=grpo",
         )
-    if algorithm == "grpo" and kind == "discriminator":
+    if needs.answers and kind == "discriminator":
         yield (
             "reward.type",
-            "algorithm.type=grpo has no discriminator; write reward.type=correctness or official",
+            f"algorithm.type={algorithm} has no discriminator; write reward.type=correctness or official",
         )
-    if kind != "discriminator" and algorithm == "grpo" and config.reward.outcome_weight > 0:
+    if kind != "discriminator" and needs.answers and config.reward.outcome_weight > 0:
         yield "reward.outcome_weight", f"would count correctness twice with reward.type={kind}; set it to 0"
     clip = config.reward.clip
     if clip is not None and clip[0] >= clip[1]:
@@ -82,10 +84,10 @@ def reward(config: RunConfig) -> Problems:
 
 
 def discriminator_loss(config: RunConfig) -> Problems:
-    head, loss = config.discriminator.head, config.discriminator.loss
-    if loss.level == "trace" and head != "implicit":
+    head, loss = config.discriminator.head_needs, config.discriminator.loss
+    if loss.level == "trace" and not head.reference:
         yield "discriminator.loss.level", "needs discriminator.head=implicit; set it or write unit"
-    if loss.gradient_penalty > 0 and head != "scalar":
+    if loss.gradient_penalty > 0 and not head.input_gradient:
         yield (
             "discriminator.loss.gradient_penalty",
             "needs discriminator.head=scalar; set it to 0 and use discriminator.loss.weight_clip",
@@ -96,8 +98,8 @@ def discriminator_loss(config: RunConfig) -> Problems:
             "differentiates twice, and ZeRO-3 has released the weights by then; set learner.zero_stage=2",
         )
     bounds = (loss.drift_penalty, loss.gradient_penalty, loss.weight_clip)
-    if loss.type == "wgan" and not any(bounds):
-        control = "drift_penalty=0.1" if head == "implicit" else "gradient_penalty=10"
+    if loss.needs.bound and not any(bounds):
+        control = "gradient_penalty=10" if head.input_gradient else "drift_penalty=0.1"
         yield (
             "discriminator.loss.type",
             f"is unbounded without a Lipschitz control; set discriminator.loss.{control} "
@@ -107,35 +109,33 @@ def discriminator_loss(config: RunConfig) -> Problems:
 
 def pairs(config: RunConfig) -> Problems:
     discriminator = config.discriminator
-    if discriminator.loss.type != "bradley_terry":
+    if not discriminator.loss.needs.pairs:
         return
+    kind = discriminator.loss.type
     if discriminator.demonstrations_per_update is not None:
         yield (
             "discriminator.demonstrations_per_update",
-            "bradley_terry compares traces of one prompt: its experts are the step's own; set it to null",
+            f"{kind} compares traces of one prompt: its experts are the step's own; set it to null",
         )
     if discriminator.replay.share > 0:
         yield (
             "discriminator.replay.share",
-            "bradley_terry compares traces of one prompt, not of past ones; set it to 0",
+            f"{kind} compares traces of one prompt, not of past ones; set it to 0",
         )
 
 
 def perturbations(config: RunConfig) -> Problems:
     """`count: 0` is the ablation without perturbations: label and kinds then say nothing."""
-    settings = config.discriminator.perturbations
-    if settings.count == 0:
-        return
-    if not settings.kinds:
-        yield (
-            "discriminator.perturbations.kinds",
-            "is empty; name kinds or set discriminator.perturbations.count=0",
-        )
-    elif set(settings.kinds) <= {"choice", "corrupted"} and config.data.task in GENERATED_TASKS:
-        yield (
-            "discriminator.perturbations.kinds",
-            f"need options or corrupted chains, which data.task={config.data.task} has not; add operator",
-        )
+    settings, key = config.discriminator.perturbations, "discriminator.perturbations"
+    if settings.count:
+        yield from _error_kinds(config, f"{key}.kinds", settings.kinds, f"{key}.count=0")
+
+
+def _error_kinds(config: RunConfig, key: str, kinds: Sequence[str], off: str) -> Problems:
+    if not kinds:
+        yield key, f"is empty; name kinds or set {off}"
+    elif all(ERRORS[kind].data for kind in kinds) and config.data.task in GENERATED_TASKS:
+        yield key, f"need options or corrupted chains, which data.task={config.data.task} has not; add operator"
 
 
 def replay(config: RunConfig) -> Problems:
@@ -164,12 +164,11 @@ def warmup(config: RunConfig) -> Problems:
 
 
 def group_size(config: RunConfig) -> Problems:
-    if config.algorithm.type == "sft":
+    if not config.algorithm.needs.rollouts:
         return
     samples, advantage = config.rollout.samples_per_prompt, config.advantage
-    experts = {"none": 0, "single": 1, "balanced": samples}[advantage.expert]
-    relative = advantage.normalise or advantage.scale or advantage.type == "loo"
-    if samples + experts < 2 and relative:
+    relative = advantage.normalise or advantage.scale or advantage.needs.others
+    if samples + advantage.expert_copies(samples) < 2 and relative:
         yield (
             "rollout.samples_per_prompt",
             f"advantage.type={advantage.type} compares the samples of a prompt and one alone has advantage 0; "
@@ -178,13 +177,13 @@ def group_size(config: RunConfig) -> Problems:
 
 
 def policy(config: RunConfig) -> Problems:
-    cap = config.policy.importance_cap
+    cap = config.policy.tis_cap
     if cap is not None and cap < 1:
-        yield "policy.importance_cap", "would shrink even on-policy tokens; write 1 or more, or null"
+        yield "policy.tis_cap", "would shrink even on-policy tokens; write 1 or more, or null"
 
 
 def sampling(config: RunConfig) -> Problems:
-    if config.rollout.temperature == 0 and config.algorithm.type != "sft":
+    if config.rollout.temperature == 0 and config.algorithm.needs.rollouts:
         yield (
             "rollout.temperature",
             "samples of a prompt would all be equal; write a temperature above 0, such as 1",
@@ -211,6 +210,9 @@ def pass_at_k(config: RunConfig) -> Problems:
 def localisation(config: RunConfig) -> Problems:
     if config.eval.localisation_readout == "threshold" and config.eval.localisation_threshold is None:
         yield "eval.localisation_readout", "needs a number to compare with; set eval.localisation_threshold"
+    if config.eval.localisation_traces:
+        kinds = config.eval.localisation_kinds
+        yield from _error_kinds(config, "eval.localisation_kinds", kinds, "eval.localisation_traces=0")
 
 
 METHOD_RULES: tuple[Callable[[RunConfig], Problems], ...] = (

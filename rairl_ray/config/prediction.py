@@ -78,7 +78,7 @@ def predict(config: RunConfig, gpus: float, policy: Model | None = None) -> Pred
     """
     model, reader = models_of(config, policy)
     shape, scoring = shape_of(model), shape_of(reader)
-    if gpus <= 0 or shape is None or (config.algorithm.type == "airl" and scoring is None):
+    if gpus <= 0 or shape is None or (config.algorithm.needs.discriminator and scoring is None):
         return None
     assumed, todo = Assumptions(), work(config)
     steps, learner = config.trainer.steps, config.learner
@@ -87,15 +87,15 @@ def predict(config: RunConfig, gpus: float, policy: Model | None = None) -> Pred
     if config.policy.kl_coefficient > 0:
         one_policy += _forward_seconds(shape, row.tokens, assumed) / learner.replicas
     score = discriminator = warm_up = 0.0
-    if config.algorithm.type == "airl" and scoring is not None:
+    if config.algorithm.needs.discriminator and scoring is not None:
         ranks = learner.discriminator_replicas or learner.replicas
-        reference = config.discriminator.head == "implicit"
+        reference = config.discriminator.head_needs.reference
         score = _forward_seconds(scoring, row.tokens, assumed) / ranks
         update = _train_seconds(scoring, reader, row.labelled_tokens, assumed) / ranks
         update += _forward_seconds(scoring, row.labelled_tokens, assumed) / ranks if reference else 0.0
         updates = config.discriminator.updates_per_policy_step
         discriminator, warm_up = update * updates, update * (todo.discriminator_updates - steps * updates)
-    sft, samples = config.algorithm.type == "sft", todo.samples_per_step
+    sft, samples = not config.algorithm.needs.rollouts, todo.samples_per_step
     rollout = 0.0 if sft else _rollout_seconds(shape, model, config, samples, assumed)
     sync = 0.0 if sft else _synced_bytes(config, shape, model) / assumed.link
     found = Prediction(
@@ -116,7 +116,7 @@ class _Row:
 
     def __init__(self, config: RunConfig, assumed: Assumptions) -> None:
         prompts = config.trainer.prompts_per_step
-        sft = config.algorithm.type == "sft"
+        sft = not config.algorithm.needs.rollouts
         completion = config.rollout.max_completion_tokens * assumed.filled
         prompt = config.data.max_prompt_tokens
         samples = 1 if sft else config.rollout.samples_per_prompt
@@ -140,7 +140,7 @@ def _rollout_seconds(
 ) -> float:
     """Replicas share the samples; each decodes as many at once as it may."""
     rollout, size = config.rollout, BYTES[model.dtype]
-    replicas, length = rollout.replicas, int(rollout.max_completion_tokens * assumed.filled)
+    replicas, length = rollout.least_replicas, int(rollout.max_completion_tokens * assumed.filled)
     own = max(1, -(-samples // replicas))
     at_once = min(own, rollout.max_sequences)
     context = config.data.max_prompt_tokens + length // 2

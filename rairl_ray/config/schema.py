@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from rairl_ray.config import variants
 from rairl_ray.config.machine_schema import (
     Cluster,
     Eval,
@@ -21,8 +22,10 @@ from rairl_ray.config.machine_schema import (
     Trainer,
 )
 from rairl_ray.config.section import (
+    ERROR_KINDS,
     ActorFile,
     BelowOne,
+    ErrorKind,
     FilePath,
     Fraction,
     NonNegativeFloat,
@@ -35,6 +38,10 @@ from rairl_ray.config.section import (
 
 class Algorithm(Section):
     type: Literal["airl", "grpo", "sft"] = "airl"
+
+    @property
+    def needs(self) -> variants.AlgorithmNeeds:
+        return variants.ALGORITHMS[self.type]
 
 
 class Lora(Section):
@@ -67,7 +74,7 @@ class Model(Section):
     quantization: Literal["none", "nf4"] = "none"
     """`nf4` (a GPU, LoRA): the learner holds the frozen base in 4 bits (QLoRA, arXiv 2305.14314). Rollouts and
     final artifacts join the adapter with the base as published: they differ from the learner by quantisation
-    error, which `rollout/logprob_gap` shows and policy.importance_cap corrects for."""
+    error, which `rollout/logprob_gap` shows and policy.tis_cap corrects for."""
     lora: Lora = Lora()
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -165,6 +172,10 @@ class Density(Section):
     every: PositiveInt = 15
     """Only for `interval`: a unit ends at every n-th completion token."""
 
+    @property
+    def needs(self) -> variants.DensityNeeds:
+        return variants.DENSITIES[self.type]
+
 
 class Reward(Section):
     type: Literal["discriminator", "correctness", "official"] = "discriminator"
@@ -195,20 +206,16 @@ class DiscriminatorLoss(Section):
     gamma: Fraction = 1.0
     """Discount of the shaping term of the `airl` loss."""
 
+    @property
+    def needs(self) -> variants.LossNeeds:
+        return variants.LOSSES[self.type]
+
 
 class Perturbations(Section):
     count: NonNegativeInt = 1
     """Perturbed copies of each expert trace that serve as hard negatives."""
     label: Literal["trace", "from_edit"] = "from_edit"
-    kinds: tuple[
-        Literal["operator", "numbers", "slip", "answer", "swap_answer", "choice", "corrupted"], ...
-    ] = (
-        "operator",
-        "numbers",
-        "slip",
-        "answer",
-        "swap_answer",
-    )
+    kinds: tuple[ErrorKind, ...] = ERROR_KINDS
 
 
 class Replay(Section):
@@ -222,9 +229,9 @@ class Optimizer(Section):
     learning_rate: PositiveFloat = 1e-5
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     weight_decay: NonNegativeFloat = 0.1
-    clip_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_share: Fraction = 0.1
+    warmup_ratio: Fraction = 0.1
     """Share of all updates in which the learning rate rises from zero."""
 
 
@@ -254,6 +261,10 @@ class Discriminator(Optimizer):
     warmup_prompts_per_step: PositiveInt | None = None
     """Prompts (each with its expert trace) in one warm-up update; None: trainer.prompts_per_step."""
 
+    @property
+    def head_needs(self) -> variants.HeadNeeds:
+        return variants.HEADS[self.head]
+
 
 class Advantage(Section):
     type: Literal["sequence", "discounted", "loo"] = "sequence"
@@ -266,13 +277,21 @@ class Advantage(Section):
     expert: Literal["none", "single", "balanced"] = "none"
     """Expert traces in the group: none, one, or as many as samples."""
 
+    @property
+    def needs(self) -> variants.AdvantageNeeds:
+        return variants.ADVANTAGES[self.type]
+
+    def expert_copies(self, samples: int) -> int:
+        """Expert traces in a group of `samples`."""
+        return {"none": 0, "single": 1, "balanced": samples}[self.expert]
+
 
 class Policy(Optimizer):
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
     aggregation: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
     kl_coefficient: NonNegativeFloat = 0.0
-    importance_cap: PositiveFloat | None = 2.0
+    tis_cap: PositiveFloat | None = 2.0
     """Truncated importance sampling of the rollout engine's log-probabilities; None: plain ratios to them."""
     minibatches_per_step: PositiveInt = 1
     """Optimizer updates over one step's samples."""
@@ -303,3 +322,12 @@ class RunConfig(Section):
     cluster: Cluster = Cluster()
     timeouts: Timeouts = Timeouts()
     tracking: Tracking = Tracking()
+
+
+variants.complete("rairl_ray.config.variants.ALGORITHMS", variants.ALGORITHMS, Algorithm, "type")
+variants.complete("rairl_ray.config.variants.ENGINES", variants.ENGINES, Rollout, "engine")
+variants.complete("rairl_ray.config.variants.DENSITIES", variants.DENSITIES, Density, "type")
+variants.complete("rairl_ray.config.variants.LOSSES", variants.LOSSES, DiscriminatorLoss, "type")
+variants.complete("rairl_ray.config.variants.HEADS", variants.HEADS, Discriminator, "head")
+variants.complete("rairl_ray.config.variants.ADVANTAGES", variants.ADVANTAGES, Advantage, "type")
+variants.complete("rairl_ray.config.variants.ERRORS", variants.ERRORS, Perturbations, "kinds")

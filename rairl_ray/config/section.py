@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -15,6 +15,12 @@ FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 """Text that may name a file or folder; `~` is the home folder from here on."""
 ActorFile = Annotated[str, AfterValidator(lambda path: os.path.abspath(os.path.expanduser(path)))]
 """A file that actors read, too: they stand elsewhere, so it is absolute from here on."""
+
+
+ErrorKind = Literal["operator", "numbers", "slip", "answer", "swap_answer", "choice", "corrupted"]
+"""How a wrong copy of a right trace is made (algorithms/negatives.py)."""
+ERROR_KINDS: tuple[ErrorKind, ...] = ("operator", "numbers", "slip", "answer", "swap_answer")
+"""Those that need nothing but the trace."""
 
 
 class Section(BaseModel):

@@ -10,8 +10,6 @@ from rairl_ray.errors import ConfigError
 Transport = Literal["object_store", "nccl", "ipc"]
 Adapter = Literal["merged", "served"]
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The only values that vLLM takes for the largest rank that it serves."""
 KEPT_ADAPTERS = 2
 """Versions of an adapter that it holds at once: the current one and the one before."""
 
@@ -24,7 +22,7 @@ def adapter_of(config: RunConfig) -> Adapter | None:
     policy, asked = config.model.policy, config.rollout.adapter
     if policy.lora.rank is None:
         return None
-    if config.algorithm.type == "sft" or (asked == "auto" and policy.quantization != "none"):
+    if not config.algorithm.needs.rollouts or (asked == "auto" and policy.quantization != "none"):
         return "served"
     return "merged" if asked == "auto" else asked
 
@@ -32,18 +30,21 @@ def adapter_of(config: RunConfig) -> Adapter | None:
 def weight_transport(config: RunConfig, device: str) -> Transport:
     """The transport of a run on `device` (`cpu`; anything else is a GPU).
 
-    Served adapters, the Hugging Face engine and SFT (whose weights come from disk) use the object store.
+    Served adapters, the Hugging Face engine, replicas that come and go and SFT (whose weights come from disk)
+    use the object store.
 
     Raises:
         ConfigError: a GPU transport was asked for on a machine without one (placement.device=auto).
     """
     asked = config.rollout.weight_transport
-    weights = config.rollout.engine == "vllm" and adapter_of(config) != "served"
+    weights = config.rollout.offers.transports and adapter_of(config) != "served"
     if asked in ("nccl", "ipc") and device == "cpu":
         raise ConfigError(
             f"rollout.weight_transport={asked}: moves weights between GPUs, and this run has none; write auto"
         )
-    if asked == "object_store" or device == "cpu" or not weights or config.algorithm.type == "sft":
+    fixed = not config.rollout.elastic  # groups of NCCL and IPC live and end with their first members
+    direct = weights and fixed and config.algorithm.needs.rollouts
+    if asked == "object_store" or device == "cpu" or not direct:
         return "object_store"
     if asked != "auto":
         return asked
@@ -59,4 +60,4 @@ def engines_own_gpus(config: RunConfig) -> bool:
 
 def learner_beside_every_engine(config: RunConfig) -> bool:
     """Each engine's GPU holds a policy rank too, whose memory it can open (CUDA IPC)."""
-    return not engines_own_gpus(config) and config.rollout.replicas <= config.learner.replicas
+    return not engines_own_gpus(config) and config.rollout.most_replicas <= config.learner.replicas

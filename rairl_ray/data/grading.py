@@ -16,6 +16,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from rairl_ray.config.schema import Data
+from rairl_ray.config.variants import complete
 from rairl_ray.data.choices import Options, chosen_letter, letter_of
 from rairl_ray.data.completion_format import ANSWER_OPEN, answer_sections, is_well_formed
 from rairl_ray.data.math_equality import canonical_mathematics, equal_mathematics
@@ -97,6 +99,7 @@ _EQUAL: dict[str, Callable[[str, str], bool]] = {
     "math": equal_mathematics,
     "text": equal_texts,
 }
+complete(f"{__name__}._EQUAL", {**_EQUAL, "choice": letter_of}, Data, "grader")
 
 
 def _agree(first: str, second: str) -> bool:

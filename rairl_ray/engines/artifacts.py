@@ -17,15 +17,13 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rairl_ray.algorithms.discriminator_losses import segment_sums
 from rairl_ray.algorithms.warmup import frozen
 from rairl_ray.config.load import config_hash
 from rairl_ray.config.schema import Model, RunConfig
-from rairl_ray.data.batching import DiscriminatorTensors
+from rairl_ray.config.variants import HEADS
 from rairl_ray.data.rendering import load_tokenizer
 from rairl_ray.data.tasks import task_rules
 from rairl_ray.engines.adapters import save_model
-from rairl_ray.engines.heads import ImplicitModel, ScalarModel
 from rairl_ray.engines.models import DTYPES, adapter_config, load_causal_lm, load_token_classifier
 from rairl_ray.engines.origin import Origin, commit_of
 from rairl_ray.engines.sources import atomic_folder
@@ -108,17 +106,18 @@ def save_reward_model(
     is itself a saved reward, its reference stays the reference.
     """
     model = _as_loaded(module, config.model.read_discriminator)
-    implicit = isinstance(module, ImplicitModel)
+    head = config.discriminator.head_needs
     start = read_settings(Path(base))
     with atomic_folder(folder) as temporary:
         reference: dict[str, str | None] = dict.fromkeys(REFERENCE_FIELDS)
-        if implicit:
-            merged = _restored(load_causal_lm(base, _quiet(model)), state)
+        if head.reference:
             reference = _save_reference(temporary, base, _quiet(model))
-        else:
+        if head.own_output:
             outputs = next(tensor.shape[0] for name, tensor in state.items() if name.endswith("score.weight"))
             merged = _restored(load_token_classifier(base, _quiet(model), outputs=outputs), state)
             _keep_reward(merged)
+        else:
+            merged = _restored(load_causal_lm(base, _quiet(model)), state)
         save_model(merged, temporary)
         tokenizer = load_tokenizer(base, model)
         tokenizer.save_pretrained(temporary)
@@ -128,7 +127,7 @@ def save_reward_model(
         made = start if start is not None and frozen(config.discriminator) else None
         prompt, role = system_prompt_of(start, task_rules(config.data).system_prompt, config.data.system_role)
         settings = RewardSettings(
-            head="implicit" if implicit else "scalar",
+            head=config.discriminator.head,
             beta=config.discriminator.beta,
             loss=loss.type if made is None else made.loss,
             level=loss.level if made is None else made.level,
@@ -145,48 +144,6 @@ def save_reward_model(
         (temporary / REWARD_FILE).write_text(json.dumps(asdict(settings), indent=2, sort_keys=True))
 
 
-class RewardModel:
-    """A saved reward model, ready to score."""
-
-    def __init__(self, settings: RewardSettings, module: ScalarModel | ImplicitModel, device: str) -> None:
-        self.settings = settings
-        self._module = module.eval().to(device)
-        self._device = device
-        self.packs = module.padded_because is None
-        """Whether `score` can be given packed rows."""
-
-    @classmethod
-    def load(cls, folder: Path, *, device: str = "cpu", dtype: Dtype = "float32") -> RewardModel:
-        """Load `final/reward_model`, to score in `dtype`.
-
-        Raises:
-            ModelError: not a reward model folder, or the reference is not the one that it was trained against.
-        """
-        settings = read_settings(Path(folder))
-        if settings is None:
-            raise ModelError(f"{folder}: {REWARD_FILE} is missing; give a final/reward_model folder")
-        module: ScalarModel | ImplicitModel
-        if settings.head == "scalar":
-            module = ScalarModel(load_token_classifier(str(folder), Model(dtype=dtype), outputs=1))
-        else:
-            causal_lm = load_causal_lm(str(folder), Model(dtype=dtype))
-            module = ImplicitModel(causal_lm, settings.beta, reference=saved_reference(str(folder), dtype))
-        return cls(settings, module, device)
-
-    @torch.no_grad()
-    def score(self, batch: DiscriminatorTensors) -> Tensor:
-        """[B, U] float32 unit logits on the CPU, before temperature and clip; padding is to be masked."""
-        batch = batch.to(self._device)
-        if isinstance(self._module, ScalarModel):
-            rows = (batch.input_ids, batch.attention_mask, batch.unit_positions)
-            return self._module(*rows, packing=batch.packing)[0].cpu()
-        ratios_BT = self._module(
-            batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids,
-            packing=batch.packing,
-        )  # fmt: skip
-        return segment_sums(ratios_BT, batch.unit_start_index, batch.unit_end_index, batch.unit_mask).cpu()
-
-
 def read_settings(folder: Path) -> RewardSettings | None:
     """What `reward.json` in `folder` says; None where there is none: no saved reward.
 
@@ -198,7 +155,10 @@ def read_settings(folder: Path) -> RewardSettings | None:
         return None
     try:
         fields = json.loads(file.read_text())
-        return RewardSettings(**{**fields, "clip": fields["clip"] and tuple(fields["clip"])})
+        settings = RewardSettings(**{**fields, "clip": fields["clip"] and tuple(fields["clip"])})
+        if settings.head not in HEADS:
+            raise ValueError(f"head={settings.head}: unknown")
+        return settings
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{file}: not the file of a saved reward ({error}); restore it") from None
 
@@ -223,7 +183,7 @@ def saved_reference(path: str, dtype: Dtype) -> Any | None:
         ModelError: it has other weights than `reward.json` says.
     """
     settings = read_settings(Path(path))
-    if settings is None or settings.head != "implicit":
+    if settings is None or not HEADS[settings.head].reference:
         return None
     model = Model.model_validate({"dtype": settings.dtype, "revision": settings.reference_revision})
     reference = load_causal_lm(reference_path(Path(path), settings), model, trainable=False)

@@ -112,7 +112,7 @@ def _config(settings: Optimizer, learner: Learner, *, bfloat16: bool, persistent
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": settings.clip_norm if stage > 0 else 0.0,
+        "gradient_clipping": settings.max_grad_norm if stage > 0 else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -169,7 +169,7 @@ class DeepSpeedEngine:
         ]
         optimizer = RecordingAdamW(
             [group for group in groups if group["params"]],  # DeepSpeed drops empty ones, the schedule does not
-            clip_norm=settings.clip_norm if stage == 0 else None,
+            max_grad_norm=settings.max_grad_norm if stage == 0 else None,
             weight_clip=weight_clip,
             lr=settings.learning_rate,
             betas=settings.betas,
@@ -330,7 +330,7 @@ class DeepSpeedEngine:
             group |= {"lr": rate, "initial_lr": settings.learning_rate}
             group |= {"betas": settings.betas, "weight_decay": decay}
         if self._stage:
-            self._engine.optimizer.clip_grad = settings.clip_norm
+            self._engine.optimizer.clip_grad = settings.max_grad_norm
 
     def _load_cut(self, saved: zero_shards.Saved) -> None:
         """Give DeepSpeed's optimizer this rank's pieces in its own format, as if it had saved them."""

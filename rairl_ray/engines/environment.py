@@ -1,4 +1,4 @@
-"""The environment of one learner rank; must be set before `deepspeed` is imported.
+"""The environment of processes that compute: of any before it starts, of a learner rank before DeepSpeed.
 
 Standard library and torch only, so that an actor can call it first.
 """
@@ -6,8 +6,34 @@ Standard library and torch only, so that an actor can call it first.
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import torch
+
+
+def compute_environment(device: str, threads: int) -> dict[str, str]:
+    """Variables of a process that computes with so many threads; they count from its start.
+
+    On a CPU roles take turns on the same cores, so a thread without work must sleep at once. GNU's OpenMP,
+    which torch brings, spins instead, and where others want the cores a barrier then takes seconds
+    (docs/performance.md). Intel's is preloaded where it is installed, GNU's told to sleep elsewhere; what the
+    user set stays.
+    """
+    variables = {
+        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    if device != "cpu":
+        return variables
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if openmp.exists():
+        preloaded = os.environ.get("LD_PRELOAD", "")
+        if "libiomp5" not in preloaded:
+            variables["LD_PRELOAD"] = f"{openmp}:{preloaded}".rstrip(":")
+        variables["KMP_BLOCKTIME"] = os.environ.get("KMP_BLOCKTIME", "1")
+    elif "GOMP_SPINCOUNT" not in os.environ:
+        variables["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    return variables
 
 
 def setup_environment(

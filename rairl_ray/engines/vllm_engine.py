@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import gc
 import itertools
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rairl_ray.config.transport import KEPT_ADAPTERS, VLLM_RANKS
+from rairl_ray.config.transport import KEPT_ADAPTERS
+from rairl_ray.config.variants import VLLM_RANKS
+from rairl_ray.engines.environment import compute_environment
 from rairl_ray.engines.rollout_engine import (
     Decode,
     EngineOptions,
@@ -50,11 +50,10 @@ SMALL_BLOCK, SMALL_WINDOW = 32, 512
 the smallest block is fastest (10-20% against vLLM's 128 at 60 tokens)."""
 
 
-def vllm_environment(*, device: Literal["cpu", "cuda"], threads: int | None = None) -> dict[str, str]:
+def vllm_environment(*, device: Literal["cpu", "cuda"], threads: int = 1) -> dict[str, str]:
     """Environment variables that a process needs BEFORE it starts (an actor's `runtime_env`).
 
-    `threads` (CPU): compute threads. Without Intel's OpenMP more than one thread is many times slower as
-    soon as the cores are shared, so the library is preloaded where it is installed.
+    `threads` (CPU): compute threads.
     """
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -70,11 +69,7 @@ def vllm_environment(*, device: Literal["cpu", "cuda"], threads: int | None = No
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         # else the first call compiles a helper of the sampler with the C++ compiler for several seconds
         variables["TORCHDYNAMO_DISABLE"] = "1"
-        if threads is not None:
-            variables |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-        if openmp.exists():
-            variables["LD_PRELOAD"] = str(openmp)
+        variables |= compute_environment(device, threads)
     return variables
 
 

@@ -14,14 +14,18 @@ Dimension letters: S steps of a trace, U scored units, T tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from rairl_ray import metrics as names
+from rairl_ray.algorithms.negatives import perturb
+from rairl_ray.config.schema import Eval, RunConfig
+from rairl_ray.config.variants import complete
 from rairl_ray.evaluation.bootstrap import Interval, Summary, entry, interval, mean_entry, resampled_sums
+from rairl_ray.types import Demonstration, Trace
 
 _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _LINE = re.compile(r"[^\n]*\S[^\n]*(?:\n\s*)?")
@@ -73,6 +77,19 @@ class InjectedError:
     """[T] character end (exclusive) of each completion token, in whose number Hit@1 measures distance."""
 
 
+def injected_errors(rows: Sequence[Demonstration], config: RunConfig) -> list[Trace]:
+    """Experts of the first `eval.localisation_traces` held-out rows with one error each, where one can be made.
+
+    The same ones in every evaluation of a seed, whatever training perturbs.
+    """
+    traces: list[Trace] = []
+    for row in rows[: config.eval.localisation_traces]:
+        key = (config.seed, row.prompt.id, "localisation")
+        copies, _ = perturb(row, count=1, kinds=config.eval.localisation_kinds, key=key)
+        traces += [Trace(prompt=row.prompt, text=copy.text, edit_char=copy.edit_char) for copy in copies]
+    return traces
+
+
 def step_char_ends(text: str) -> list[int]:
     """Character ends of the reasoning steps: the lines of the think block that are not blank.
 
@@ -121,16 +138,38 @@ def step_changes(values: np.ndarray) -> np.ndarray:
 
 def predicted_step(values: np.ndarray, readout: Readout = LARGEST_DROP) -> np.ndarray:
     """[S] probabilities of each step being named: equal shares among those that tie, all 0 for "no error"."""
-    values = np.asarray(values, dtype=np.float64)
-    if readout.type == "threshold":
-        below = values < readout.threshold
-        return np.asarray(below & (np.cumsum(below) == 1), dtype=np.float64)
-    badness, sign = (step_changes(values), -1) if readout.type == "largest_drop" else (values, 1)
+    return READOUTS[readout.type](np.asarray(values, dtype=np.float64), readout)
+
+
+def _below_threshold(values: np.ndarray, readout: Readout) -> np.ndarray:
+    below = values < readout.threshold
+    return np.asarray(below & (np.cumsum(below) == 1), dtype=np.float64)
+
+
+def _largest_drop(values: np.ndarray, readout: Readout) -> np.ndarray:
+    return _worst(values, step_changes(values), -1, readout)
+
+
+def _argmin(values: np.ndarray, readout: Readout) -> np.ndarray:
+    return _worst(values, values, 1, readout)
+
+
+def _worst(values: np.ndarray, badness: np.ndarray, sign: int, readout: Readout) -> np.ndarray:
+    """The steps of the smallest `badness`; none unless that is below `sign` times the threshold."""
     if readout.threshold is not None and not badness.min() < sign * readout.threshold:
         return np.zeros(len(values))
     # Equal rewards must stay a tie after the rounding of a mean.
     worst = badness <= badness.min() + 1e-9 * (1.0 + np.abs(values).max())
     return np.asarray(worst / worst.sum())
+
+
+READOUTS: dict[str, Callable[[np.ndarray, Readout], np.ndarray]] = {
+    "largest_drop": _largest_drop,
+    "argmin": _argmin,
+    "threshold": _below_threshold,
+}
+"""Values of the steps [S] -> [S] probabilities of each being named."""
+complete(f"{__name__}.READOUTS", READOUTS, Eval, "localisation_readout")
 
 
 # --- labelled steps --------------------------------------------------------------------------------

@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 import numpy as np
 
 from rairl_ray import metrics as names
-from rairl_ray.algorithms.rewards import Selector, trace_score
+from rairl_ray.algorithms.rewards import SELECTORS, trace_score
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.evaluation.bootstrap import Summary, bootstrap_statistic, entry, mean_entry
 from rairl_ray.evaluation.calibration import (
@@ -75,7 +74,7 @@ def summarise(
         _passing(groups, k)
         | _choices(full)
         | _by_reward(full, k, discount, tail_share)
-        | _shares(groups)
+        | _row_means(groups)
         | _categories(groups)
     )
     summary = {name: mean_entry(numbers, resamples, key) for name, numbers in values.items()}
@@ -141,11 +140,11 @@ def _by_reward(full: Groups, k: Sequence[int], discount: float, tail_share: floa
     if not any(row.unit_scores for group in full for row in group):
         return values
 
-    def select(row: EvalRow, selector: Selector) -> float:
+    def select(row: EvalRow, selector: str) -> float:
         units = np.asarray(row.unit_scores or (), dtype=np.float64)
         return trace_score(units, selector, discount=discount, tail_share=tail_share) if len(units) else np.nan
 
-    for selector in get_args(Selector):
+    for selector in SELECTORS:
         scores = _table(full, lambda row, selector=selector: select(row, selector))  # type: ignore[misc]
         for size in sorted({1, *k}):
             if size <= n:
@@ -154,15 +153,19 @@ def _by_reward(full: Groups, k: Sequence[int], discount: float, tail_share: floa
     return values
 
 
-def _shares(groups: Groups) -> dict[str, np.ndarray]:
-    def share(of: Callable[[EvalRow], float]) -> np.ndarray:
+ROW_MEANS: dict[str, Callable[[EvalRow], float]] = {
+    names.EVAL_FORMAT: lambda row: row.format_ok,
+    names.EVAL_TRUNCATED: lambda row: row.finish_reason == "length",
+    names.EVAL_COMPLETION_TOKENS: lambda row: row.tokens,
+}
+"""Metric -> its value of one sample; the summary has the mean over problems of the mean over their samples."""
+
+
+def _row_means(groups: Groups) -> dict[str, np.ndarray]:
+    def mean(of: Callable[[EvalRow], float]) -> np.ndarray:
         return np.array([_mean([of(row) for row in group]) for group in groups])
 
-    return {
-        names.EVAL_FORMAT: share(lambda row: row.format_ok),
-        names.EVAL_TRUNCATED: share(lambda row: row.finish_reason == "length"),
-        names.EVAL_COMPLETION_TOKENS: share(lambda row: row.tokens),
-    }
+    return {name: mean(of) for name, of in ROW_MEANS.items()}
 
 
 def _categories(groups: Groups) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from rairl_ray import metrics as names
 from rairl_ray.config.described import density_name
 from rairl_ray.config.load import NOT_HASHED, config_hash, differences
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.variants import DENSITIES
 from rairl_ray.report.collect import Run
 from rairl_ray.report.labels import label_of, number_of
 from rairl_ray.report.parts import Absent, Cell, Figure, Number, Part, Table
@@ -135,7 +136,7 @@ def density_parts(runs: Sequence[Run]) -> list[Part]:
     """The reward's density as the axis, where runs differ in nothing else."""
     families: dict[str, list[Group]] = {}
     for group in grouped(runs):
-        if group.config is not None and group.config.algorithm.type == "airl":
+        if group.config is not None and group.config.algorithm.needs.discriminator:
             families.setdefault(config_hash(_comparable(group.config, density=False)), []).append(group)
     family = max(families.values(), key=len, default=[])
     if len(family) < 2:
@@ -160,7 +161,7 @@ def density_parts(runs: Sequence[Run]) -> list[Part]:
 def _coarse_to_fine(group: Group) -> tuple[int, int]:
     assert group.config is not None
     density = group.config.reward.density
-    return ("sparse", "partial", "interval", "dense").index(density.type), -density.every
+    return list(DENSITIES).index(density.type), -density.every
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

@@ -34,20 +34,24 @@ def fork_parts(runs: Sequence[Run]) -> list[Part]:
             continue
         parent = by_folder.get(RunFolder(origin["run"]).root.resolve())
         if parent is None:
-            lacking.append(f"{run.label} (of {origin['run']})")
+            lacking.append(f"{run.label} (its run {origin['run']} is not among what is reported; name it too)")
             continue
-        problems, found = paired(parent, run)
+        try:
+            problems, found = paired(parent, run)
+        except Absent as reason:
+            lacking.append(f"{run.label} ({reason})")
+            continue
         at = f"{parent.label}@{origin['step']}"
         changed = ", ".join(origin["changed"]) or "nothing"
         rows.append((run.label, at, changed, Number(value=problems, kind="count"), *found))
     if not rows:
         raise Absent(
-            f"the runs of these forks are not among what is reported: {', '.join(lacking)}; name them too"
-            if lacking
-            else "none of the runs is a fork of another one"
+            f"left out: {', '.join(lacking)}" if lacking else "none of the runs is a fork of another one"
         )
     note = "A fork and its run draw the same prompts, and are evaluated on the same problems. In brackets: "
     note += "95% bootstrap intervals over problems of the difference within each problem."
+    if lacking:
+        note += f" Left out: {', '.join(lacking)}."
     columns = (
         "fork",
         "of",

@@ -23,7 +23,7 @@ def what_was_run(run: Run) -> list[Part]:
 
 
 def _settings(config: RunConfig) -> dict[str, str]:
-    learned = config.algorithm.type == "airl"
+    learned = config.algorithm.needs.discriminator
     settings = {
         "algorithm": config.algorithm.type,
         "task": config.data.task,
@@ -44,7 +44,7 @@ def _settings(config: RunConfig) -> dict[str, str]:
             "perturbed negatives": f"{perturbations.count} a trace, labelled by {perturbations.label}",
             "selector": config.eval.selector,
         }
-    if config.algorithm.type != "sft":
+    if config.algorithm.needs.rollouts:
         settings |= {
             "samples a prompt": str(config.rollout.samples_per_prompt),
             "advantage": f"{config.advantage.type}, gamma {config.advantage.gamma:g}",

@@ -55,7 +55,8 @@ def _evaluated(run: Run) -> list[tuple[str, str, int, Evaluation]]:
     place = (config.data.task, config.seed)
     found = [(method_of(run), *place, run.main)]
     start = run.evaluations.get("start")
-    if start is not None and start is not run.main and config.algorithm.type == "sft" and not config.warm_start:
+    untrained = not config.algorithm.needs.rollouts and not config.warm_start
+    if start is not None and start is not run.main and untrained:
         found.append((UNTRAINED, *place, start))
     return found
 

@@ -11,6 +11,7 @@ from rairl_ray.algorithms.rewards import selected_score, unit_rewards
 from rairl_ray.config.schema import Eval
 from rairl_ray.data.rows import BadRow, text_column
 from rairl_ray.rewards.saved import SavedReward
+from rairl_ray.rewards.scorer import Scorer
 from rairl_ray.types import Prompt, Trace, TraceScores
 
 PROMPTS = ("prompt", "question", "problem", "query", "instruction")
@@ -76,7 +77,7 @@ class ScoreLines:
         keep_given: bool = False,
         **options: Any,
     ) -> None:
-        self._reward = SavedReward(folder, policy_fingerprint=policy_fingerprint, **options)
+        self._reward: Scorer = SavedReward(folder, policy_fingerprint=policy_fingerprint, **options)
         self._selector = selector
         self._sampled = bool(policy_fingerprint)
         self._keep_given = keep_given
@@ -89,12 +90,12 @@ class ScoreLines:
         made = {line.number: self._row(line, trace, score) for line, trace, score in scores}
         return [made.get(line.number, line.values) for line in lines]
 
-    def _row(self, line: Line, trace: Trace, score: TraceScores | str) -> dict[str, Any]:
+    def _row(self, line: Line, trace: Trace, score: TraceScores) -> dict[str, Any]:
         kept = dict(line.values)
         if self._sampled:
             kept.pop("token_ids", None)
-        if isinstance(score, str):
-            return {**kept, "reward_model_score": None, "error": f"line {line.number}: {score}"}
+        if score.refusal:
+            return {**kept, "reward_model_score": None, "error": f"line {line.number}: {score.refusal}"}
         rewards = unit_rewards(score.logits, self._reward.reward, None)
         ends = [int(end) for end in score.unit_char_ends]
         starts = [0, *(min(end, len(trace.text)) for end in ends[:-1])]

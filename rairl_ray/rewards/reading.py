@@ -12,7 +12,7 @@ import numpy as np
 from rairl_ray.algorithms.density import unit_starts, unit_tokens
 from rairl_ray.config.schema import Density
 from rairl_ray.data.rendering import Renderer
-from rairl_ray.types import DiscriminatorSample, Prompt, Rollout, TokenizedTrace, Trace
+from rairl_ray.types import DiscriminatorSample, Prompt, Rollout, TokenizedTrace, Trace, TraceScores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,16 @@ class ReadTrace:
     def unit_char_ends(self) -> np.ndarray:
         """[U] character end of each unit."""
         return np.asarray(self.tokens.char_ends, dtype=np.int64)[self.unit_tokens]
+
+    def scores(self, logits: np.ndarray, version: int, refusal: str = "") -> TraceScores:
+        """What a discriminator of `version` says of the units; none of them has a score without `logits`."""
+        return TraceScores(
+            logits=logits,
+            unit_tokens=self.unit_tokens[: len(logits)],
+            unit_char_ends=self.unit_char_ends[: len(logits)],
+            discriminator_version=version,
+            refusal=refusal,
+        )
 
 
 class TraceReader:

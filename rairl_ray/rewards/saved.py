@@ -12,9 +12,10 @@ from rairl_ray.config.schema import Density, Model, Reward
 from rairl_ray.config.windows import window_of
 from rairl_ray.data.batching import discriminator_tensors, shares
 from rairl_ray.data.rendering import Renderer, load_tokenizer
-from rairl_ray.engines.artifacts import Dtype, RewardModel, system_prompt_of
+from rairl_ray.engines.artifacts import Dtype, system_prompt_of
+from rairl_ray.engines.reward_heads import RewardModel
 from rairl_ray.rewards.reading import ReadTrace, TraceReader, sample_of
-from rairl_ray.types import Trace, TraceScores
+from rairl_ray.types import DiscriminatorSample, Trace, TraceScores
 
 
 class SavedReward:
@@ -53,27 +54,26 @@ class SavedReward:
         self.reward = Reward(density=density, temperature=settings.temperature, clip=settings.clip)
         """How logits become rewards (`algorithms.rewards.unit_rewards`)."""
 
-    def score(self, traces: Sequence[Trace]) -> list[TraceScores | str]:
-        """Unit logits of each trace, or what stands in the way of scoring it."""
+    def score(self, traces: Sequence[Trace]) -> list[TraceScores]:
         reads = [self._reader.read(trace) for trace in traces]
-        answers: list[TraceScores | str] = [self._refusal(read) or "" for read in reads]
-        good = [index for index, refusal in enumerate(answers) if not refusal]
-        samples, packed = [sample_of(reads[index]) for index in good], self._model.packs
-        for rows in shares(samples, 1, self._budget, packed=packed)[0]:
-            tensors = discriminator_tensors(
-                [samples[row] for row in rows], self._reader.renderer.pad_id, packed=packed
-            )
-            for row, logits in zip(rows, self._model.score(tensors).numpy(), strict=True):
-                answers[good[row]] = self._scores(reads[good[row]], logits)
-        return answers
+        refusals = [self._refusal(read) for read in reads]
+        good = [read for read, refusal in zip(reads, refusals, strict=True) if not refusal]
+        logits = iter(self._logits([sample_of(read) for read in good]))
+        none = np.zeros(0, dtype=np.float32)
+        return [
+            read.scores(none if refusal else next(logits), self.version, refusal)
+            for read, refusal in zip(reads, refusals, strict=True)
+        ]
 
-    def _scores(self, read: ReadTrace, logits: np.ndarray) -> TraceScores:
-        return TraceScores(
-            logits=logits[: len(read.unit_tokens)].copy(),
-            unit_tokens=read.unit_tokens,
-            unit_char_ends=read.unit_char_ends,
-            discriminator_version=self.version,
-        )
+    def _logits(self, samples: Sequence[DiscriminatorSample]) -> list[np.ndarray]:
+        """[U] of each sample."""
+        found: dict[int, np.ndarray] = {}
+        pad_id, packed = self._reader.renderer.pad_id, self._model.packs
+        for rows in shares(samples, 1, self._budget, packed=packed)[0]:
+            values = self._model.score(discriminator_tensors([samples[r] for r in rows], pad_id, packed=packed))
+            for row, logits in zip(rows, values.numpy(), strict=True):
+                found[row] = logits[: len(samples[row].unit_tokens)].copy()
+        return [found[row] for row in range(len(samples))]
 
     def _refusal(self, read: ReadTrace) -> str:
         tokens = len(read.tokens.prompt_ids) + len(read.tokens.completion_ids)

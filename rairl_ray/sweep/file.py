@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from rairl_ray.config.load import known_keys, nearest_key, read_override
+from rairl_ray.config.key_names import known_keys, nearest_key
+from rairl_ray.config.load import read_override
 from rairl_ray.config.rules import check_local
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.config.section import NonNegativeInt, Section

@@ -14,12 +14,13 @@ from typing import Any
 
 from rairl_ray.config.load import config_hash, load_config, warm_start_chain
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.variants import complete
 from rairl_ray.errors import ConfigError
 from rairl_ray.files import read_json_lines
 from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import EVAL_PASS_AT
 from rairl_ray.runfolder import RunFolder
-from rairl_ray.sweep.file import BASE, LISTS, Axis, SweepFile, axes
+from rairl_ray.sweep.file import BASE, LISTS, Axis, Search, SweepFile, axes
 
 SAVED = "sweep.json"
 """The sweep as it was started, in its folder."""
@@ -153,8 +154,14 @@ def started_with(sweep: SweepFile, item: Trial) -> tuple[str, ...]:
 
 
 def misfits(sweep: SweepFile, config: RunConfig) -> list[str]:
-    """Why a run of this configuration would never report the sweep's metric; a line each."""
+    """Why a run of this configuration cannot be a trial of the sweep; a line each."""
     found = []
+    if config.rollout.elastic:
+        most = config.rollout.most_replicas
+        found.append(
+            "rollout.replicas: trials share the cluster by fixed sizes, so none may grow; write a number, such "
+            f"as overrides: {{rollout.replicas: {most}}}"
+        )
     if not config.eval.at_end:
         found.append("eval.at_end=false: a sweep compares final evaluations; set eval.at_end=true")
     kind = sweep.scheduler.type
@@ -179,14 +186,17 @@ def trial_id(values: dict[str, Any], seed: int) -> str:
 
 def _points(sweep: SweepFile) -> Iterator[dict[str, Any]]:
     """Different points, in the order of the file (grid) or of the draw."""
-    every = axes(sweep)
-    if sweep.search.type == "optuna":
-        kept = (row.values for row in drawn(sweep) if row.refused is None)
-        yield from itertools.islice(kept, sweep.trials)
-    elif sweep.search.type == "grid":
-        yield from _different(every, sweep, _grid(every))
-    else:
-        yield from _different(every, sweep, _draws(every, sweep, sweep.trials or 0))
+    yield from SEARCHES[sweep.search.type](sweep, axes(sweep))
+
+
+SEARCHES: dict[str, Callable[[SweepFile, Sequence[Axis]], Iterator[dict[str, Any]]]] = {
+    "grid": lambda sweep, every: _different(every, sweep, _grid(every)),
+    "random": lambda sweep, every: _different(every, sweep, _draws(every, sweep, sweep.trials or 0)),
+    "optuna": lambda sweep, every: itertools.islice(
+        (row.values for row in drawn(sweep) if row.refused is None), sweep.trials
+    ),
+}
+complete(f"{__name__}.SEARCHES", SEARCHES, Search, "type")
 
 
 def _different(

@@ -30,7 +30,7 @@ def finished(folder: RunFolder) -> bool:
     if not (folder.final_policy.is_dir() and (folder.evaluations / "final" / "summary.json").is_file()):
         return False
     reward = (folder.final_reward_model / REWARD_FILE).is_file()
-    return reward or read_saved(folder.config).algorithm.type != "airl"
+    return reward or not read_saved(folder.config).algorithm.needs.discriminator
 
 
 def trial_state(file: SweepFile, item: Trial) -> str:

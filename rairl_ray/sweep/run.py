@@ -51,7 +51,7 @@ from rairl_ray.sweep.stopping import WHOLE, forget_requests, leave_request, list
 from rairl_ray.sweep.supervise import run_trial
 from rairl_ray.trainer.parts import cluster, place
 from rairl_ray.trainer.run import made_by, train, with_warm_start
-from rairl_ray.trainer.session import code_version, resumable
+from rairl_ray.trainer.session import SignalStop, code_version, resumable
 
 TUNE = "tune"
 LOST_WORKERS = 100
@@ -184,7 +184,7 @@ def train_warm_start(file: SweepFile, item: Trial, display: Display) -> None:
     if earlier is None:
         return
     folder = RunFolder(Path(earlier.output_dir) / earlier.name)
-    earlier = with_warm_start(earlier, display)
+    earlier = with_warm_start(earlier, display, SignalStop())
     if not made_by(folder, earlier):
         display.note(f"warm start of {item.id}: trained first, into {folder.root}")
         if train(earlier, str(folder.root) if folder.config.is_file() else None):

@@ -7,13 +7,15 @@ Nothing here pauses a trial, which Tune's synchronous HyperBand does at every ru
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
+from rairl_ray.config.variants import complete
 from rairl_ray.keys import keyed_random
-from rairl_ray.sweep.file import SweepFile
+from rairl_ray.sweep.file import Scheduler, SweepFile
 from rairl_ray.sweep.points import stop_mark
 from rairl_ray.sweep.supervise import REPORT
 
@@ -80,10 +82,18 @@ def _marked(file: SweepFile, trial: Any, action: str) -> str:
     return str(action)
 
 
-SCHEDULERS = {"asha": Halving, "hyperband": Halving, "median": Median}
+SCHEDULERS: dict[str, Callable[[SweepFile], Any] | None] = {
+    "none": None,
+    "asha": Halving,
+    "hyperband": Halving,
+    "median": Median,
+    "pbt": None,
+}
+"""Those of Tune; `pbt` is a run of its own kind (`population.py`)."""
+complete(f"{__name__}.SCHEDULERS", SCHEDULERS, Scheduler, "type")
 
 
 def scheduler_of(file: SweepFile) -> Any:
     """Tune's scheduler; None: every trial runs to its end."""
-    kind = SCHEDULERS.get(file.scheduler.type)
+    kind = SCHEDULERS[file.scheduler.type]
     return None if kind is None else kind(file)

@@ -15,10 +15,9 @@ from rairl_ray import metrics as names
 from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import Interrupted
 from rairl_ray.actors.learner import LearnerWorkers
-from rairl_ray.actors.rollout import Replacement
+from rairl_ray.actors.pool import Pool
 from rairl_ray.algorithms.warmup import WarmupGate
 from rairl_ray.config.transport import weight_transport
-from rairl_ray.data.cursor import Cursor
 from rairl_ray.metrics import PhaseTimer
 from rairl_ray.runfolder import Summary
 from rairl_ray.trainer.airl import AirlStrategy
@@ -30,7 +29,7 @@ from rairl_ray.trainer.loop import Loop
 from rairl_ray.trainer.parts import Parts
 from rairl_ray.trainer.saving import Saving
 from rairl_ray.trainer.session import Session
-from rairl_ray.types import Demonstration, RolloutGroup
+from rairl_ray.trainer.warmup import WarmupPool
 
 
 def run(session: Session) -> bool:
@@ -73,14 +72,16 @@ class Run:
                 config, prepared.task, self.feed, prepared.policy_renderer, prepared.reader,
                 parts.discriminator, parts.policy,
             )  # fmt: skip
-        strategy = self.airl or GrpoStrategy(prepared.task, prepared.policy_renderer, config.reward)
-        self.strategy = strategy
-        self.loop = Loop(config, self.feed, parts.rollouts, parts.policy, strategy)
-        if config.trainer.max_staleness_steps == 0 and weight_transport(config, parts.device) == "object_store":
-            parts.rollouts.replacement = Replacement(
-                parts.respawn_rollout, self.loop.bring_up, session.event, config.trainer.failure_retries
-            )
-        self.heldout = HeldOut(config, prepared.task, parts.rollouts, self.airl, lambda: bool(session.stop))
+        self.reward = self.airl or GrpoStrategy(prepared.task, prepared.policy_renderer, config.reward)
+        self.loop = Loop(config, self.feed, parts.rollouts, parts.policy, self.reward)
+        by_itself = weight_transport(config, parts.device) == "object_store"
+        alone = config.trainer.max_staleness_steps == 0 and by_itself
+        self.pool = Pool(
+            config, session.plan, parts.rollouts, parts.spawn_rollout, self.loop.bring_up, session.event,
+            config.trainer.max_restarts_per_role if alone else 0,
+        )  # fmt: skip
+        scorer = None if self.airl is None else self.airl.scorer
+        self.heldout = HeldOut(config, prepared.task, parts.rollouts, scorer, lambda: bool(session.stop))
 
     def run(self, resume: bool, ready: Callable[[], None]) -> bool:
         """One attempt from start or checkpoint; `ready` is called once it can go on where it should."""
@@ -132,6 +133,7 @@ class Run:
         steps = config.trainer.steps * config.policy.minibatches_per_step
         self.session.display.phase("loading models")
         self.parts.rollouts.open()
+        self.pool.grow()
         self.policy.open(steps)
         if self.parts.discriminator is not None:
             gate = WarmupGate(config.discriminator)
@@ -144,7 +146,9 @@ class Run:
     def _step(self, step: int) -> None:
         config, timer = self.config, PhaseTimer()
         self._forget_references()
-        metrics, groups = self.loop.step(step, timer)
+        with timer.phase(names.TIME_SYNC):
+            self.pool.grow()
+        metrics, groups, rewarded = self.loop.step(step, timer)
         self.progress.step = step
         self.parts.finished(step)
         metrics |= self.session.prepared.facts
@@ -159,7 +163,7 @@ class Run:
         metrics |= {**self.saving.take_metrics(), **timer.finish()}
         if self.progress.unevaluated is None:
             self.session.log(step, metrics)
-        self.session.log_rollouts(step, groups)
+        self.session.log_rollouts(step, groups, rewarded)
         self.session.display.step(step, metrics)
 
     def _forget_references(self) -> None:
@@ -197,15 +201,17 @@ class Run:
             return True
         display = self.session.display
         display.phase("discriminator warm-up", gate.max_steps, self.progress.warmup)
-        pool = WarmupPool(self)
+        pool = self._warmup_pool()
         auroc = self._separation(pool) if gate.measures(self.progress.warmup) else None
         ready, reason = gate.ready(self.progress.warmup, auroc)
         while not ready:
             update = self.progress.warmup + 1
             timer = PhaseTimer()
             self._forget_references()
+            with timer.phase(names.TIME_SYNC):
+                self.pool.grow()
             with timer.phase(names.TIME_DISCRIMINATOR):
-                groups, demonstrations = pool.next()
+                groups, demonstrations = pool.next(update)
                 metrics = self.airl.update(groups, demonstrations, epoch=f"warmup/{update}")
             self.progress.warmup = update
             if self.config.trainer.checkpoint_every and update % self.config.trainer.checkpoint_every == 0:
@@ -231,8 +237,11 @@ class Run:
         )
         return True
 
+    def _warmup_pool(self) -> WarmupPool:
+        train, stop = self.session.prepared.task.train, lambda: bool(self.session.stop)
+        return WarmupPool(self.config, train, self.parts.rollouts, self.heldout, stop, self.progress.warmup)
+
     def _separation(self, pool: WarmupPool) -> float:
-        assert self.airl is not None
         self._forget_references()
         return self.heldout.separation(pool.heldout)
 
@@ -248,7 +257,7 @@ class Run:
         return {
             "progress": dict(vars(self.progress)),
             "cursors": self.feed.state(),
-            **self.strategy.state(),
+            **self.reward.state(),
             "rollouts": self.loop.ahead.state(),
         }
 
@@ -263,7 +272,7 @@ class Run:
         self.progress = Progress(**state["progress"])
         self.parts.finished(self.progress.step)
         self.feed.restore(state["cursors"])
-        self.strategy.restore(state)
+        self.reward.restore(state)
         self.loop.ahead.restore(state["rollouts"])
         for role, learner in self.learners.items():
             learner.load(path / role)
@@ -285,7 +294,8 @@ class Run:
         self.saving.require()
 
     def _leave_drained_nodes(self) -> None:
-        """Raises Drained, with everything saved, where nodes of the run are about to go."""
+        """Rollouts leave first; raises Drained, with everything saved, where that is not enough."""
+        self.pool.leave_drained()
         if nodes := self.parts.roster.draining():
             self._save_this_moment()
             raise Drained(nodes, self.progress.step)
@@ -305,46 +315,3 @@ class Run:
         if self.parts.discriminator is not None:
             self.parts.discriminator.export(session.folder.final_reward_model)
         session.finish(summary)
-
-
-class WarmupPool:
-    """Policy samples for the warm-up: drawn once, since the policy stands still, or fresh for every update.
-
-    Its prompts have a cursor of their own, a function of the number of finished updates, so that a resumed
-    warm-up goes on with the same prompts.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        config, done = run.config.discriminator, run.progress.warmup
-        self._per_update = config.warmup_prompts_per_step or run.config.trainer.prompts_per_step
-        self._train = run.session.prepared.task.train
-        self._prompts = Cursor(len(self._train), run.config.seed, "warmup-prompts")
-        self._items: list[tuple[RolloutGroup, Demonstration]] = []
-        self._places: Cursor | None = None
-        if config.warmup_pool_prompts is not None:
-            self._items = self._draw(config.warmup_pool_prompts, "warmup/pool")
-            self._places = Cursor(len(self._items), run.config.seed, "warmup-pool")
-            self._places.next(done * self._per_update)
-        else:
-            self._prompts.next(done * self._per_update)
-        self.heldout = run.heldout.sample("heldout")
-        """Samples of the held-out problems by the frozen policy, for the gate."""
-
-    def next(self) -> tuple[list[RolloutGroup], list[Demonstration]]:
-        """The groups and experts of one update."""
-        if self._places is None:
-            items = self._draw(self._per_update, f"warmup/{self._run.progress.warmup + 1}")
-        else:
-            items = [self._items[index] for index in self._places.next(self._per_update)]
-        return [group for group, _ in items], [demonstration for _, demonstration in items]
-
-    def _draw(self, count: int, stream: str) -> list[tuple[RolloutGroup, Demonstration]]:
-        demonstrations = [self._train[index] for index in self._prompts.next(count)]
-        groups = self._run.parts.rollouts.generate(
-            [item.prompt for item in demonstrations],
-            stream,
-            self._run.config.discriminator.warmup_samples_per_prompt,
-            unless=lambda: bool(self._run.session.stop),
-        )
-        return list(zip(groups, demonstrations, strict=True))

@@ -17,7 +17,6 @@ import numpy as np
 from rairl_ray import metrics as names
 from rairl_ray.actors.discriminator import DiscriminatorWorkers
 from rairl_ray.actors.policy import PolicyWorkers
-from rairl_ray.algorithms.density import backfill
 from rairl_ray.algorithms.negatives import perturb
 from rairl_ray.algorithms.replay import ReplayBuffer
 from rairl_ray.algorithms.rewards import clipped_count, unit_rewards
@@ -26,7 +25,9 @@ from rairl_ray.data.rendering import Renderer
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.keys import keyed_random, occurrences
 from rairl_ray.metrics import PhaseTimer, mean
-from rairl_ray.rewards.reading import ReadTrace, TraceReader, sample_of, trace_of
+from rairl_ray.rewards.live import LiveReward
+from rairl_ray.rewards.reading import ReadTrace, TraceReader, trace_of
+from rairl_ray.rewards.scorer import rewarded_trace
 from rairl_ray.trainer.feed import Feed
 from rairl_ray.trainer.labelling import Labelled, labelled_batch, segment_logprobs
 from rairl_ray.types import (
@@ -64,20 +65,20 @@ class AirlStrategy:
         self._reader = reader
         self._discriminator = discriminator
         self._policy = policy
+        self.scorer = LiveReward(discriminator, reader, config.reward)
+        self._arrived: list[TraceScores] | None = None
+        """Scores of the step's traces before the discriminator learned from them (`reward.rescore`)."""
         self._replay = ReplayBuffer(config.discriminator.replay.capacity, config.seed)
 
     # --- the step ------------------------------------------------------------------------------
 
-    def rewards(
-        self, groups: Sequence[RolloutGroup], step: int, timer: PhaseTimer
-    ) -> tuple[list[list[RewardedTrace]], dict[str, float]]:
-        """Update the discriminator on the groups, score them, and return rewarded traces per group."""
+    def learn(self, groups: Sequence[RolloutGroup], step: int, timer: PhaseTimer) -> dict[str, float]:
+        """Update the discriminator on the step's groups, which `score` is given next."""
         metrics: dict[str, float] = {}
-        candidates = [self._candidates(group) for group in groups]
-        arrived: list[TraceScores] | None = None
+        self._arrived = None
         if self._config.reward.rescore:
             with timer.phase(names.TIME_SCORE):
-                arrived = self._score_candidates(candidates)
+                self._arrived = self._score(self._candidates(groups))
                 # What is measured changes nothing: kernels round by batch, and the update asks with its own.
                 self._discriminator.forget_references()
         with timer.phase(names.TIME_DISCRIMINATOR):
@@ -85,12 +86,19 @@ class AirlStrategy:
             for repeat in range(self._config.discriminator.updates_per_policy_step):
                 metrics = self.update(groups, demonstrations, epoch=f"step/{step}/{repeat}")
             self._replay.add([trace_of(group.prompt, r) for group in groups for r in group.rollouts])
+        return metrics
+
+    def score(
+        self, groups: Sequence[RolloutGroup], timer: PhaseTimer
+    ) -> tuple[list[list[RewardedTrace]], dict[str, float]]:
+        """Rewarded traces of each group under the newest discriminator."""
         with timer.phase(names.TIME_SCORE):
-            scores = self._score_candidates(candidates)
-            rewarded, reward_metrics = self._rewarded_groups(candidates, scores)
-        if arrived is not None:
-            reward_metrics[names.REWARD_DRIFT] = _drift(arrived, scores, self._config.reward)
-        return rewarded, {**metrics, **reward_metrics}
+            candidates = self._candidates(groups)
+            scores = self._score(candidates)
+            rewarded, metrics = self._rewarded_groups(candidates, scores)
+        if self._arrived is not None:
+            metrics[names.REWARD_DRIFT] = _drift(self._arrived, scores, self._config.reward)
+        return rewarded, metrics
 
     def update(
         self, groups: Sequence[RolloutGroup], demonstrations: Sequence[Demonstration], epoch: str
@@ -137,7 +145,7 @@ class AirlStrategy:
             pair = pair_ids.setdefault(trace.prompt.id, len(pair_ids))
             labelled.append(Labelled(read=read, positive=positive, pair_id=pair))
         policy_logprobs = None
-        if config.loss.type == "airl":
+        if config.loss.needs.policy_logprobs:
             policy_logprobs = self._segment_logprobs([item.read for item in labelled])
         from_edit = config.perturbations.label == "from_edit"
         return labelled_batch(labelled, from_edit, policy_logprobs), dropped
@@ -195,25 +203,8 @@ class AirlStrategy:
 
     # --- rewards -------------------------------------------------------------------------------
 
-    def score(self, traces: Sequence[Trace]) -> list[TraceScores]:
-        """Unit logits of any traces under the newest discriminator; none for a trace without units."""
-        reads = [self._reader.read(trace) for trace in traces]
-        logits, version = self._discriminator.score(
-            [sample_of(read) for read in reads if len(read.unit_tokens)]
-        )
-        answers = iter(logits)
-        return [
-            TraceScores(
-                logits=next(answers) if len(read.unit_tokens) else np.zeros(0, dtype=np.float32),
-                unit_tokens=read.unit_tokens,
-                unit_char_ends=read.unit_char_ends,
-                discriminator_version=version,
-            )
-            for read in reads
-        ]
-
-    def _score_candidates(self, candidates: Sequence[Sequence[Candidate]]) -> list[TraceScores]:
-        return self.score([trace for traces in candidates for trace, _ in traces])
+    def _score(self, candidates: Sequence[Sequence[Candidate]]) -> list[TraceScores]:
+        return self.scorer.score([trace for traces in candidates for trace, _ in traces])
 
     def _rewarded_groups(
         self, candidates: Sequence[Sequence[Candidate]], trace_scores: Sequence[TraceScores]
@@ -243,10 +234,13 @@ class AirlStrategy:
             **({names.REWARD_OUTCOME: mean(outcomes)} if outcomes else {}),
         }
 
-    def _candidates(self, group: RolloutGroup) -> list[Candidate]:
+    def _candidates(self, groups: Sequence[RolloutGroup]) -> list[list[Candidate]]:
+        return [self._candidates_of(group) for group in groups]
+
+    def _candidates_of(self, group: RolloutGroup) -> list[Candidate]:
         """The group's samples, followed by its expert traces where `advantage.expert` asks for them."""
         traces: list[Candidate] = [(trace_of(group.prompt, r), r) for r in group.rollouts]
-        copies = {"none": 0, "single": 1, "balanced": len(group.rollouts)}[self._config.advantage.expert]
+        copies = self._config.advantage.expert_copies(len(group.rollouts))
         if copies and group.rollouts:
             expert = _expert_trace(self._feed.demonstration(group.prompt.id))
             traces += [(expert, None)] * copies
@@ -261,18 +255,7 @@ class AirlStrategy:
             if rollout is not None:
                 outcomes.append(outcome)
         rewards = unit_rewards(scores.logits, self._config.reward, outcome)
-        tokens = self._renderer.tokenize(trace, same_tokenizer=True)
-        # With one tokenizer units and tokens are matched by index, exactly; with two, by characters.
-        unit_tokens = scores.unit_tokens if self._reader.same_tokenizer else None
-        return RewardedTrace(
-            tokens=tokens,
-            sampling_logprobs=None if rollout is None else np.asarray(rollout.logprobs, dtype=np.float32),
-            token_rewards=backfill(scores.unit_char_ends, rewards, tokens.char_ends, unit_tokens),
-            last_unit_reward=float(rewards[-1]) if len(rewards) else float("nan"),
-            policy_version=-1 if rollout is None else rollout.policy_version,
-            discriminator_version=scores.discriminator_version,
-            expert=rollout is None,
-        )
+        return rewarded_trace(trace, rollout, scores, rewards, self._renderer, self._reader.same_tokenizer)
 
     # --- resume --------------------------------------------------------------------------------
 

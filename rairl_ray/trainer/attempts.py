@@ -6,7 +6,7 @@
       backoff <── tear down, look that nothing is left (bounded by timeouts.teardown_seconds)
 
 Where nodes of the run are being drained, the body saves and raises `Drained`: the next attempt is elsewhere,
-and no budget pays for it. Each role has a budget of `trainer.failure_retries` rebuilds: a node that keeps
+and no budget pays for it. Each role has a budget of `trainer.max_restarts_per_role` rebuilds: a node that keeps
 killing a discriminator does not use up what a policy needs. Errors of the user are never tried again.
 """
 
@@ -19,13 +19,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from rairl_ray.actors.draining import Drained
-from rairl_ray.actors.group import GroupFailure
+from rairl_ray.actors.group import GroupFailure, pause_after
 from rairl_ray.actors.roster import Roster
 from rairl_ray.errors import PlacementError, RunFailure
 from rairl_ray.trainer.parts import Parts, start_parts
 from rairl_ray.trainer.session import Session
-
-LONGEST_BACKOFF_SECONDS = 300.0
 
 Body = Callable[[Parts, bool, Callable[[], None]], bool]
 """(parts, whether to go on from the newest checkpoint, to be called once training goes on) -> finished."""
@@ -53,13 +51,13 @@ def run_attempts(session: Session, body: Body) -> bool:
             return done
         except GroupFailure as failure:
             failures[failure.role] += 1
-            pause = _pause(trainer.retry_backoff_seconds, failures.total())
+            pause = pause_after(failures.total(), trainer.retry_backoff_seconds)
             rebuild = Rebuild(failure, f"the failure of {failure.role} in phase {failure.phase}", pause)
             session.event(
                 f"failure {failures[failure.role]} of role {failure.role}, whose budget is "
-                f"{trainer.failure_retries}, after {failure.waited_seconds:.1f} s of waiting: {failure}"
+                f"{trainer.max_restarts_per_role}, after {failure.waited_seconds:.1f} s of waiting: {failure}"
             )
-            if failures[failure.role] > trainer.failure_retries:
+            if failures[failure.role] > trainer.max_restarts_per_role:
                 raise
         except Drained as notice:
             rebuild = Rebuild(notice, "a drained node", 0.0)
@@ -87,10 +85,6 @@ class Rebuild:
     """Seconds of backoff after the teardown."""
     raised: float = field(default_factory=time.monotonic)
     torn_down: float = 0.0
-
-
-def _pause(first: float, failures: int) -> float:
-    return min(LONGEST_BACKOFF_SECONDS, first * 2 ** min(failures - 1, 30))
 
 
 def _end(session: Session, roster: Roster) -> None:

@@ -11,19 +11,18 @@ import numpy as np
 
 from rairl_ray import metrics as names
 from rairl_ray.actors.rollout import RolloutWorkers
-from rairl_ray.algorithms.negatives import perturb
 from rairl_ray.algorithms.rewards import selected_score, unit_rewards
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.tasks.base import Task
 from rairl_ray.engines.rollout_engine import SamplingSettings
 from rairl_ray.evaluation.bootstrap import Summary
 from rairl_ray.evaluation.calibration import auroc
-from rairl_ray.evaluation.localisation import InjectedError, localise, step_char_ends
+from rairl_ray.evaluation.localisation import InjectedError, injected_errors, localise, step_char_ends
 from rairl_ray.evaluation.rows import EvalRow
 from rairl_ray.evaluation.summary import summarise_as
 from rairl_ray.rewards.reading import trace_of
-from rairl_ray.trainer.airl import AirlStrategy
-from rairl_ray.types import RolloutGroup, Trace, TraceScores
+from rairl_ray.rewards.scorer import Scorer
+from rairl_ray.types import RolloutGroup, TraceScores
 
 
 class HeldOut:
@@ -34,14 +33,15 @@ class HeldOut:
         config: RunConfig,
         task: Task,
         rollouts: RolloutWorkers,
-        strategy: AirlStrategy | None,
+        scorer: Scorer | None,
         stop: Callable[[], bool] | None = None,
     ) -> None:
-        """`stop`: asked while samples are awaited; once it says True, that ends in Interrupted."""
+        """`scorer`: None for a run without a learned reward. `stop`: asked while samples are awaited; once it
+        says True, that ends in Interrupted."""
         self._config = config
         self._task = task
         self._rollouts = rollouts
-        self._strategy = strategy
+        self._scorer = scorer
         self._stop = stop
         self._prompts = [item.prompt for item in task.eval[: config.eval.prompts]]
 
@@ -67,16 +67,16 @@ class HeldOut:
         summary = summarise_as(self._config, rows)
         if names.CALIBRATION_AUROC in summary:  # under the gate's name too: one curve through the whole run
             summary[names.DISCRIMINATOR_AUROC] = summary[names.CALIBRATION_AUROC]
-        if self._strategy is not None and self._config.eval.localisation_traces:
+        if self._scorer is not None and self._config.eval.localisation_traces:
             summary |= self.localisation()
         return summary, rows
 
     def rows(self, groups: Sequence[RolloutGroup]) -> list[EvalRow]:
-        """Graded and, with a discriminator, scored samples."""
+        """Graded and, with a learned reward, scored samples."""
         traces = [trace_of(group.prompt, rollout) for group in groups for rollout in group.rollouts]
         scores: list[TraceScores | None] = [None] * len(traces)
-        if self._strategy is not None:
-            scores = list(self._strategy.score(traces))
+        if self._scorer is not None:
+            scores = list(self._scorer.score(traces))
         rows: list[EvalRow] = []
         pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
         for (group, rollout), score in zip(pairs, scores, strict=True):
@@ -114,16 +114,10 @@ class HeldOut:
 
     def localisation(self) -> Summary:
         """Step accuracy of the largest downward step on held-out expert traces with one injected error."""
-        assert self._strategy is not None
-        traces: list[Trace] = []
-        for item in self._task.eval[: self._config.eval.localisation_traces]:
-            if item.completion is None:
-                continue
-            key = (self._config.seed, item.prompt.id, "localisation")
-            copies, _ = perturb(item, count=1, kinds=self._config.discriminator.perturbations.kinds, key=key)
-            traces += [Trace(prompt=item.prompt, text=c.text, edit_char=c.edit_char) for c in copies]
+        assert self._scorer is not None
+        traces = injected_errors(self._task.eval, self._config)
         cases: list[InjectedError] = []
-        for trace, score in zip(traces, self._strategy.score(traces), strict=True):
+        for trace, score in zip(traces, self._scorer.score(traces), strict=True):
             assert trace.edit_char is not None
             case = InjectedError(
                 step_char_ends=step_char_ends(trace.text),

@@ -2,8 +2,8 @@
 
     Feed ──prompts──> RolloutWorkers ──[RolloutGroup, policy version p]──┐
                           ^                                             v
-                          │                              Strategy (airl: discriminator.update, .score;
-                     weight sync                                  grpo: the task's grade)
+                          │                              reward.learn (airl: discriminator.update)
+                     weight sync                         reward.score (airl: its scores; grpo: the task's grade)
                      (p -> p + 1)                                       │ token rewards, stamped d
                           │                                             v
                     PolicyWorkers <──[PolicyBatch]── advantages per group
@@ -28,6 +28,7 @@ from rairl_ray.algorithms.advantages import advantages
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import PhaseTimer, mean
+from rairl_ray.rewards.scorer import Scorer
 from rairl_ray.trainer.ahead import RunAhead, StepRollouts
 from rairl_ray.trainer.feed import Feed
 from rairl_ray.trainer.probe import PROBE_TRACES, RARELY, make_probe, samples_tell
@@ -35,11 +36,19 @@ from rairl_ray.types import PolicyBatch, PolicySample, RewardedTrace, RolloutGro
 
 
 class Strategy(Protocol):
-    """What distinguishes airl from grpo: where token rewards come from."""
+    """What distinguishes airl from grpo: where token rewards come from, and what learns to give them."""
 
-    def rewards(
-        self, groups: Sequence[RolloutGroup], step: int, timer: PhaseTimer
-    ) -> tuple[list[list[RewardedTrace]], dict[str, float]]: ...
+    @property
+    def scorer(self) -> Scorer:
+        """The reward itself, over any traces."""
+
+    def learn(self, groups: Sequence[RolloutGroup], step: int, timer: PhaseTimer) -> dict[str, float]:
+        """Let the reward learn from the step's samples; its metrics."""
+
+    def score(
+        self, groups: Sequence[RolloutGroup], timer: PhaseTimer
+    ) -> tuple[list[list[RewardedTrace]], dict[str, float]]:
+        """Rewarded traces of each group, and metrics."""
 
     def state(self) -> dict[str, object]: ...
 
@@ -55,33 +64,37 @@ class Loop:
         feed: Feed,
         rollouts: RolloutWorkers,
         policy: PolicyWorkers,
-        strategy: Strategy,
+        reward: Strategy,
     ) -> None:
         self.config = config
         self.rollouts = rollouts
         self.ahead = RunAhead(config, feed, rollouts)
         self.policy = policy
-        self.strategy = strategy
+        self.reward = reward
         self._probed = False
         self.probe = make_probe(feed.fixed(PROBE_TRACES, "probe"), rollouts.renderer, config)
 
-    def step(self, step: int, timer: PhaseTimer) -> tuple[dict[str, float], list[RolloutGroup]]:
-        """One whole step; returns its metrics and its rollouts (for the log)."""
+    def step(
+        self, step: int, timer: PhaseTimer
+    ) -> tuple[dict[str, float], list[RolloutGroup], list[list[RewardedTrace]]]:
+        """One whole step; returns its metrics, and for the log its rollouts and what each was rewarded with."""
         with timer.phase(names.TIME_ROLLOUT):
             rollouts = self.ahead.take(step)
-        groups = rollouts.groups
-        rewarded, metrics = self.strategy.rewards(groups, step, timer)
+        groups, replicas = rollouts.groups, len(self.rollouts)
+        metrics = self.reward.learn(groups, step, timer)
+        rewarded, measured = self.reward.score(groups, timer)
         batches = policy_batches(rewarded, self.config, step)
         with timer.phase(names.TIME_POLICY):
             result = self.policy.update(batches)
         self._check_samples(result)
         with timer.phase(names.TIME_SYNC):
             self.sync()
-        metrics |= rollout_metrics(rollouts, result.version - 1)
+        metrics |= measured | rollout_metrics(rollouts, result.version - 1)
         metrics |= self.ahead.sync_metrics
         metrics |= result.metrics
+        metrics[names.ROLLOUT_REPLICAS] = float(replicas)
         metrics[names.POLICY_VERSION] = float(result.version)
-        return metrics, groups
+        return metrics, groups, rewarded
 
     def sync(self) -> None:
         """Give the newest policy to every rollout replica; each proves that it serves what the learner has.
@@ -98,13 +111,15 @@ class Loop:
             return
         self._probed = True
         learner = self.policy.logprobs(self.probe.samples, temperature=1.0)
-        self.ahead.sync(update, self.probe.traces, partial(self._compare, update.version, learner))
+        self.ahead.sync(
+            update, self.probe.traces, partial(self._compare, self.rollouts, update.version, learner)
+        )
 
     def bring_up(self, replica: RolloutWorkers) -> None:
         """Give one new replica the newest policy, with the checks of `sync`; the learners must be at rest."""
         update = self.policy.weights(replica.members)
         learner = self.policy.logprobs(self.probe.samples, temperature=1.0)
-        self._compare(update.version, learner, replica.sync(update, self.probe.traces))
+        self._compare(replica, update.version, learner, replica.sync(update, self.probe.traces))
 
     def _check_samples(self, result: UpdateResult) -> None:
         """The standing check of the engines: what they recorded of the step's samples. Raises GroupFailure."""
@@ -117,14 +132,18 @@ class Loop:
             raise self.rollouts.refused(0, cause)
 
     def _compare(
-        self, version: int, learner: Sequence[np.ndarray], answers: Sequence[Sequence[Sequence[float]]]
+        self,
+        replicas: RolloutWorkers,
+        version: int,
+        learner: Sequence[np.ndarray],
+        answers: Sequence[Sequence[Sequence[float]]],
     ) -> dict[str, float]:
         """The probe's gap of the replica that is farthest from the learner."""
         gaps = [self.probe.gap(learner, scores) for scores in answers]
-        for rank, gap in enumerate(gaps):
+        for place, gap in enumerate(gaps):
             cause = self.probe.refusal(gap, version, self.config.model.policy.dtype)
             if cause is not None:
-                raise self.rollouts.refused(rank, cause)
+                raise replicas.refused(place, cause)
         return {names.SYNC_LOGPROB_GAP: max(gaps)}
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import ray
 from ray._common.utils import get_default_ray_temp_dir
+from ray.util.placement_group import PlacementGroup
 
 from rairl_ray.actors.discriminator import DiscriminatorActor, DiscriminatorWorkers
-from rairl_ray.actors.group import RankActor, create_members, reserve, start_members
+from rairl_ray.actors.group import RankActor, create_member, create_members, reserve, start_members
 from rairl_ray.actors.joining import join, present_nodes
 from rairl_ray.actors.learner import learner_environment
 from rairl_ray.actors.placement import (
     Node,
     Plan,
+    Slot,
     bundles,
     check_against,
     present_or_promised,
@@ -27,6 +29,7 @@ from rairl_ray.actors.placement import (
     total_gpus,
 )
 from rairl_ray.actors.policy import PolicyActor, PolicyWorkers
+from rairl_ray.actors.pool import Spawn
 from rairl_ray.actors.rollout import RolloutWorkers
 from rairl_ray.actors.rollout_actor import RolloutActor, rollout_environment
 from rairl_ray.actors.roster import Member, Roster
@@ -120,8 +123,8 @@ class Parts:
     rollouts: RolloutWorkers
     policy: PolicyWorkers | None
     discriminator: DiscriminatorWorkers | None
-    respawn_rollout: Callable[[int], Member]
-    """Makes a new process for one rollout replica, in its bundle."""
+    spawn_rollout: Spawn
+    """Makes a process for one more rollout replica."""
 
     def finished(self, step: int) -> None:
         """Tell every group the newest finished step, for their failure reports."""
@@ -145,7 +148,7 @@ def start_parts(prepared: Prepared, plan: Plan, roster: Roster) -> Parts:
     config = prepared.config
     device: Literal["cpu", "cuda"] = "cuda" if plan.device == "gpu" else "cpu"
     threads = config.placement.threads_per_actor or os.cpu_count() or 1
-    if config.algorithm.type == "sft":
+    if not config.algorithm.needs.rollouts:
         plan = rollouts_only(plan)
     roster.groups.append(reserve(plan, config.timeouts.placement_seconds))
     learners = learner_environment(config, device, threads)
@@ -163,10 +166,10 @@ def start_parts(prepared: Prepared, plan: Plan, roster: Roster) -> Parts:
     }
     members = start_members(created, roster, config.timeouts.start_seconds)
 
-    def respawn(rank: int) -> Member:
+    def spawn(rank: int, group: PlacementGroup, slot: Slot) -> Member:
         kind, environment, arguments = roles["rollout"]
-        made = create_members("rollout", kind, plan, roster, environment, (config, *arguments), [rank])
-        return start_members({"rollout": made}, roster, config.timeouts.start_seconds)["rollout"][0]
+        marked = {**environment, **roster.mark("rollout", rank)}
+        return create_member("rollout", kind, rank, group, slot, marked, (config, *arguments))
 
     parts = Parts(
         roster,
@@ -174,7 +177,7 @@ def start_parts(prepared: Prepared, plan: Plan, roster: Roster) -> Parts:
         RolloutWorkers(members["rollout"], config, prepared.policy_renderer),
         PolicyWorkers(members["policy"], config) if "policy" in members else None,
         DiscriminatorWorkers(members["discriminator"], config) if "discriminator" in members else None,
-        respawn,
+        spawn,
     )
     for workers in (parts.rollouts, parts.policy, parts.discriminator):
         if workers is not None:

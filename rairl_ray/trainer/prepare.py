@@ -64,7 +64,7 @@ def prepare(config: RunConfig) -> Prepared:
     check_window(config, policy_path, config.model.policy, "model.policy")
     task = usable_rows(task, policy_renderer, config)
     check_expert_lengths(task, policy_renderer, config)
-    if config.algorithm.type == "airl":
+    if config.algorithm.needs.discriminator:
         check_discriminator_window(config, task, discriminator_path, reader, start)
     return Prepared(
         config=config,
@@ -74,7 +74,7 @@ def prepare(config: RunConfig) -> Prepared:
         policy_renderer=policy_renderer,
         reader=reader,
         start=start,
-        facts={} if config.algorithm.type == "grpo" else counted_errors(task),
+        facts=counted_errors(task) if config.algorithm.needs.experts else {},
     )
 
 
@@ -129,7 +129,7 @@ def check_machine(config: RunConfig, device: str) -> None:
         UserError: a rule that the device breaks, or a package that a model asks for and this machine lacks.
     """
     check(config, f"on this cluster ({device})", device)
-    roles = ("policy", "discriminator") if config.algorithm.type == "airl" else ("policy",)
+    roles = ("policy", "discriminator") if config.algorithm.needs.discriminator else ("policy",)
     for role in roles:
         for key, value, package in missing_packages(getattr(config.model, role)):
             raise ConfigError(f"model.{role}.{key}={value}: needs the package {package}; pip install {package}")
@@ -193,7 +193,7 @@ def usable_rows(task: Task, renderer: Renderer, config: RunConfig) -> Task:
             f"data.task={task.name}: the data has evaluation problems alone and nothing to train on; "
             "give data.path a folder with a training split, or set data.train_split to data.eval_split"
         )
-    train = task.train if config.algorithm.type == "grpo" else with_experts(task)
+    train = with_experts(task) if config.algorithm.needs.experts else task.train
     usable = replace(
         task,
         train=fit_window(train, renderer, limit, on_bad_row),
@@ -251,7 +251,7 @@ def check_expert_lengths(task: Task, renderer: Renderer, config: RunConfig) -> N
 
     Nothing is cut: training and scoring read whole traces (docs/method.md 8, defect 6).
     """
-    if config.algorithm.type == "grpo":
+    if not config.algorithm.needs.experts:
         return
     rows = [task.train[i] for i in range(min(PROBED_EXPERTS, len(task.train)))]
     traces = [Trace(prompt=row.prompt, text=row.completion or "") for row in rows]

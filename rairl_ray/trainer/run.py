@@ -1,18 +1,21 @@
-"""`launch.py train`: prepare, open the run folder, run the algorithm, leave everything in a terminal state."""
+"""One run as a call: prepare, open the run folder, run the algorithm, leave everything in a terminal state."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rairl_ray.actors.placement import Plan
 from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.config.load import config_hash, read_saved, warm_start_chain
 from rairl_ray.config.rules import check
-from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.schema import Algorithm, RunConfig
+from rairl_ray.config.variants import complete
 from rairl_ray.display import Display
-from rairl_ray.runfolder import RunFolder
+from rairl_ray.runfolder import RunFolder, Summary, read_summary
 from rairl_ray.tracking import Tracker
 from rairl_ray.trainer import adversarial, sft
 from rairl_ray.trainer.fork import Fork, take_over
@@ -20,45 +23,96 @@ from rairl_ray.trainer.outputs import mirrored
 from rairl_ray.trainer.parts import check_room, cluster, place
 from rairl_ray.trainer.prepare import Prepared, check_machine, prepare
 from rairl_ray.trainer.saving import check_references, references
-from rairl_ray.trainer.session import Session, open_folder, resumable, save_config
+from rairl_ray.trainer.session import (
+    MetricSink,
+    Session,
+    SignalStop,
+    StopRequest,
+    open_folder,
+    resumable,
+    save_config,
+)
 
 ALGORITHMS = {"airl": adversarial.run, "grpo": adversarial.run, "sft": sft.run}
+complete(f"{__name__}.ALGORITHMS", ALGORITHMS, Algorithm, "type")
 
 
-def train(
-    config: RunConfig, resume: str | None = None, display: Display | None = None, fork: Fork | None = None
-) -> int:
-    """One run from its configuration to its final artifacts; returns the exit code.
+@dataclass(frozen=True)
+class RunResult:
+    """What a call of `run` came to."""
 
-    With a `fork`, whose configuration it is, it starts from another run's checkpoint.
+    folder: RunFolder
+    status: Literal["finished", "stopped"]
+    summary: Summary
+    """The final evaluation; empty where the run was stopped, or evaluates nothing."""
 
-    Exit codes: 0 finished, 130 stopped by Ctrl-C or SIGTERM after a checkpoint. Failures raise.
+
+def run(
+    config: RunConfig,
+    *,
+    resume: str | None = None,
+    fork: Fork | None = None,
+    stop: StopRequest | None = None,
+    sinks: Sequence[MetricSink] = (),
+    display: Display | None = None,
+) -> RunResult:
+    """One run from its configuration to its final artifacts, in the caller's process.
+
+    Takes no signal handler, joins the Ray that is initialised or starts one and ends that, and removes nothing
+    that it did not make.
+
+    Args:
+        resume: the run folder, or its name, to go on with.
+        fork: start from another run's checkpoint; `config` is then the fork's.
+        stop: `stop.ask()`, from any thread, ends the run after its step with a checkpoint.
+        sinks: called with (step, metrics) for every row that the run logs.
+        display: where progress is shown; the terminal without one.
+
+    Raises:
+        UserError: something that the user can mend: its configuration, data, machine, or what it resumes.
+        RunFailure: what failed more often than `trainer.max_restarts_per_role` allows.
+        KeyboardInterrupt: it was stopped while its warm start was trained.
     """
     display = display or Display(config.name, config.trainer.steps)
     check(config)
     with mirrored(config, resume, display.note) as (staged, resumed):
-        return _prepare_and_train(staged, resumed, display, fork)
+        return _prepare_and_train(
+            staged, resumed, fork, Caller(StopRequest() if stop is None else stop, sinks, display)
+        )
 
 
-def _prepare_and_train(config: RunConfig, resume: str | None, display: Display, fork: Fork | None) -> int:
+def train(config: RunConfig, resume: str | None = None, fork: Fork | None = None) -> int:
+    """`launch.py train`: a run that Ctrl-C and SIGTERM may end; its exit code, 130 where they did."""
+    return 0 if run(config, resume=resume, fork=fork, stop=SignalStop()).status == "finished" else 130
+
+
+class Caller(NamedTuple):
+    """How a run is ended from outside and who hears of it."""
+
+    stop: StopRequest
+    sinks: Sequence[MetricSink]
+    display: Display
+
+
+def _prepare_and_train(config: RunConfig, resume: str | None, fork: Fork | None, caller: Caller) -> RunResult:
     if resume is not None:
         resumable(filled_in(config), resume)
     check_room(config)
-    config = with_warm_start(config, display)
+    config = with_warm_start(config, caller.display, caller.stop)
     prepared = prepare(config)
     with cluster(config):
         plan = place(config)
         check_machine(config, plan.device)
-        folder = open_folder(config, resume, display)
-        display.note(f"run folder: {folder.root}")
+        folder = open_folder(config, resume, caller.display)
+        caller.display.note(f"run folder: {folder.root}")
         with folder.lock():
             if fork is not None:
                 take_over(fork, folder)
-            return _train(prepared, plan, folder, resume is not None or fork is not None, display)
+            return _train(prepared, plan, folder, resume is not None or fork is not None, caller)
 
 
-def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, display: Display) -> int:
-    config = prepared.config
+def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, caller: Caller) -> RunResult:
+    config, display = prepared.config, caller.display
     save_config(folder, config)
     tracker = Tracker(warn=display.note)
     store = CheckpointStore(folder.root, config.trainer.keep_checkpoints, warn=display.note)
@@ -81,6 +135,7 @@ def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, dis
         },
     )
     session = Session(prepared, plan, folder, store, tracker, display, resumed, frozen, newest)
+    session.stop, session.sinks = caller.stop, caller.sinks
     before = saved.get("code_version", session.code_version)
     if before != session.code_version:
         session.event(f"the checkpoint was written by code {before}, this is {session.code_version}")
@@ -98,10 +153,13 @@ def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, dis
         raise
     finally:
         tracker.finish(status)
-    return 0 if status == "FINISHED" else 130
+    if status != "FINISHED":
+        return RunResult(folder, "stopped", {})
+    written = folder.evaluation("final") / "summary.json"
+    return RunResult(folder, "finished", read_summary(written) if written.is_file() else {})
 
 
-def with_warm_start(config: RunConfig, display: Display) -> RunConfig:
+def with_warm_start(config: RunConfig, display: Display, stop: StopRequest | None = None) -> RunConfig:
     """The configuration with its policy path filled in from `warm_start`, whose run is trained first if needed.
 
     The warm start takes over what must agree with this run: data, seed, folders and machines. An existing
@@ -110,15 +168,14 @@ def with_warm_start(config: RunConfig, display: Display) -> RunConfig:
     if config.warm_start is None:
         return config
     earlier = warm_start_chain(config)[0]
-    earlier = with_warm_start(earlier, display)
+    earlier = with_warm_start(earlier, display, stop)
     folder = RunFolder(Path(earlier.output_dir) / earlier.name)
     if not made_by(folder, earlier):
         if config.cluster.address is not None:
             with cluster(config):
                 place(config)
         display.note(f"warm start: {config.warm_start} is trained first, into {folder.root}")
-        code = train(earlier)
-        if code:
+        if run(earlier, stop=stop).status == "stopped":
             raise KeyboardInterrupt
     return filled_in(config)
 

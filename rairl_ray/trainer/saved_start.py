@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rairl_ray.algorithms.warmup import frozen
 from rairl_ray.config.rules import show
 from rairl_ray.config.schema import Density, RunConfig
+from rairl_ray.config.variants import HEADS
 from rairl_ray.data.rows import is_hub_id
 from rairl_ray.engines.artifacts import RewardSettings, read_settings
 from rairl_ray.engines.sources import PYPI_PREFIX
@@ -61,7 +62,7 @@ def saved_start(config: RunConfig) -> SavedStart | None:
 
 def _folder(config: RunConfig) -> Path | None:
     model = config.model.discriminator
-    if model.path is None or config.algorithm.type != "airl" or model.path.startswith(PYPI_PREFIX):
+    if model.path is None or not config.algorithm.needs.discriminator or model.path.startswith(PYPI_PREFIX):
         return None
     local = Path(model.path).expanduser()
     if local.exists() or (Path(config.output_dir) / model.path).exists():
@@ -108,10 +109,11 @@ def _fixed(config: RunConfig, saved: RewardSettings) -> Iterator[Difference]:
     discriminator, model = config.discriminator, config.model.discriminator
     if discriminator.head != saved.head:
         yield "discriminator.head", saved.head, discriminator.head
-    elif saved.head == "scalar" and discriminator.loss.type == "airl":
+    elif HEADS[saved.head].own_output and discriminator.loss.needs.potential:
         # The export of an `airl` head keeps g alone, so even such a reward has no potential h.
-        yield "discriminator.loss.type", "bce (one output: the reward g, without the potential h)", "airl"
-    if saved.head == "implicit" and model.quantization != "none":
+        without = "bce (one output: the reward g, without the potential h)"
+        yield "discriminator.loss.type", without, discriminator.loss.type
+    if HEADS[saved.head].reference and model.quantization != "none":
         # The reference is not quantised: the log-ratio would be that of the rounding.
         yield "model.discriminator.quantization", "none", model.quantization
 
@@ -123,11 +125,11 @@ def _free(config: RunConfig, saved: RewardSettings) -> Iterator[Difference]:
         config.reward,
         Density.model_validate(saved.density),
     )
-    if saved.head == "implicit" and config.discriminator.beta != saved.beta:
+    if HEADS[saved.head].reference and config.discriminator.beta != saved.beta:
         yield "discriminator.beta", saved.beta, config.discriminator.beta
     if reward.density.type != density.type:
         yield "reward.density.type", density.type, reward.density.type
-    if density.type == "interval" and reward.density.every != density.every:
+    if density.needs.every and reward.density.every != density.every:
         yield "reward.density.every", density.every, reward.density.every
     if reward.temperature != saved.temperature:
         yield "reward.temperature", saved.temperature, reward.temperature
@@ -135,7 +137,7 @@ def _free(config: RunConfig, saved: RewardSettings) -> Iterator[Difference]:
         yield "reward.clip", saved.clip, reward.clip
     if (saved.dtype, model.dtype) == ("float32", "bfloat16"):
         yield "model.discriminator.dtype", saved.dtype, model.dtype
-    if saved.head == "scalar" and model.quantization != "none":
+    if not HEADS[saved.head].reference and model.quantization != "none":
         yield "model.discriminator.quantization", "none", model.quantization
     if model.chat_template is not None:
         yield "model.discriminator.chat_template", None, model.chat_template

@@ -143,17 +143,17 @@ def references(prepared: Prepared) -> dict[str, dict[str, str]]:
 
 def _frozen(config: RunConfig, prepared: Prepared) -> list[tuple[str, str | None, str]]:
     policy, discriminator = config.model.policy, config.model.read_discriminator
-    compared = config.policy.kl_coefficient > 0 and config.algorithm.type != "sft"
+    compared = config.policy.kl_coefficient > 0 and config.algorithm.needs.rollouts
     roles = []
     if policy.lora.rank is not None or compared:
         roles.append(("policy", policy.revision, prepared.policy_path))
-    implicit, start = config.discriminator.head == "implicit", prepared.start
+    implicit, start = config.discriminator.head_needs.reference, prepared.start
     if start is not None:
         roles.append(("discriminator", None, str(start.folder)))
         if implicit:
             path = reference_path(start.folder, start.settings)
             roles.append(("discriminator's reference", start.settings.reference_revision, path))
-    elif config.algorithm.type == "airl" and (discriminator.lora.rank is not None or implicit):
+    elif config.algorithm.needs.discriminator and (discriminator.lora.rank is not None or implicit):
         roles.append(("discriminator", discriminator.revision, prepared.discriminator_path))
     return roles
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from rairl_ray.files import name_beside
 from rairl_ray.runfolder import RunFolder, Summary, write_summary
 from rairl_ray.tracking import Tracker, git_state
 from rairl_ray.trainer.prepare import Prepared
-from rairl_ray.types import RolloutGroup
+from rairl_ray.types import RewardedTrace, RolloutGroup
 
 FREE_KEYS = {
     "output_dir": "where the run folder lies",
@@ -32,9 +33,10 @@ FREE_KEYS = {
     "trainer.checkpoint_every": "how often state is saved",
     "trainer.keep_checkpoints": "how many are kept",
     "trainer.log_rollouts_every": "how many samples are kept",
-    "trainer.failure_retries": "how often a failed group is started anew",
+    "trainer.max_restarts_per_role": "how often a failed group is started anew",
     "trainer.retry_backoff_seconds": "how long to wait before that",
     "placement.": "which rank runs where",
+    "rollout.replicas": "how many engines sample; what vLLM samples may differ by rounding",
     "learner.replicas": "ranks of the policy learner; later updates differ by rounding",
     "learner.discriminator_replicas": "ranks of the discriminator learner; later updates differ by rounding",
     "learner.zero_stage": "how ranks share the state; later updates differ by rounding",
@@ -54,7 +56,7 @@ def code_version() -> str:
 
 
 class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM: finish the step, save, leave. A second one ends at once."""
+    """A wish that a run may end: it finishes its step, saves and leaves. Any thread may call `ask`."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -62,21 +64,33 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self._event.is_set()
 
+    def ask(self) -> None:
+        self._event.set()
+
     def wait(self, seconds: float) -> bool:
         """Pause; True at once when a stop is asked for."""
         return self._event.wait(seconds)
 
     @contextmanager
     def listening(self, display: Display) -> Iterator[None]:
-        """Handle the signals while a run is on; only the main thread may, elsewhere nothing changes."""
+        """Whatever must be in place while training is on; here nothing."""
+        yield
+
+
+class SignalStop(StopRequest):
+    """Asked for by the first Ctrl-C or SIGTERM during training; a second one ends at once."""
+
+    @contextmanager
+    def listening(self, display: Display) -> Iterator[None]:
+        """Handle the signals; only the main thread may, elsewhere nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def on_signal(number: int, _frame: Any) -> None:
-            if self._event.is_set():
+            if self:
                 raise KeyboardInterrupt
-            self._event.set()
+            self.ask()
             display.note(
                 f"{signal.Signals(number).name}: finishing this step and saving; once more ends at once"
             )
@@ -87,6 +101,10 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+MetricSink = Callable[[int, Mapping[str, float]], None]
+"""(step, metrics): called on the run's own thread for each row that it logs."""
 
 
 @dataclass
@@ -106,15 +124,18 @@ class Session:
     """The checkpoint that a resumed run starts from, its files checked; taken once."""
     code_version: str = field(default_factory=code_version)
     stop: StopRequest = field(default_factory=StopRequest)
+    sinks: Sequence[MetricSink] = ()
 
     @property
     def config(self) -> RunConfig:
         return self.prepared.config
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One step's metrics to the run folder first, then to the tracker."""
+        """One step's metrics to the run folder first, then to the tracker and the caller's sinks."""
         self.folder.append_metrics(step, metrics)
         self.tracker.log(metrics, step)
+        for sink in self.sinks:
+            sink(step, metrics)
 
     def forget_after(self, step: int) -> int:
         """Rows of later steps belong to a past that a resume has left; the lines dropped from metrics.jsonl."""
@@ -142,8 +163,10 @@ class Session:
             return path
         return self.store.latest_valid()
 
-    def log_rollouts(self, step: int, groups: list[RolloutGroup]) -> None:
-        """A sample of the step's rollouts, to the run folder and as a table to the tracker."""
+    def log_rollouts(
+        self, step: int, groups: Sequence[RolloutGroup], rewarded: Sequence[Sequence[RewardedTrace]]
+    ) -> None:
+        """A sample of the rollouts with their rewards, to the run folder and as a table to the tracker."""
         every = self.config.trainer.log_rollouts_every
         if not every or step % every:
             return
@@ -155,12 +178,15 @@ class Session:
                 "generation_idx": rollout.sample_index,
                 "finish_reason": rollout.finish_reason,
                 "policy_version": rollout.policy_version,
+                "discriminator_version": trace.discriminator_version,
+                "token_rewards": [_finite(value) for value in trace.token_rewards],
                 "seed": rollout.seed,
                 "answer": group.prompt.answer,
                 "correct": self.prepared.task.grade(group.prompt, rollout.text).correct,
             }
-            for group in groups
-            for rollout in group.rollouts
+            # a group's expert traces, which some advantages add, come after its samples
+            for group, traces in zip(groups, rewarded, strict=True)
+            for rollout, trace in zip(group.rollouts, traces, strict=False)
         ][:LOGGED_ROLLOUTS]
         self.folder.write_rollouts(step, rows)
         self.tracker.log_table(rows, f"rollouts/step-{step:06d}")
@@ -185,6 +211,11 @@ class Session:
                 f"evaluation rows: {self.folder.evaluations}",
             ]
         )
+
+
+def _finite(value: float) -> float | None:
+    """A number that JSON has, to six digits; None for a trace without units, which has no reward."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def summary_rows(summary: Summary) -> list[dict[str, object]]:

@@ -268,9 +268,8 @@ class Evaluation:
     def _with_reward(self, source: Path, reward: Path) -> Iterator[dict[str, Any]]:
         chunks, parts = split(source, LINES_PER_CHUNK), self.folder / "scores"
         fingerprint = "" if self._given else self._renderer.fingerprint
-        score_chunks(
-            self._config, reward, source, chunks, parts, self._display, fingerprint, keep_given=self._given
-        )
+        how = {"policy_fingerprint": fingerprint, "keep_given": self._given}
+        score_chunks(self._config, reward, source, chunks, parts, self._display, **how)
         return rows_of(parts, chunks)
 
     def _lines_per_chunk(self) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from rairl_ray import metrics as names
-from rairl_ray.algorithms.negatives import perturb
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.completion_format import THINK_OPEN
 from rairl_ray.data.tasks import make_task
@@ -23,6 +22,7 @@ from rairl_ray.evaluation.localisation import (
     StepTrace,
     baseline_summary,
     baseline_values,
+    injected_errors,
     predicted_step,
     step_char_ends,
     step_of,
@@ -85,23 +85,18 @@ def injected_cases(config: RunConfig) -> list[Case]:
     """
     cases: list[Case] = []
     task = make_task(config.data, config.seed)
-    for item in task.eval[: config.eval.localisation_traces]:
-        if item.completion is None:
-            continue
-        key = (config.seed, item.prompt.id, "localisation")
-        copies, _ = perturb(item, count=1, kinds=config.discriminator.perturbations.kinds, key=key)
-        for copy in copies:
-            ends = step_char_ends(copy.text)
-            cases.append(
-                Case(
-                    id=item.prompt.id,
-                    question=item.prompt.question,
-                    text=copy.text,
-                    step_char_ends=ends,
-                    first_error=step_of(copy.edit_char, ends),
-                    edit_char=copy.edit_char,
-                )
-            )
+    for trace in injected_errors(task.eval, config):
+        assert trace.edit_char is not None
+        ends = step_char_ends(trace.text)
+        case = Case(
+            id=trace.prompt.id,
+            question=trace.prompt.question,
+            text=trace.text,
+            step_char_ends=ends,
+            first_error=step_of(trace.edit_char, ends),
+            edit_char=trace.edit_char,
+        )
+        cases.append(case)
     if not cases:
         raise DataError(
             f"data.task={task.name}: no held-out expert could be given an error; name a labelled file: "

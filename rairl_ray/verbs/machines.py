@@ -11,6 +11,7 @@ from rairl_ray.actors.chunks import Pool
 from rairl_ray.actors.placement import resolve_device
 from rairl_ray.actors.rollout_actor import rollout_environment
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.engines.environment import compute_environment
 from rairl_ray.errors import PlacementError
 
 
@@ -23,20 +24,19 @@ def torch_device(config: RunConfig) -> Literal["cpu", "cuda"]:
 
 
 def engine_pool(config: RunConfig) -> Pool:
-    """Rollout engines: `rollout.replicas` of them, each with `rollout.tensor_parallel` whole GPUs."""
+    """Rollout engines: at most `rollout.replicas`, each with `rollout.tensor_parallel` whole GPUs."""
     device = torch_device(config)
     environment = rollout_environment(config, device, _threads(config))
     timeouts = config.timeouts
     return _pool(
-        config, "rollout.replicas", config.rollout.replicas, float(config.rollout.tensor_parallel), environment,
-        timeouts.start_seconds + timeouts.rollout_seconds,
+        config, "rollout.replicas", config.rollout.most_replicas, float(config.rollout.tensor_parallel),
+        environment, timeouts.start_seconds + timeouts.rollout_seconds,
     )  # fmt: skip
 
 
 def reward_pool(config: RunConfig) -> Pool:
     """Saved reward models: `learner.discriminator_replicas` (or `replicas`) of them, a GPU each."""
-    threads = str(_threads(config))
-    environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    environment = compute_environment(torch_device(config), _threads(config))
     timeouts = config.timeouts
     return _pool(
         config, "learner.discriminator_replicas",

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rairl_ray.actors.chunks import Chunk, Line, map_file, rows_of, split
+from rairl_ray.actors.chunks import Chunk, Line, rows_of, split
 from rairl_ray.config.load import load_config
 from rairl_ray.config.rules import check_local
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.rows import BadRow
-from rairl_ray.data.tasks import task_rules
 from rairl_ray.display import Display
 from rairl_ray.errors import ConfigError, DataError
 from rairl_ray.files import write_json_lines
-from rairl_ray.rewards.lines import ScoreLines, check_line
+from rairl_ray.rewards.lines import check_line
+from rairl_ray.rewards.pool import score_file
 from rairl_ray.rewards.source import reward_folder
 from rairl_ray.trainer.parts import cluster
 from rairl_ray.verbs.job import Job, file_id, remove, reward_id, sole_owner
@@ -101,22 +101,10 @@ def score_chunks(
     chunks: Sequence[Chunk],
     parts: Path,
     display: Display,
-    policy_fingerprint: str = "",
-    keep_given: bool = False,
+    **how: Any,
 ) -> None:
-    """Score a file's chunks on the connected cluster; `keep_given`: not the lines that bring a reward."""
-    display.phase("scoring", len(chunks))
-    arguments = {
-        "folder": folder,
-        "selector": config.eval,
-        "device": torch_device(config),
-        "system_prompt": task_rules(config.data).system_prompt,
-        "policy_fingerprint": policy_fingerprint,
-        "keep_given": keep_given,
-        "tokens_per_micro_batch": config.learner.tokens_per_micro_batch,
-    }
-    pool = reward_pool(config)
-    map_file(file, chunks, parts, ScoreLines, arguments, pool, lambda done: display.step(done, {}))
+    """`rewards.pool.score_file` with the actors that the connected cluster has room for."""
+    score_file(config, folder, file, chunks, parts, display, reward_pool(config), torch_device(config), **how)
 
 
 def check_output(file: Path, output: Path) -> None:

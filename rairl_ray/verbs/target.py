@@ -95,7 +95,7 @@ def _of_run(root: Path, overrides: Sequence[str]) -> Target:
     if config.eval.reward is None and (folder.final_reward_model / REWARD_FILE).is_file():
         reward = folder.final_reward_model
     updates = config.trainer.steps
-    if config.algorithm.type != "sft":
+    if config.algorithm.needs.rollouts:
         updates *= config.policy.minibatches_per_step
     return Target(config, folder, reward, updates)
 

@@ -5,20 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from rairl_ray.data.quantities import parse_quantity
-from rairl_ray.data.rows import BadRow, Row, text_column
+from rairl_ray.data.rows import BadRow
 from rairl_ray.data.tasks.base import rules_of
-from rairl_ray.data.tasks.experts import expert_completion
-from rairl_ray.data.tasks.table import Columns, Hub, Source, TableTask, expert_text
-from rairl_ray.types import Demonstration, Prompt
+from rairl_ray.data.tasks.table import Columns, Hub, Source, TableTask, plain_row
 
 HUB_ID, HUB_CONFIG = "openai/gsm8k", "main"
-
-
-def _parse(row: Row, prompt_id: str, columns: Columns) -> Demonstration:
-    gold = _gold_number(text_column(row.values, columns.answer), columns.answer)
-    prompt = Prompt(id=prompt_id, question=text_column(row.values, columns.prompt).strip(), answer=gold)
-    text = expert_text(row, columns)
-    return Demonstration(prompt=prompt, completion=text and expert_completion(text))
 
 
 def _gold_number(text: str, name: str) -> str:
@@ -33,6 +24,6 @@ GSM8K = TableTask(
     name="gsm8k",
     hub=Hub((Source(HUB_ID, "train", HUB_CONFIG),), (Source(HUB_ID, "test", HUB_CONFIG),)),
     columns=Columns(prompt="question", answer="answer", demonstration="answer"),
-    parse=_parse,
+    parse=partial(plain_row, gold=_gold_number),
     rules=partial(rules_of, grader="number"),
 )

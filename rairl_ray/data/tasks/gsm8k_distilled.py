@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from rairl_ray.data.grading import extract_answer, grade_answer
 from rairl_ray.data.quantities import parse_quantity
-from rairl_ray.data.rows import BadRow, Row, text_column
+from rairl_ray.data.rows import BadRow, Row
 from rairl_ray.data.tasks.base import rules_of
-from rairl_ray.data.tasks.experts import expert_completion
-from rairl_ray.data.tasks.table import Columns, Hub, Source, TableTask, expert_text
-from rairl_ray.types import Demonstration, Prompt
+from rairl_ray.data.tasks.table import Columns, Hub, Source, TableTask, plain_row
+from rairl_ray.types import Demonstration
 
 HUB_ID = "camel-ai/gsm8k_distilled"
 
 
 def _parse(row: Row, prompt_id: str, columns: Columns) -> Demonstration:
     """A chain that ends in another answer than the gold one is no expert."""
-    gold = _gold(text_column(row.values, columns.answer), columns.answer)
-    prompt = Prompt(id=prompt_id, question=text_column(row.values, columns.prompt).strip(), answer=gold)
-    text = expert_text(row, columns)
-    completion = text and expert_completion(text)
-    if completion and not grade_answer(completion, gold, "number").correct:
-        completion = None
-    return Demonstration(prompt=prompt, completion=completion)
+    read = plain_row(row, prompt_id, columns, _gold)
+    wrong = read.completion and not grade_answer(read.completion, read.prompt.answer, "number").correct
+    return replace(read, completion=None) if wrong else read
 
 
 def _gold(text: str, name: str) -> str:

@@ -22,10 +22,10 @@ from rairl_ray.data.rows import (
     text_column,
 )
 from rairl_ray.data.tasks.base import Task, TaskRules, content_hash
-from rairl_ray.data.tasks.experts import with_demonstrations
+from rairl_ray.data.tasks.experts import expert_completion, with_demonstrations
 from rairl_ray.data.tasks.generated import is_held_out
 from rairl_ray.errors import DataError
-from rairl_ray.types import Demonstration
+from rairl_ray.types import Demonstration, Prompt
 
 _GENERAL = Fields()
 _SPLITS = Data()
@@ -81,6 +81,19 @@ RowParser = Callable[[Row, str], Demonstration]
 """(row, prompt id) -> demonstration; raises BadRow."""
 
 
+def plain_row(
+    row: Row,
+    prompt_id: str,
+    columns: Columns,
+    gold: Callable[[str, str], str] = lambda text, name: text.strip(),
+) -> Demonstration:
+    """A question, a gold answer and an expert. `gold` reads the answer (text, name of its column)."""
+    answer = gold(text_column(row.values, columns.answer), columns.answer)
+    prompt = Prompt(id=prompt_id, question=text_column(row.values, columns.prompt).strip(), answer=answer)
+    text = expert_text(row, columns)
+    return Demonstration(prompt=prompt, completion=text and expert_completion(text))
+
+
 @dataclass(frozen=True, kw_only=True)
 class TableTask:
     """A data set: `make` raises DataError for unusable files, with the rows' places."""
@@ -88,8 +101,8 @@ class TableTask:
     name: str
     hub: Hub
     columns: Columns
-    parse: Callable[[Row, str, Columns], Demonstration]
     rules: Callable[[Data], TaskRules]
+    parse: Callable[[Row, str, Columns], Demonstration] = plain_row
 
     def make(self, data: Data) -> Task:
         def columns(row: Row) -> Columns:
