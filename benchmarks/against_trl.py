@@ -27,11 +27,11 @@ from typing import Any
 
 import psutil
 
-from rairl_ray.actors.roster import MARK
+from rairl_ray.actors.process_monitor import MARK
 from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.tasks import make_task
-from rairl_ray.engines.sources import materialise
+from rairl_ray.engines.sources import resolve_model
 from rairl_ray.files import read_json_lines
 from rairl_ray.metrics import TIME_STEP
 
@@ -106,7 +106,7 @@ def _tree(pid: int) -> list[tuple[str, float]]:
 
 
 def trl_steps(model: str, config: RunConfig, steps: int, folder: Path) -> dict[str, Any]:
-    task = make_task(config)
+    task = make_task(config.data)
     rows = task.train[: PROMPTS * (steps + 2)]
     system = task.system_prompt
     wanted = {
@@ -161,7 +161,7 @@ def main() -> None:
     if arguments.model:
         overrides.append(f"model.policy.path={arguments.model}")
     config = load_config(ROOT / "experiments/smollm2_gsm8k.yaml", [*OURS, *overrides])
-    model = materialise(config.model.policy, role="policy", cache_dir=ROOT / "runs" / ".cache", seed=0)
+    model = resolve_model(config.model.policy, role="policy", cache_dir=ROOT / "runs" / ".cache", seed=0)
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in arguments.sides}
     for _ in range(arguments.rounds):
         for side in arguments.sides:

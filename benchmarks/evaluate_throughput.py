@@ -25,9 +25,9 @@ from rairl_ray.actors.sampling import STREAM, SampleLines
 from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.tasks import make_task, task_rules
-from rairl_ray.engines.models import materialise
+from rairl_ray.engines.models import resolve_model
 from rairl_ray.engines.vllm_engine import vllm_environment
-from rairl_ray.trainer.parts import cluster
+from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.verbs.machines import engine_pool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def bare(arguments: argparse.Namespace, path: str) -> tuple[int, float]:
     command = [sys.executable, "-m", "benchmarks.evaluate_throughput", "--bare", path]
     command += ["--prompts", str(arguments.prompts), "--samples", str(arguments.samples)]
     command += ["--model", arguments.model] if arguments.model else []
-    environment = {**os.environ, **vllm_environment(device="cpu", threads=os.cpu_count())}
+    environment = {**os.environ, **vllm_environment(device="cpu", threads=os.cpu_count() or 1)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     answer = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     return answer["tokens"], answer["seconds"]
@@ -146,7 +146,7 @@ def main() -> None:
     rounds = []
     with tempfile.TemporaryDirectory() as temporary, cluster(config):
         cache = Path(temporary) / "models"
-        path = materialise(config.model.policy, role="policy", cache_dir=cache, seed=0)
+        path = resolve_model(config.model.policy, role="policy", cache_dir=cache, seed=0)
         for number in range(arguments.rounds):
             folder = Path(temporary) / str(number)
             folder.mkdir()

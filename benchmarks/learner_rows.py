@@ -77,10 +77,10 @@ def samples_of(arguments: argparse.Namespace) -> list[DiscriminatorSample]:
 def answer(module: Any, batch: DiscriminatorTensors) -> torch.Tensor:
     """[B, T] what the head says of every completion token, padding at 0."""
     if isinstance(module, ScalarModel):
-        rows = (batch.input_ids, batch.attention_mask, batch.unit_positions)
-        return module(*rows, packing=batch.packing)[0] * batch.unit_mask
-    rows = (batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
-    return module(*rows, packing=batch.packing) * batch.completion_mask
+        units = (batch.input_ids, batch.attention_mask, batch.unit_positions)
+        return module(*units, packing=batch.packing)[0] * batch.unit_mask
+    targets = (batch.input_ids, batch.attention_mask, batch.target_positions, batch.completion_ids)
+    return module(*targets, packing=batch.packing) * batch.completion_mask
 
 
 def once(module: Any, samples: list[DiscriminatorSample], packed: bool) -> tuple[float, torch.Tensor]:

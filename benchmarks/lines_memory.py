@@ -24,7 +24,7 @@ from rairl_ray.actors.chunks import Line, Pool, map_file, rows_of, split
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.files import write_json_lines
 from rairl_ray.rewards.lines import check_line
-from rairl_ray.trainer.parts import cluster
+from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.verbs.score import LINES_PER_CHUNK
 
 ROOT = Path(__file__).resolve().parents[1]

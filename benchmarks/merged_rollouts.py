@@ -34,7 +34,7 @@ from rairl_ray.config.schema import Model
 from rairl_ray.data.batching import policy_tensors
 from rairl_ray.data.rendering import Renderer, load_tokenizer
 from rairl_ray.engines.heads import LogprobModel
-from rairl_ray.engines.models import adapter_config, load_causal_lm, materialise
+from rairl_ray.engines.models import adapter_config, load_causal_lm, resolve_model
 from rairl_ray.engines.outgoing import Outgoing, merged
 from rairl_ray.engines.rollout_engine import EngineOptions, GenerationRequest, SamplingSettings
 from rairl_ray.engines.vllm_engine import VllmEngine, vllm_environment
@@ -76,7 +76,7 @@ class Comparison:
         self.arguments = arguments
         lora = {"rank": arguments.rank}
         model = Model.model_validate({"path": arguments.model, "dtype": arguments.dtype, "lora": lora})
-        path = materialise(model, role="policy", cache_dir=folder, seed=0)
+        path = resolve_model(model, role="policy", cache_dir=folder, seed=0)
         self.module = LogprobModel(load_causal_lm(path, model)).eval()
         exact = model.model_copy(update={"dtype": "float32"})
         self.exact = LogprobModel(load_causal_lm(path, exact)).eval()

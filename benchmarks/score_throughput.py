@@ -86,7 +86,7 @@ def bare(folder: Path, file: Path) -> None:
 
 def side(name: str, folder: str, file: str) -> float:
     command = [sys.executable, "-m", "benchmarks.score_throughput", folder, file, "--side", name]
-    environment = {**os.environ, **vllm_environment(device="cpu", threads=os.cpu_count())}
+    environment = {**os.environ, **vllm_environment(device="cpu", threads=os.cpu_count() or 1)}
     if name == "ours":
         threads = {"OMP_NUM_THREADS": str(os.cpu_count()), "TOKENIZERS_PARALLELISM": "false"}
         environment = {**os.environ, **threads}

@@ -104,11 +104,11 @@ def snapshots() -> Iterator[list[float]]:
         finally:
             taken.append(time.perf_counter() - begin)
 
-    TuneController.save_to_dir = timed  # type: ignore[method-assign]
+    TuneController.save_to_dir = timed
     try:
         yield taken
     finally:
-        TuneController.save_to_dir = real  # type: ignore[method-assign]
+        TuneController.save_to_dir = real
 
 
 def quiet(file: SweepFile) -> Display:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from rairl_ray.actors.placement import (
     Node,
-    Plan,
+    PlacementPlan,
     bundles,
     check_against,
     kinds,
@@ -73,7 +73,7 @@ def show_plan(
     print_prediction(config, plan, console, policy)
 
 
-def placement_with(config: RunConfig, gpus: int) -> Plan:
+def placement_with(config: RunConfig, gpus: int) -> PlacementPlan:
     """The run's placement on a cluster with so many GPUs.
 
     Raises:
@@ -87,7 +87,7 @@ def placement_with(config: RunConfig, gpus: int) -> Plan:
 
 
 def hypothetical_nodes(
-    plan: Plan, gpus_per_node: int, gpus: int | None, nodes: int | None, cpus: int | None
+    plan: PlacementPlan, gpus_per_node: int, gpus: int | None, nodes: int | None, cpus: int | None
 ) -> list[Node]:
     """The cluster that a plan is checked against; what nobody said is as large as needed."""
     node = {"CPU": PLENTY if cpus is None else float(cpus)}
@@ -123,7 +123,7 @@ def described(cluster: Sequence[Node]) -> str:
     )
 
 
-def print_placement(plan: Plan, cluster: Sequence[Node], console: Console) -> None:
+def print_placement(plan: PlacementPlan, cluster: Sequence[Node], console: Console) -> None:
     """Bundles, which ranks live in them, and on which kinds of a known cluster's nodes they may be."""
     known = kinds(cluster) if all(node.labels is not None for node in cluster) else []
     table = Table(title=f"placement: {len(plan.bundles)} bundle(s) on {plan.device}, {plan.strategy}")
@@ -188,7 +188,9 @@ def _print_work(config: RunConfig, console: Console) -> None:
     console.print(table)
 
 
-def print_prediction(config: RunConfig, plan: Plan, console: Console, policy: Model | None = None) -> None:
+def print_prediction(
+    config: RunConfig, plan: PlacementPlan, console: Console, policy: Model | None = None
+) -> None:
     """Seconds of a step by phase and GPU hours, where the run is on GPUs and the models' shapes are known."""
     found = predict(config, plan.total("GPU"), policy)
     if found is None:
@@ -213,7 +215,7 @@ def print_prediction(config: RunConfig, plan: Plan, console: Console, policy: Mo
     )
 
 
-def print_memory(estimates: list[Memory], plan: Plan, console: Console) -> None:
+def print_memory(estimates: list[Memory], plan: PlacementPlan, console: Console) -> None:
     """What one rank of each role needs."""
     table = Table(title="memory of one rank, estimated")
     for heading in ("role", "ranks", "model", "parameters", "trained", "parts", "total"):

@@ -23,7 +23,7 @@ from rairl_ray.config.machine_schema import Learner
 from rairl_ray.config.schema import Build, Lora, Model, Optimizer
 from rairl_ray.data.batching import DiscriminatorTensors, discriminator_tensors
 from rairl_ray.engines.heads import ImplicitModel, LogprobModel, ScalarModel
-from rairl_ray.engines.models import load_causal_lm, load_token_classifier, materialise
+from rairl_ray.engines.models import load_causal_lm, load_token_classifier, resolve_model
 from rairl_ray.engines.outgoing import merged, trained
 from rairl_ray.engines.weights import Checksum, checksum, whole
 from rairl_ray.keys import keyed_generator
@@ -34,7 +34,7 @@ SETTINGS = Optimizer(learning_rate=1e-3, max_grad_norm=0.5, weight_decay=0.1, wa
 FORKED = Optimizer(learning_rate=4e-3, max_grad_norm=0.2, weight_decay=0.3, betas=(0.8, 0.9), warmup_ratio=0.25)
 """What a case with `forked` goes on with after its two first updates."""
 DEVICE = os.environ.get("RAIRL_TEST_DEVICE", "cpu")
-"""Where the ranks train; the processes of tests/test_gpu.py find `cuda` here."""
+"""Where the ranks train; the processes of tests/engines/test_gpu.py find `cuda` here."""
 ROWS = 8
 TOTAL_UPDATES = 4
 CHUNK = 40_000
@@ -42,7 +42,7 @@ CHUNK = 40_000
 
 
 def base_path(folder: Path) -> str:
-    return materialise(Model(build=BUILD), role="policy", cache_dir=folder, seed=1)
+    return resolve_model(Model(build=BUILD), role="policy", cache_dir=folder, seed=1)
 
 
 def make_module(

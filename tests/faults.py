@@ -20,11 +20,11 @@ import pytest
 import ray
 
 from rairl_ray import metrics as names
-from rairl_ray.actors.roster import MARK
+from rairl_ray.actors.process_monitor import MARK
 from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.runfolder import RunFolder
-from rairl_ray.trainer import parts
+from rairl_ray.trainer import worker_groups
 from tests.runs import ROOT, TINY_AIRL
 
 CLASSES = {"rollout": "RolloutActor", "policy": "PolicyActor", "discriminator": "DiscriminatorActor"}
@@ -69,7 +69,7 @@ class Fault:
 
 def plant(fault: Fault, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next runs of this process meet the fault, once."""
-    base: Any = getattr(parts, CLASSES[fault.role])
+    base: Any = getattr(worker_groups, CLASSES[fault.role])
     mark = str(fault.mark(folder))
     counter = f"calls:{mark}"
 
@@ -83,7 +83,7 @@ def plant(fault: Fault, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), fault.number)
         return getattr(base, fault.verb)(self, *args, **kwargs)
 
-    monkeypatch.setattr(parts, CLASSES[fault.role], type(base.__name__, (base,), {fault.verb: faulty}))
+    monkeypatch.setattr(worker_groups, CLASSES[fault.role], type(base.__name__, (base,), {fault.verb: faulty}))
 
 
 def plant_in_sft(fault: Fault, folder: Path) -> Any:

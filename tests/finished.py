@@ -12,7 +12,7 @@ from rairl_ray.config.load import dump_yaml
 from rairl_ray.config.schema import Model, RunConfig
 from rairl_ray.engines.artifacts import save_reward_model
 from rairl_ray.engines.heads import ImplicitModel, ScalarModel
-from rairl_ray.engines.models import load_causal_lm, load_token_classifier, materialise
+from rairl_ray.engines.models import load_causal_lm, load_token_classifier, resolve_model
 from rairl_ray.engines.weights import exported_name
 from rairl_ray.runfolder import RunFolder
 from tests.inprocess import config_of
@@ -36,7 +36,7 @@ def finished_run(output: Path, name: str, *overrides: str, seed: int = 0) -> Run
     folder.create()
     folder.write_config(dump_yaml(config))
     folder.append_metrics(1, {"reward/mean": 0.0})
-    base = materialise(config.model.policy, role="policy", cache_dir=output / ".cache" / "models", seed=seed)
+    base = resolve_model(config.model.policy, role="policy", cache_dir=output / ".cache" / "models", seed=seed)
     shutil.copytree(base, folder.final_policy)
     module: ImplicitModel | ScalarModel
     if config.discriminator.head == "implicit":

@@ -81,7 +81,7 @@ def _drop_not(node: ast.UnaryOp) -> str:
 def tests_of(module: str, tree: Path) -> list[str]:
     """Test files that import the module and start no processes; where none does, those of its importers."""
     folder = tree / "tests"
-    found = [f for f in _importers(module, folder.glob("test_*.py")) if not SLOW_TESTS.search(f.read_text())]
+    found = [f for f in _importers(module, folder.rglob("test_*.py")) if not SLOW_TESTS.search(f.read_text())]
     if found:
         return [str(file) for file in found]
     near = (tree / Path(*module.split("."))).parent

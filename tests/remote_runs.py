@@ -8,7 +8,7 @@ from pathlib import Path
 from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.mirror import Mirror
 from rairl_ray.storage import Store
-from tests.test_checkpoint import save
+from tests.trainer.test_checkpoint import save
 
 NAME = "demo/run"
 SECRET = "planted-secret-of-the-test"

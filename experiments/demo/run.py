@@ -20,8 +20,8 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.display import Display
 from rairl_ray.errors import UserError
 from rairl_ray.runfolder import RunFolder, Summary, read_summary
-from rairl_ray.trainer.parts import cluster
 from rairl_ray.trainer.run import train
+from rairl_ray.trainer.worker_groups import cluster
 
 HERE = Path(__file__).parent
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rairl_ray import metrics as names
-from rairl_ray.actors.group import Member
+from rairl_ray.actors.group import ActorProcess
 from rairl_ray.actors.learner import (
     LearnerActor,
     LearnerWorkers,
@@ -168,8 +168,8 @@ def _penalty(mask: Any, positive: Any, values: Any, embeddings: Any, *, positive
 class DiscriminatorWorkers(LearnerWorkers):
     """All ranks of the discriminator as one learner."""
 
-    def __init__(self, members: Sequence[Member], config: RunConfig) -> None:
-        super().__init__("discriminator", members, config)
+    def __init__(self, processes: Sequence[ActorProcess], config: RunConfig) -> None:
+        super().__init__("discriminator", processes, config)
         self._references: dict[tuple[tuple[int, ...], tuple[int, ...]], np.ndarray] = {}
         """Prompt and completion ids -> what the reference says of the completion, for one step's traces."""
 

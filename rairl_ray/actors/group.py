@@ -18,8 +18,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rairl_ray.actors.placement import Plan, Slot
-from rairl_ray.actors.roster import FAULTS, Member, Roster
+from rairl_ray.actors.placement import PlacementPlan, Slot
+from rairl_ray.actors.process_monitor import FAULTS, ActorProcess, ProcessMonitor
 from rairl_ray.errors import PlacementError, RunFailure, UserError
 
 LOOK_SECONDS = 0.5
@@ -36,7 +36,7 @@ class GroupFailure(RunFailure):
 
     `role`, `rank` and `node` are the culprit's as far as it could be found: in a collective all ranks fall
     silent when one stops, and a dead learner may show in a rollout engine that waits for its weights.
-    `state` is that of the culprit's process (roster.py), where it was looked at.
+    `state` is that of the culprit's process (process monitor.py), where it was looked at.
     `waited_seconds` runs from the failed call's start to here, the look at the processes included.
     """
 
@@ -64,7 +64,7 @@ class Pending:
 
     phase: str
     deadline_seconds: float
-    refs: dict[ray.ObjectRef, Member]
+    refs: dict[ray.ObjectRef, ActorProcess]
     """Still without an answer."""
     submitted: float
     results: dict[int, Any] = field(default_factory=dict)
@@ -102,17 +102,19 @@ class ActorGroup:
     by_themselves: frozenset[str] = frozenset()
     """Phases in which a rank waits for no other process, so that its failure is its own."""
 
-    def __init__(self, role: str, members: Sequence[Member], roster: Roster | None = None) -> None:
+    def __init__(
+        self, role: str, processes: Sequence[ActorProcess], monitor: ProcessMonitor | None = None
+    ) -> None:
         self.role = role
-        self.members = list(members)
-        self.roster = roster
+        self.processes = list(processes)
+        self.monitor = monitor
         """Where a failure finds its culprit; without one the first silent rank is named."""
         self.last_step = 0
         """Newest step that the driver finished with this group; failures name it."""
         self._queue: list[Pending] = []
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self.processes)
 
     def call(
         self,
@@ -136,7 +138,7 @@ class ActorGroup:
         An actor does one thing after another, so the call's clock starts when it can run: now, or when
         the group's earlier calls have answered. Their deadlines add up; none eats another's.
         """
-        refs = {verb(member.handle, member.rank): member for member in self.members[:ranks]}
+        refs = {verb(process.handle, process.rank): process for process in self.processes[:ranks]}
         pending = Pending(phase, deadline_seconds, refs, time.monotonic())
         self._queue.append(pending)
         return pending
@@ -175,19 +177,19 @@ class ActorGroup:
                 continue
             if not done:
                 raise self._silence(pending, started)
-            member = pending.refs[done[0]]
+            process = pending.refs[done[0]]
             try:
                 # The answer exists; fetching it from another node is a wait of its own.
-                pending.results[member.rank] = ray.get(done[0], timeout=pending.deadline_seconds)
+                pending.results[process.rank] = ray.get(done[0], timeout=pending.deadline_seconds)
             except ray.exceptions.RayTaskError as error:  # of its cause's class, too; its text is a traceback
                 cause = error.cause if isinstance(error.cause, BaseException) else error
                 if isinstance(cause, UserError):
                     raise cause from None
                 text = in_one_line(f"{type(cause).__name__}: {cause}")
-                raise self._failure(pending, member, text, started) from error
+                raise self._failure(pending, process, text, started) from error
             except ray.exceptions.RayError as error:
                 text = in_one_line(str(error)) or type(error).__name__
-                raise self._failure(pending, member, text, started) from error
+                raise self._failure(pending, process, text, started) from error
             del pending.refs[done[0]]
 
     def forget(self) -> None:
@@ -196,9 +198,9 @@ class ActorGroup:
 
     def close(self) -> None:
         """End all actors at once; what they hold is lost."""
-        for member in self.members:
-            ray.kill(member.handle, no_restart=True)
-        self.members = []
+        for process in self.processes:
+            ray.kill(process.handle, no_restart=True)
+        self.processes = []
 
     # --- who is to blame ---------------------------------------------------------------------------
 
@@ -206,23 +208,23 @@ class ActorGroup:
         silent = list(pending.refs.values())
         text = (
             f"{self.role}: no answer within {pending.deadline_seconds:g} s in phase {pending.phase} "
-            f"(last finished step {self.last_step}) from {', '.join(member.name for member in silent)}"
+            f"(last finished step {self.last_step}) from {', '.join(process.name for process in silent)}"
         )
-        return blamed(text, silent[0], self.roster, pending.phase, self.last_step, started)
+        return attribute_failure(text, silent[0], self.monitor, pending.phase, self.last_step, started)
 
-    def _failure(self, pending: Pending, member: Member, cause: str, started: float) -> GroupFailure:
+    def _failure(self, pending: Pending, process: ActorProcess, cause: str, started: float) -> GroupFailure:
         text = (
-            f"{member.name} failed in phase {pending.phase}, last finished step {self.last_step}: "
+            f"{process.name} failed in phase {pending.phase}, last finished step {self.last_step}: "
             f"{cause.rstrip('.')}"
         )
         own = pending.phase in self.by_themselves
-        return blamed(text, member, self.roster, pending.phase, self.last_step, started, own)
+        return attribute_failure(text, process, self.monitor, pending.phase, self.last_step, started, own)
 
 
-def blamed(
+def attribute_failure(
     text: str,
-    suspect: Member,
-    roster: Roster | None,
+    suspect: ActorProcess,
+    monitor: ProcessMonitor | None,
     phase: str,
     last_step: int,
     started: float,
@@ -234,15 +236,15 @@ def blamed(
         started: `time.monotonic()` at which the wait began that failed.
         own: nobody but the suspect can be the culprit, so nobody else is looked at.
     """
-    states = roster.states(suspect if own else None) if roster is not None else {}
+    states = monitor.states(suspect if own else None) if monitor is not None else {}
     told = ", ".join(f"{role} rank {rank} {state}" for (role, rank), state in sorted(states.items()))
     # A fault among the suspect's own ranks explains a failure before one elsewhere.
     faulty = sorted(
         (key for key, state in states.items() if state in FAULTS),
         key=lambda key: (key[0] != suspect.role, FAULTS.index(states[key]), key),
     )
-    if roster is not None and faulty:
-        suspect = roster.members[faulty[0]]
+    if monitor is not None and faulty:
+        suspect = monitor.processes[faulty[0]]
         text = f"{suspect.name} is {states[faulty[0]]}. {text}"
     return GroupFailure(
         f"{text}. Processes: {told}" if told else text,
@@ -256,26 +258,26 @@ def blamed(
     )
 
 
-def create_members(
+def create_processes(
     role: str,
     actor_class: type[RankActor],
-    plan: Plan,
-    roster: Roster,
+    plan: PlacementPlan,
+    monitor: ProcessMonitor,
     environment: Mapping[str, str],
     arguments: tuple[object, ...],
-) -> list[Member]:
+) -> list[ActorProcess]:
     """Create the role's actors in their bundles, without waiting for their processes.
 
     Args:
         environment: variables that must be set before the process imports its heavy library.
         arguments: positional constructor arguments after `rank`.
     """
-    members = []
+    processes = []
     for rank, slot in enumerate(plan.roles[role]):
-        marked = {**environment, **roster.mark(role, rank)}
-        members.append(create_member(role, actor_class, rank, roster.groups[0], slot, marked, arguments))
-        roster.add(members[-1])
-    return members
+        marked = {**environment, **monitor.mark(role, rank)}
+        processes.append(create_member(role, actor_class, rank, monitor.groups[0], slot, marked, arguments))
+        monitor.add(processes[-1])
+    return processes
 
 
 def create_member(
@@ -286,7 +288,7 @@ def create_member(
     slot: Slot,
     environment: Mapping[str, str],
     arguments: tuple[object, ...],
-) -> Member:
+) -> ActorProcess:
     """Create one actor in its bundle of a placement group, which need not be there yet; waits for nothing."""
     bundle, resources = slot
     others = {key: value for key, value in resources.items() if key not in ("CPU", "GPU")}
@@ -300,31 +302,31 @@ def create_member(
             group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
         ),
     )
-    return Member(role, rank, options.remote(rank, *arguments))
+    return ActorProcess(role, rank, options.remote(rank, *arguments))
 
 
-def start_members(
-    created: Mapping[str, Sequence[Member]], roster: Roster, deadline_seconds: float
-) -> dict[str, list[Member]]:
+def start_processes(
+    created: Mapping[str, Sequence[ActorProcess]], monitor: ProcessMonitor, deadline_seconds: float
+) -> dict[str, list[ActorProcess]]:
     """Wait until every process answers where it lives; all roles start side by side."""
-    groups = {role: ActorGroup(role, members, roster) for role, members in created.items()}
+    groups = {role: ActorGroup(role, processes, monitor) for role, processes in created.items()}
     asked = {
         role: group.submit("start", deadline_seconds, lambda handle, _rank: handle.whereabouts.remote())
         for role, group in groups.items()
     }
-    started: dict[str, list[Member]] = {}
+    started: dict[str, list[ActorProcess]] = {}
     for role, group in groups.items():
         places = group.wait(asked[role])
         started[role] = [
-            Member(role, member.rank, member.handle, *place)
-            for member, place in zip(group.members, places, strict=True)
+            ActorProcess(role, process.rank, process.handle, *place)
+            for process, place in zip(group.processes, places, strict=True)
         ]
-        for member in started[role]:
-            roster.add(member)
+        for process in started[role]:
+            monitor.add(process)
     return started
 
 
-def reserve(plan: Plan, deadline_seconds: float) -> PlacementGroup:
+def reserve(plan: PlacementPlan, deadline_seconds: float) -> PlacementGroup:
     """Take the plan's bundles from the cluster.
 
     Raises:

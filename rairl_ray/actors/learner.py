@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import ray
 
-from rairl_ray.actors.group import ActorGroup, Member, RankActor
+from rairl_ray.actors.group import ActorGroup, ActorProcess, RankActor
 from rairl_ray.actors.placement import gpu_fractions
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import shares
@@ -120,8 +120,8 @@ class LearnerActor(RankActor, ABC):
 class LearnerWorkers(ActorGroup):
     """All ranks of one learner."""
 
-    def __init__(self, role: str, members: Sequence[Member], config: RunConfig) -> None:
-        super().__init__(role, members)
+    def __init__(self, role: str, processes: Sequence[ActorProcess], config: RunConfig) -> None:
+        super().__init__(role, processes)
         self.config = config
         self.version = 0
         self.padded_because: str | None = None

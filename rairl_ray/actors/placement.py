@@ -54,7 +54,7 @@ class Slot(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlacementPlan:
     """What to ask of Ray, and who lives where."""
 
     bundles: tuple[dict[str, float], ...]
@@ -119,7 +119,7 @@ def present_or_promised(config: RunConfig, alive: Sequence[Node]) -> list[Node]:
     return [Node({"CPU": largest.cpus, "GPU": float(largest.gpus)}) for _ in range(largest.nodes)]
 
 
-def bundles(config: RunConfig, device: str | None = None) -> Plan:
+def bundles(config: RunConfig, device: str | None = None) -> PlacementPlan:
     """The placement of a run.
 
     Args:
@@ -150,7 +150,7 @@ def bundles(config: RunConfig, device: str | None = None) -> Plan:
         sizes.append(_together(together))
     for role, (count, resources) in shared.items():
         slots[role] = tuple(Slot(first + rank, dict(resources)) for rank in range(count))
-    return Plan(
+    return PlacementPlan(
         bundles=tuple(sizes),
         strategy=config.placement.strategy,
         roles={role: slots[role] for role in needs},
@@ -202,11 +202,11 @@ def gpu_fractions(config: RunConfig) -> dict[str, float]:
     return fractions
 
 
-def _together(members: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The bundle that holds all members: their CPUs, and one whole GPU that they share."""
+def _together(processes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The bundle that holds all actors: their CPUs, and one whole GPU that they share."""
     # Ray counts in ten-thousandths; sums of fractions are rounded to what it can represent.
-    bundle = {"CPU": round(sum(member["CPU"] for member in members), 4)}
-    taken = round(sum(member.get("GPU", 0.0) for member in members), 4)
+    bundle = {"CPU": round(sum(process["CPU"] for process in processes), 4)}
+    taken = round(sum(process.get("GPU", 0.0) for process in processes), 4)
     if taken > 1:
         raise PlacementError(
             f"placement: the roles on one GPU take {taken:g} of it; lower placement.rollout_gpu_fraction, "
@@ -217,7 +217,7 @@ def _together(members: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return bundle
 
 
-def check_against(plan: Plan, nodes: Sequence[Node]) -> None:
+def check_against(plan: PlacementPlan, nodes: Sequence[Node]) -> None:
     """Refuse a plan that the cluster can never serve, even when idle.
 
     Raises:
@@ -273,7 +273,7 @@ def _check_side_by_side(
         free[index] = free[index]._replace(resources=left)
 
 
-def _check_labels(plan: Plan, nodes: Sequence[Node]) -> None:
+def _check_labels(plan: PlacementPlan, nodes: Sequence[Node]) -> None:
     """Refuse labels that no node has; where nobody knows a node's labels nothing can be said."""
     if any(node.labels is None for node in nodes):
         return
@@ -307,7 +307,7 @@ def kinds(nodes: Sequence[Node]) -> list[tuple[Node, int]]:
     return [(alike[0], len(alike)) for alike in found.values()]
 
 
-def room(plan: Plan, nodes: Sequence[Node]) -> int:
+def room(plan: PlacementPlan, nodes: Sequence[Node]) -> int:
     """How many such runs idle nodes hold at once, by sums over the nodes that each label selector chooses."""
     most = []
     for selector in ({}, *plan.labels):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rairl_ray import metrics as names
-from rairl_ray.actors.group import Member
+from rairl_ray.actors.group import ActorProcess
 from rairl_ray.actors.learner import (
     LearnerActor,
     LearnerWorkers,
@@ -212,8 +212,8 @@ class PolicyActor(LearnerActor):
 class PolicyWorkers(LearnerWorkers):
     """All ranks of the policy as one learner."""
 
-    def __init__(self, members: Sequence[Member], config: RunConfig) -> None:
-        super().__init__("policy", members, config)
+    def __init__(self, processes: Sequence[ActorProcess], config: RunConfig) -> None:
+        super().__init__("policy", processes, config)
 
     def update(self, batches: Sequence[PolicyBatch]) -> UpdateResult:
         """One step: an optimizer update per batch, each with its own global denominators."""
@@ -251,10 +251,10 @@ class PolicyWorkers(LearnerWorkers):
         )
         return gather_rows(plan, answers, len(samples))
 
-    def weights(self, engines: Sequence[Member]) -> WeightUpdate:
+    def weights(self, engines: Sequence[ActorProcess]) -> WeightUpdate:
         """The newest weights (or adapter), on their way to these rollout actors; they never pass the driver."""
         deadline = self.config.timeouts.sync_seconds
-        handles = [member.handle for member in engines]
+        handles = [process.handle for process in engines]
         return self.call("weights", deadline, lambda actor, _rank: actor.weights.remote(handles))[0]
 
     def _shard(self, samples: Sequence[PolicySample]) -> list[list[list[int]]]:

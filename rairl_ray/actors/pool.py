@@ -30,9 +30,9 @@ from ray.util.placement_group import (
 from rairl_ray.actors.draining import draining_nodes
 from rairl_ray.actors.group import GroupFailure, in_one_line, pause_after
 from rairl_ray.actors.joining import free_nodes
-from rairl_ray.actors.placement import Node, Plan, Slot, side_by_side
+from rairl_ray.actors.placement import Node, PlacementPlan, Slot, side_by_side
+from rairl_ray.actors.process_monitor import LOST_NODE, SILENT_NODE, ActorProcess
 from rairl_ray.actors.rollout import RolloutWorkers
-from rairl_ray.actors.roster import LOST_NODE, SILENT_NODE, Member
 from rairl_ray.config.labels import OF_ONE_NODE
 from rairl_ray.config.schema import RunConfig
 
@@ -43,7 +43,7 @@ SHUN_SECONDS = 120.0
 """How long nothing is asked of a node that did not answer: Ray takes up to a minute to see that it is dead, and
 goes on placing there."""
 
-Spawn = Callable[[int, PlacementGroup, Slot], Member]
+Spawn = Callable[[int, PlacementGroup, Slot], ActorProcess]
 """(rank, placement group, slot there) -> a new process of a replica, not waited for."""
 
 
@@ -66,7 +66,7 @@ class Place:
 class Opening:
     """A replica on its way."""
 
-    member: Member
+    process: ActorProcess
     place: Place
     node_id: str
     """The node that it was meant for; empty where Ray, or an autoscaler, chooses."""
@@ -80,12 +80,12 @@ class Opening:
 
 
 class Pool:
-    """Keeps the members of `workers` between `rollout.replicas` min and max; a fixed number is both."""
+    """Keeps the replicas of `workers` between `rollout.replicas` min and max; a fixed number is both."""
 
     def __init__(
         self,
         config: RunConfig,
-        plan: Plan,
+        plan: PlacementPlan,
         workers: RolloutWorkers,
         spawn: Spawn,
         bring_up: Callable[[RolloutWorkers], None],
@@ -98,22 +98,22 @@ class Pool:
         tell: notes what happens.
         replacements: replicas that may be replaced; one more that is lost is a failure of the group.
         """
-        assert workers.roster is not None
-        self._config, self._plan, self._workers, self._roster = config, plan, workers, workers.roster
+        assert workers.monitor is not None
+        self._config, self._plan, self._workers, self._monitor = config, plan, workers, workers.monitor
         self._spawn, self._bring_up, self._tell, self._left = spawn, bring_up, tell, replacements
         self._least = len(plan.roles["rollout"])
         self._most = self._least + plan.spare
-        group = self._roster.groups[0]
+        group = self._monitor.groups[0]
         self._places = {
-            member.rank: Place(group, slot, own=False)
-            for member, slot in zip(workers.members, plan.roles["rollout"], strict=True)
+            process.rank: Place(group, slot, own=False)
+            for process, slot in zip(workers.processes, plan.roles["rollout"], strict=True)
         }
         self._openings: list[Opening] = []
         self._next_rank = self._least
         self._failures, self._pause_ends = 0, 0.0
         self._shunned: dict[str, float] = {}
         """Node that did not answer -> until when nothing is asked of it."""
-        self._owed: list[tuple[Member, Place]] = []
+        self._owed: list[tuple[ActorProcess, Place]] = []
         """Replicas that left such nodes, to be ended later."""
         workers.lost = self.lost
 
@@ -144,7 +144,7 @@ class Pool:
         for node in homes[:more]:
             asked = {**selector, **({OF_ONE_NODE: node} if node else {})}
             group = placement_group([bundle], bundle_label_selector=[asked] if asked else None)
-            self._roster.groups.append(group)
+            self._monitor.groups.append(group)
             self._open(Place(group, Slot(0, dict(bundle)), own=True), node)
 
     def leave_drained(self) -> None:
@@ -154,7 +154,7 @@ class Pool:
             return
         for opening in [one for one in self._openings if one.home in going]:
             self._forget(opening)
-        homes = {member.rank: member.node_id for member in self._workers.members}
+        homes = {process.rank: process.node_id for process in self._workers.processes}
         for rank in departures(homes, going, self._least):
             with suppress(ray.exceptions.RayError):
                 ray.wait([self._member(rank).handle.close.remote()], timeout=LEAVE_SECONDS)
@@ -179,14 +179,14 @@ class Pool:
 
     def _leave(self, rank: int, why: str, silent: bool = False) -> None:
         """Args: silent: its node does not answer."""
-        member, place = self._member(rank), self._places.pop(rank)
-        self._workers.members.remove(member)
-        self._roster.remove(member)
+        process, place = self._member(rank), self._places.pop(rank)
+        self._workers.processes.remove(process)
+        self._monitor.remove(process)
         if silent:
-            self._shunned[member.node_id] = time.monotonic() + SHUN_SECONDS
-            self._owed.append((member, place))
+            self._shunned[process.node_id] = time.monotonic() + SHUN_SECONDS
+            self._owed.append((process, place))
         else:
-            self._end(member, place)
+            self._end(process, place)
         self._tell(f"replica {rank} left, {len(self._workers)} go on: {why}")
 
     def _replace(self, rank: int, failure: GroupFailure) -> None:
@@ -196,16 +196,16 @@ class Pool:
             raise failure
         self._left -= 1
         begun, timeouts = time.monotonic(), self._config.timeouts
-        index = self._workers.members.index(self._member(rank))
-        self._roster.end_member(self._workers.members[index], timeouts.teardown_seconds)
+        index = self._workers.processes.index(self._member(rank))
+        self._monitor.end_process(self._workers.processes[index], timeouts.teardown_seconds)
         made = self._workers.alone(self._spawn(rank, place.group, place.slot))
-        self._roster.add(made.members[0])
+        self._monitor.add(made.processes[0])
         [where] = made.call("start", timeouts.start_seconds, lambda actor, _rank: actor.whereabouts.remote())
-        one = self._workers.alone(Member(self._workers.role, rank, made.members[0].handle, *where))
-        self._roster.add(one.members[0])
+        one = self._workers.alone(ActorProcess(self._workers.role, rank, made.processes[0].handle, *where))
+        self._monitor.add(one.processes[0])
         one.open()
         self._bring_up(one)
-        self._workers.members[index] = one.members[0]
+        self._workers.processes[index] = one.processes[0]
         spent, waited = time.monotonic() - begun, failure.waited_seconds
         self._tell(f"rollout rank {rank} replaced in {spent:.1f} s, after waiting {waited:.1f} s: {failure}")
 
@@ -214,9 +214,9 @@ class Pool:
     def _open(self, place: Place, node_id: str) -> None:
         """Begin to open one more; its process starts when its bundle is there."""
         rank, self._next_rank = self._next_rank, self._next_rank + 1
-        member = self._spawn(rank, place.group, place.slot)
-        where, opened = member.handle.whereabouts.remote(), member.handle.open.remote()
-        self._openings.append(Opening(member, place, node_id, where, opened))
+        process = self._spawn(rank, place.group, place.slot)
+        where, opened = process.handle.whereabouts.remote(), process.handle.open.remote()
+        self._openings.append(Opening(process, place, node_id, where, opened))
 
     def _look_at(self, opening: Opening, alive: Container[str]) -> None:
         """Let it join if it is ready; give it up if it has failed, takes too long, or its node is gone."""
@@ -242,18 +242,18 @@ class Pool:
             self._give_up(opening, str(failure))
 
     def _join(self, opening: Opening, where: tuple[Any, ...]) -> None:
-        rank = opening.member.rank
-        member = Member(self._workers.role, rank, opening.member.handle, *where)
-        self._roster.add(member)
-        self._bring_up(self._workers.alone(member))
+        rank = opening.process.rank
+        process = ActorProcess(self._workers.role, rank, opening.process.handle, *where)
+        self._monitor.add(process)
+        self._bring_up(self._workers.alone(process))
         self._openings.remove(opening)
-        self._workers.members.append(member)
-        self._workers.members.sort(key=lambda one: one.rank)
+        self._workers.processes.append(process)
+        self._workers.processes.sort(key=lambda one: one.rank)
         self._places[rank] = opening.place
         self._failures = 0
         spent = time.monotonic() - opening.begun
         self._tell(
-            f"replica {rank} joined from node {member.node} ({member.node_id[:8]}) after {spent:.1f} s: "
+            f"replica {rank} joined from node {process.node} ({process.node_id[:8]}) after {spent:.1f} s: "
             f"{len(self._workers)} of at most {self._most} serve"
         )
 
@@ -262,41 +262,41 @@ class Pool:
         self._failures += 1
         pause = pause_after(self._failures, self._config.trainer.retry_backoff_seconds)
         self._pause_ends = time.monotonic() + pause
-        self._tell(f"replica {opening.member.rank} did not join, the next may begin in {pause:.0f} s: {why}")
+        self._tell(f"replica {opening.process.rank} did not join, the next may begin in {pause:.0f} s: {why}")
 
     def _forget(self, opening: Opening) -> None:
         self._openings.remove(opening)
-        self._roster.remove(opening.member)
-        ray.kill(opening.member.handle, no_restart=True)
+        self._monitor.remove(opening.process)
+        ray.kill(opening.process.handle, no_restart=True)
         self._give_back(opening.place)
 
-    def _end(self, member: Member, place: Place) -> None:
-        self._roster.end_member(member, LEAVE_SECONDS)
+    def _end(self, process: ActorProcess, place: Place) -> None:
+        self._monitor.end_process(process, LEAVE_SECONDS)
         self._give_back(place)
 
     def _give_back(self, place: Place) -> None:
         if place.own:
-            self._roster.groups.remove(place.group)
+            self._monitor.groups.remove(place.group)
             remove_placement_group(place.group)
 
     def _pay(self, alive: Container[str]) -> None:
         """End what was left on nodes that are known to be dead by now, or to live."""
         now = time.monotonic()
         self._shunned = {node: until for node, until in self._shunned.items() if node in alive and until > now}
-        for member, place in list(self._owed):
-            if member.node_id not in self._shunned:
-                self._owed.remove((member, place))
-                self._end(member, place)
+        for process, place in list(self._owed):
+            if process.node_id not in self._shunned:
+                self._owed.remove((process, place))
+                self._end(process, place)
 
     def _vacant(self) -> list[Place]:
         """Bundles of the run's own group whose replica has left."""
         places = [*self._places.values(), *(opening.place for opening in self._openings)]
         taken = {place.slot.bundle for place in places if not place.own}
         slots = [slot for slot in self._plan.roles["rollout"] if slot.bundle not in taken]
-        return [Place(self._roster.groups[0], slot, own=False) for slot in slots]
+        return [Place(self._monitor.groups[0], slot, own=False) for slot in slots]
 
-    def _member(self, rank: int) -> Member:
-        return next(member for member in self._workers.members if member.rank == rank)
+    def _member(self, rank: int) -> ActorProcess:
+        return next(process for process in self._workers.processes if process.rank == rank)
 
 
 def rooms(

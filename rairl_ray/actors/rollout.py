@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rairl_ray.actors.group import ActorGroup, GroupFailure, Interrupted, Member, Pending
+from rairl_ray.actors.group import ActorGroup, ActorProcess, GroupFailure, Interrupted, Pending
 from rairl_ray.actors.rollout_actor import Traces
 from rairl_ray.actors.weight_sync import WeightUpdate
 from rairl_ray.config.schema import RunConfig
@@ -62,8 +62,8 @@ class RolloutWorkers(ActorGroup):
 
     by_themselves = frozenset({"generate"})
 
-    def __init__(self, members: Sequence[Member], config: RunConfig, renderer: Renderer) -> None:
-        super().__init__("rollout", members)
+    def __init__(self, processes: Sequence[ActorProcess], config: RunConfig, renderer: Renderer) -> None:
+        super().__init__("rollout", processes)
         self._config = config
         self._renderer = renderer
         self.lost: Callable[[GroupFailure], None] | None = None
@@ -156,7 +156,7 @@ class RolloutWorkers(ActorGroup):
     def _shared(self, costs: Sequence[int]) -> dict[int, list[int]]:
         """Rank -> its share of things of these costs."""
         shares = balance(costs, len(self))
-        return {member.rank: share for member, share in zip(self.members, shares, strict=True)}
+        return {process.rank: share for process, share in zip(self.processes, shares, strict=True)}
 
     def _sample(
         self, requests: Mapping[int, Sequence[GenerationRequest]], settings: SamplingSettings
@@ -214,18 +214,18 @@ class RolloutWorkers(ActorGroup):
                     raise
                 self.lost(failure)
                 lost.add(failure.rank)
-                refs = {ref: member for ref, member in pending.refs.items() if member.rank not in lost}
+                refs = {ref: process for ref, process in pending.refs.items() if process.rank not in lost}
                 pending = replace(pending, refs=refs)
                 self._queue.append(pending)
         return {rank: result for rank, result in pending.results.items() if rank not in lost}
 
-    def alone(self, member: Member) -> RolloutWorkers:
+    def alone(self, process: ActorProcess) -> RolloutWorkers:
         """A replica that does not belong to the group yet, as a group of one."""
-        one = RolloutWorkers([member], self._config, self._renderer)
-        one.roster, one.last_step = self.roster, self.last_step
+        one = RolloutWorkers([process], self._config, self._renderer)
+        one.monitor, one.last_step = self.monitor, self.last_step
         return one
 
-    def sync(self, update: WeightUpdate, probe: Traces = ()) -> list[list[list[float]]]:
+    def sync(self, update: WeightUpdate, check_traces: Traces = ()) -> list[list[list[float]]]:
         """Every replica takes the update and answers the sender's version and checksum.
 
         Returns:
@@ -234,14 +234,14 @@ class RolloutWorkers(ActorGroup):
         Raises:
             GroupFailure: naming the first replica that serves something else than was sent.
         """
-        return self.finish_sync(self.start_sync(update, probe))
+        return self.finish_sync(self.start_sync(update, check_traces))
 
-    def start_sync(self, update: WeightUpdate, probe: Traces = ()) -> PendingSync:
+    def start_sync(self, update: WeightUpdate, check_traces: Traces = ()) -> PendingSync:
         """Submit a sync behind whatever is being sampled; samples started after it are of this version."""
         pending = self.submit(
             "sync",
             self._config.timeouts.sync_seconds,
-            lambda actor, _rank: actor.sync.remote(update, probe),
+            lambda actor, _rank: actor.sync.remote(update, check_traces),
         )
         return PendingSync(update, pending)
 
@@ -249,8 +249,8 @@ class RolloutWorkers(ActorGroup):
         """Wait for a sync and check its answers; returns and raises as `sync`."""
         update = started.update
         answers = self._wait_for_those_left(started.pending)
-        for place, member in enumerate(self.members):
-            report, _ = answers[member.rank]
+        for place, process in enumerate(self.processes):
+            report, _ = answers[process.rank]
             if (report.version, report.checksum) != (update.version, update.checksum):
                 raise self.refused(
                     place,
@@ -258,16 +258,16 @@ class RolloutWorkers(ActorGroup):
                     f"the engine now holds version {report.version} with checksum {report.checksum}: its "
                     "weights are not the learner's",
                 )
-        return [answers[member.rank][1] for member in self.members]
+        return [answers[process.rank][1] for process in self.processes]
 
     def refused(self, place: int, cause: str) -> GroupFailure:
         """The failure of the `place`-th replica, whose weights or numbers cannot be trusted."""
-        member = self.members[place]
+        process = self.processes[place]
         return GroupFailure(
-            f"{member.name} failed in phase sync, last finished step {self.last_step}: {cause}",
+            f"{process.name} failed in phase sync, last finished step {self.last_step}: {cause}",
             role=self.role,
-            rank=member.rank,
-            node=member.node,
+            rank=process.rank,
+            node=process.node,
             phase="sync",
             last_step=self.last_step,
         )
@@ -278,7 +278,7 @@ class RolloutWorkers(ActorGroup):
         return self._renderer
 
     def close(self) -> None:
-        if self.members and not self._busy:
+        if self.processes and not self._busy:
             self.forget()
             # A dead or hung engine cannot be closed politely; the kill below ends it.
             with contextlib.suppress(GroupFailure):

@@ -63,11 +63,11 @@ class RolloutActor(RankActor):
         self.engine.sleep()  # the learners work next
         return generations, self.engine.version, seconds
 
-    def sync(self, update: WeightUpdate, probe: Traces = ()) -> tuple[SyncReport, list[list[float]]]:
+    def sync(self, update: WeightUpdate, check_traces: Traces = ()) -> tuple[SyncReport, list[list[float]]]:
         """Take new weights; answers the version and checksum that the engine now serves, and its
         log-probabilities of the probe's completions ([N][T_i], at temperature 1)."""
         report = self.load(update)
-        return report, self.engine.score_tokens([p for p, _ in probe], [c for _, c in probe])
+        return report, self.engine.score_tokens([p for p, _ in check_traces], [c for _, c in check_traces])
 
     def load(self, update: WeightUpdate) -> SyncReport:
         if update.chunks is None:

@@ -25,7 +25,7 @@ from rairl_ray.algorithms.equations import (
     find_operators,
     write_number,
 )
-from rairl_ray.algorithms.slip import near_values, slip
+from rairl_ray.algorithms.propagated_error import near_values, propagated_error
 from rairl_ray.config.schema import Perturbations
 from rairl_ray.config.variants import complete
 from rairl_ray.keys import keyed_random
@@ -158,7 +158,7 @@ def shipped_corruption(source: Source, draw: random.Random) -> str | None:
 KINDS: dict[str, Callable[[Source, random.Random], str | None]] = {
     "operator": flip_operator,
     "numbers": nudge_numbers,
-    "slip": slip,
+    "propagated_error": propagated_error,
     "answer": nudge_answer,
     "swap_answer": swap_answer,
     "choice": other_choice,

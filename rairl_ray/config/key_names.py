@@ -13,7 +13,7 @@ from rairl_ray.config.section import Section
 
 RENAMED = {
     "clip_norm": "max_grad_norm", "warmup_share": "warmup_ratio", "importance_cap": "tis_cap",
-    "failure_retries": "max_restarts_per_role",
+    "failure_retries": "max_restarts_per_role", "probe_every": "sync_check_every",
 }  # fmt: skip
 """Former names of keys, answered with the present ones."""
 

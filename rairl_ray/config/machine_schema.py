@@ -47,9 +47,9 @@ class Rollout(Section):
     weight_transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
     """How weights reach the engines; auto: `ipc` where they share GPUs with the policy learner, `nccl` where
     they have GPUs of their own, else `object_store`. Served adapters and pools always use the object store."""
-    probe_every: NonNegativeInt | None = None
+    sync_check_every: NonNegativeInt | None = None
     """After the first sync and every n-th one, compare learner and engines on a few fixed traces; 0: never.
-    None: 50 where each step's own samples are compared too (trainer/probe.py), else 1."""
+    None: 50 where each step's own samples are compared too (trainer/sync_check.py), else 1."""
     max_sync_logprob_gap: PositiveFloat | None = None
     """Largest mean |difference| a token in these comparisons; None: 0.001 in float32, 0.1 in bfloat16."""
 

@@ -17,9 +17,9 @@ ActorFile = Annotated[str, AfterValidator(lambda path: os.path.abspath(os.path.e
 """A file that actors read, too: they stand elsewhere, so it is absolute from here on."""
 
 
-ErrorKind = Literal["operator", "numbers", "slip", "answer", "swap_answer", "choice", "corrupted"]
+ErrorKind = Literal["operator", "numbers", "propagated_error", "answer", "swap_answer", "choice", "corrupted"]
 """How a wrong copy of a right trace is made (algorithms/negatives.py)."""
-ERROR_KINDS: tuple[ErrorKind, ...] = ("operator", "numbers", "slip", "answer", "swap_answer")
+ERROR_KINDS: tuple[ErrorKind, ...] = ("operator", "numbers", "propagated_error", "answer", "swap_answer")
 """Those that need nothing but the trace."""
 
 

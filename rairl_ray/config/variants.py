@@ -144,7 +144,7 @@ ADVANTAGES = {
 ERRORS = {
     "operator": ErrorNeeds(),
     "numbers": ErrorNeeds(),
-    "slip": ErrorNeeds(),
+    "propagated_error": ErrorNeeds(),
     "answer": ErrorNeeds(),
     "swap_answer": ErrorNeeds(),
     "choice": ErrorNeeds(data=True),

@@ -35,7 +35,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from rairl_ray.config.machine_schema import Learner
 from rairl_ray.config.schema import Optimizer
 from rairl_ray.engines import zero_shards
-from rairl_ray.engines.background import BackgroundWriter, snapshot
+from rairl_ray.engines.async_writer import AsyncWriter, snapshot
 from rairl_ray.engines.optimizer import RecordingAdamW, learning_rate_factor
 from rairl_ray.engines.outgoing import Outgoing, trained
 from rairl_ray.engines.safe_files import refuse_foreign_code
@@ -192,7 +192,7 @@ class DeepSpeedEngine:
         self._snapshots = _Snapshots([] if self._saves_all else [n for n, p in every if not p.requires_grad])
         self._engine.checkpoint_engine = self._snapshots
         self._engine._copy_recovery_script = lambda _folder: None  # it writes at once, and we never need it
-        self._writer = BackgroundWriter()
+        self._writer = AsyncWriter()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass with gradients; to be called inside the losses given to `update`."""
@@ -344,7 +344,7 @@ class DeepSpeedEngine:
             lengths = [vector.numel() for vector in own[zero_shards.MASTERS[stage]]]
         else:
             lengths = [vector.numel() for group in self._optimizer.param_groups for vector in group["params"]]
-        masters, state = zero_shards.cut(
+        masters, state = zero_shards.reshard(
             saved, shapes, lengths, base["param_groups"],
             stage=stage, rank=self.rank, ranks=self.world_size,
         )  # fmt: skip

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClas
 from rairl_ray.config.schema import Model
 from rairl_ray.engines.adapters import one_line_errors
 from rairl_ray.engines.origin import commit_of
-from rairl_ray.engines.sources import materialise
+from rairl_ray.engines.sources import resolve_model
 from rairl_ray.errors import ModelError
 from rairl_ray.keys import key_seed
 
-__all__ = ["adapter_config", "load_causal_lm", "load_token_classifier", "materialise"]
+__all__ = ["adapter_config", "load_causal_lm", "load_token_classifier", "resolve_model"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -114,7 +114,7 @@ class SyncReport:
 
 
 class RolloutEngine(Protocol):
-    """The contract; tests/test_rollout_engines.py runs it against every engine."""
+    """The contract; tests/engines/test_rollout_engines.py runs it against every engine."""
 
     @property
     def version(self) -> int | None:

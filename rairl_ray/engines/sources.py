@@ -1,4 +1,4 @@
-"""Where models come from: `materialise` turns a `model.*` section into a folder (or hub id) that loads.
+"""Where models come from: `resolve_model` turns a `model.*` section into a folder (or hub id) that loads.
 
 Everything made here is made once, in a cache folder, under a lock, and renamed into place when complete.
 """
@@ -44,7 +44,7 @@ PYPI_PREFIX = "pypi:"
 ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
 
-def materialise(model: Model, *, role: str, cache_dir: Path, seed: int) -> str:
+def resolve_model(model: Model, *, role: str, cache_dir: Path, seed: int) -> str:
     """Folder or hub id from which `role` ("policy" or "discriminator") can be loaded.
 
     - `path: null` with `build`: a new model with a character tokenizer, keyed by the build, that and `seed`;

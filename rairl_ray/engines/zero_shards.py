@@ -107,7 +107,7 @@ def read(folder: Path, ranks: int, stage: int, plain: Shapes) -> Saved:
     return Saved(values, base["state"][0]["step"], base["param_groups"], common)
 
 
-def cut(
+def reshard(
     saved: Saved, shapes: Shapes, lengths: Sequence[int], param_groups: Sequence[Mapping[str, Any]],
     *, stage: int, rank: int, ranks: int,
 ) -> tuple[list[Tensor], dict[str, Any]]:  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rairl_ray.actors.placement import Node, Plan, check_against, present_or_promised, total_gpus
+from rairl_ray.actors.placement import Node, PlacementPlan, check_against, present_or_promised, total_gpus
 from rairl_ray.config.load import warm_start_chain
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import UserError
@@ -54,7 +54,7 @@ class Request:
 
     call: Call
     pack: Pack | None
-    plan: Plan | None
+    plan: PlacementPlan | None
     nodes: list[Node]
     """Those that the plan counts on."""
     entrypoint: str
@@ -123,7 +123,7 @@ def make_request(
     return Request(call, pack, plan, nodes, entrypoint, runtime_env)
 
 
-def placed(config: RunConfig, cluster: Cluster) -> tuple[Plan, list[Node]]:
+def placed(config: RunConfig, cluster: Cluster) -> tuple[PlacementPlan, list[Node]]:
     """The run's placement, and the nodes it counts on. Raises PlacementError where it can never serve it."""
     warm_start_chain(config)
     nodes = present_or_promised(config, cluster.nodes)

@@ -16,7 +16,7 @@ from rairl_ray.types import DiscriminatorSample, Prompt, Rollout, TokenizedTrace
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadTrace:
+class TraceUnits:
     """A trace in discriminator tokens with the units that its density scores."""
 
     trace: Trace
@@ -52,10 +52,10 @@ class TraceReader:
         self.density = density
         self.same_tokenizer = renderer.fingerprint == policy_fingerprint
 
-    def read(self, trace: Trace) -> ReadTrace:
+    def read(self, trace: Trace) -> TraceUnits:
         tokens = self.renderer.tokenize(trace, same_tokenizer=self.same_tokenizer)
         units = unit_tokens(trace.text, tokens.char_ends, self.density)
-        return ReadTrace(
+        return TraceUnits(
             trace=trace,
             tokens=tokens,
             unit_tokens=units,
@@ -64,7 +64,7 @@ class TraceReader:
         )
 
 
-def sample_of(read: ReadTrace, *, positive: bool = False, pair_id: int = 0) -> DiscriminatorSample:
+def sample_of(read: TraceUnits, *, positive: bool = False, pair_id: int = 0) -> DiscriminatorSample:
     """All units of a trace, for scoring (the label is then without meaning)."""
     return DiscriminatorSample(
         prompt_ids=read.tokens.prompt_ids,

@@ -14,7 +14,7 @@ from rairl_ray.data.batching import discriminator_tensors, shares
 from rairl_ray.data.rendering import Renderer, load_tokenizer
 from rairl_ray.engines.artifacts import Dtype, system_prompt_of
 from rairl_ray.engines.reward_heads import RewardModel
-from rairl_ray.rewards.reading import ReadTrace, TraceReader, sample_of
+from rairl_ray.rewards.reading import TraceReader, TraceUnits, sample_of
 from rairl_ray.types import DiscriminatorSample, Trace, TraceScores
 
 
@@ -75,7 +75,7 @@ class SavedReward:
                 found[row] = logits[: len(samples[row].unit_tokens)].copy()
         return [found[row] for row in range(len(samples))]
 
-    def _refusal(self, read: ReadTrace) -> str:
+    def _refusal(self, read: TraceUnits) -> str:
         tokens = len(read.tokens.prompt_ids) + len(read.tokens.completion_ids)
         if len(read.unit_tokens) == 0:
             return "the completion has no tokens"

@@ -6,7 +6,7 @@ import json
 import time
 from contextlib import suppress
 
-from rairl_ray.actors.placement import Plan
+from rairl_ray.actors.placement import PlacementPlan
 from rairl_ray.errors import ConfigError
 from rairl_ray.files import write_atomic
 from rairl_ray.sweep.file import SweepFile
@@ -51,7 +51,7 @@ class GpuMeter:
     def exhausted(self) -> bool:
         return self._limit is not None and self.hours() >= self._limit
 
-    def check(self, placement: Plan) -> None:
+    def check(self, placement: PlacementPlan) -> None:
         """Refuse a budget that means nothing, or is spent already. Raises ConfigError."""
         if self._limit is None:
             return

@@ -1,8 +1,8 @@
 """MLflow's side of a sweep: one parent run, which all its trials' runs name, and what the sweep came to.
 
-The parent is tracked as any run is (tracking.py), from a folder of its own beside the trials: its id stays the
-same after a resume, and whoever runs next in the output folder closes what a killed sweep left RUNNING. MLflow
-can cost a sweep a warning, never a trial.
+The parent is tracked as any run is (tracking/tracker.py), from a folder of its own beside the trials: its id
+stays the same after a resume, and whoever runs next in the output folder closes what a killed sweep left
+RUNNING. MLflow can cost a sweep a warning, never a trial.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rairl_ray.files import write_atomic
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.points import Trial, override, sweep_folder
 from rairl_ray.sweep.result import STATES
-from rairl_ray.tracking import Status, Told, Tracker
+from rairl_ray.tracking.tracker import Status, Told, Tracker
 
 LEDGER = "ledger"
 PARENT = "mlflow.parentRunId"

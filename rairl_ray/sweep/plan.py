@@ -10,7 +10,7 @@ from rich.table import Table
 
 from rairl_ray.actors.placement import (
     Node,
-    Plan,
+    PlacementPlan,
     check_against,
     present_or_promised,
     room,
@@ -102,7 +102,12 @@ def show_sweep_plan(
 
 
 def _print_hours(
-    file: SweepFile, shown: Sequence[Trial], plans: Sequence[Plan], undrawn: int, at_once: int, console: Console
+    file: SweepFile,
+    shown: Sequence[Trial],
+    plans: Sequence[PlacementPlan],
+    undrawn: int,
+    at_once: int,
+    console: Console,
 ) -> None:
     """GPU hours of all trials and the time that they take side by side, where each can be predicted."""
     drawn = len(shown) - bool(undrawn)
@@ -127,7 +132,7 @@ def _print_hours(
 def _print_trials(
     title: str,
     shown: Sequence[Trial],
-    plans: Sequence[Plan],
+    plans: Sequence[PlacementPlan],
     at_once: Sequence[int],
     planned: int,
     console: Console,
@@ -171,7 +176,7 @@ def _print_sum(runs: Sequence[RunConfig], warm_starts: Sequence[RunConfig], cons
 def _print_sizes(
     file: SweepFile,
     shown: Sequence[Trial],
-    plans: Sequence[Plan],
+    plans: Sequence[PlacementPlan],
     cluster: Sequence[Node],
     console: Console,
 ) -> None:

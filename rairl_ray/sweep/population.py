@@ -32,7 +32,7 @@ from rairl_ray.sweep.points import FORKS, drawn_value, newest_folder, override, 
 from rairl_ray.sweep.schedulers import id_of
 from rairl_ray.sweep.supervise import REPORT
 from rairl_ray.trainer.fork import Fork, fork_of, take_over
-from rairl_ray.trainer.session import save_config
+from rairl_ray.trainer.run_context import save_config
 
 ATTEMPTS = 20
 """Draws of new values before a fork takes the donor's own."""

@@ -49,9 +49,9 @@ from rairl_ray.sweep.search import Points
 from rairl_ray.sweep.status import SweepDisplay
 from rairl_ray.sweep.stopping import WHOLE, forget_requests, leave_request, listening, stop_request
 from rairl_ray.sweep.supervise import run_trial
-from rairl_ray.trainer.parts import cluster, place
 from rairl_ray.trainer.run import made_by, train, with_warm_start
-from rairl_ray.trainer.session import SignalStop, code_version, resumable
+from rairl_ray.trainer.run_context import SignalStop, code_version, resumable
+from rairl_ray.trainer.worker_groups import cluster, place
 
 TUNE = "tune"
 LOST_WORKERS = 100

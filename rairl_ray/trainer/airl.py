@@ -26,10 +26,10 @@ from rairl_ray.data.tasks.base import Task
 from rairl_ray.keys import keyed_random, occurrences
 from rairl_ray.metrics import PhaseTimer, mean
 from rairl_ray.rewards.live import LiveReward
-from rairl_ray.rewards.reading import ReadTrace, TraceReader, trace_of
+from rairl_ray.rewards.reading import TraceReader, TraceUnits, trace_of
 from rairl_ray.rewards.scorer import rewarded_trace
-from rairl_ray.trainer.feed import Feed
-from rairl_ray.trainer.labelling import Labelled, labelled_batch, segment_logprobs
+from rairl_ray.trainer.discriminator_batch import LabelledTrace, labelled_batch, segment_logprobs
+from rairl_ray.trainer.prompt_sampler import PromptSampler
 from rairl_ray.types import (
     Demonstration,
     DiscriminatorBatch,
@@ -52,7 +52,7 @@ class AirlStrategy:
         self,
         config: RunConfig,
         task: Task,
-        feed: Feed,
+        sampler: PromptSampler,
         policy_renderer: Renderer,
         reader: TraceReader,
         discriminator: DiscriminatorWorkers,
@@ -60,7 +60,7 @@ class AirlStrategy:
     ) -> None:
         self._config = config
         self._task = task
-        self._feed = feed
+        self._sampler = sampler
         self._renderer = policy_renderer
         self._reader = reader
         self._discriminator = discriminator
@@ -82,7 +82,7 @@ class AirlStrategy:
                 # What is measured changes nothing: kernels round by batch, and the update asks with its own.
                 self._discriminator.forget_references()
         with timer.phase(names.TIME_DISCRIMINATOR):
-            demonstrations = [self._feed.demonstration(group.prompt.id) for group in groups]
+            demonstrations = [self._sampler.demonstration(group.prompt.id) for group in groups]
             for repeat in range(self._config.discriminator.updates_per_policy_step):
                 metrics = self.update(groups, demonstrations, epoch=f"step/{step}/{repeat}")
             self._replay.add([trace_of(group.prompt, r) for group in groups for r in group.rollouts])
@@ -109,7 +109,7 @@ class AirlStrategy:
         come from their own cursor instead.
         """
         if self._config.discriminator.demonstrations_per_update is not None:
-            demonstrations = self._feed.next_demonstrations(
+            demonstrations = self._sampler.next_demonstrations(
                 self._config.discriminator.demonstrations_per_update
             )
         batch, dropped = self._batch(groups, demonstrations, epoch)
@@ -127,7 +127,7 @@ class AirlStrategy:
     ) -> tuple[DiscriminatorBatch, int]:
         config = self._config.discriminator
         pair_ids = {group.prompt.id: index for index, group in enumerate(groups)}
-        labelled: list[Labelled] = []
+        labelled: list[LabelledTrace] = []
         dropped = 0
         places = occurrences(demonstration.prompt.id for demonstration in demonstrations)
         for demonstration, place in zip(demonstrations, places, strict=True):
@@ -136,14 +136,14 @@ class AirlStrategy:
             dropped += lost
             for index, trace in enumerate([_expert_trace(demonstration), *copies]):
                 read = self._reader.read(trace)
-                labelled.append(Labelled(read=read, positive=index == 0, pair_id=pair))
+                labelled.append(LabelledTrace(read=read, positive=index == 0, pair_id=pair))
         for trace in self._policy_traces(groups, epoch):
             read = self._reader.read(trace)
             positive = (
                 config.positives == "expert_and_correct" and self._task.grade(trace.prompt, trace.text).correct
             )
             pair = pair_ids.setdefault(trace.prompt.id, len(pair_ids))
-            labelled.append(Labelled(read=read, positive=positive, pair_id=pair))
+            labelled.append(LabelledTrace(read=read, positive=positive, pair_id=pair))
         policy_logprobs = None
         if config.loss.needs.policy_logprobs:
             policy_logprobs = self._segment_logprobs([item.read for item in labelled])
@@ -178,7 +178,7 @@ class AirlStrategy:
             fresh = fresh[: len(fresh) - len(replayed)]
         return fresh + replayed
 
-    def _segment_logprobs(self, reads: Sequence[ReadTrace]) -> list[np.ndarray]:
+    def _segment_logprobs(self, reads: Sequence[TraceUnits]) -> list[np.ndarray]:
         """[U] per trace: log pi of each segment.
 
         Of every trace under the learner's newest policy, at the rollouts' temperature, over the whole
@@ -242,7 +242,7 @@ class AirlStrategy:
         traces: list[Candidate] = [(trace_of(group.prompt, r), r) for r in group.rollouts]
         copies = self._config.advantage.expert_copies(len(group.rollouts))
         if copies and group.rollouts:
-            expert = _expert_trace(self._feed.demonstration(group.prompt.id))
+            expert = _expert_trace(self._sampler.demonstration(group.prompt.id))
             traces += [(expert, None)] * copies
         return traces
 

@@ -20,7 +20,7 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import ConfigError, ResumeError
 from rairl_ray.files import write_atomic
 from rairl_ray.runfolder import RunFolder
-from rairl_ray.trainer.session import FREE_KEYS, run_root
+from rairl_ray.trainer.run_context import FREE_KEYS, run_root
 
 FORK_KEYS = {
     "name": "the fork's own folder; without it RUN-at-STEP and some digits of what it computes",

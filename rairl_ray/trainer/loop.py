@@ -1,6 +1,6 @@
 """The training loop: who waits for whom, and nothing else.
 
-    Feed ──prompts──> RolloutWorkers ──[RolloutGroup, policy version p]──┐
+    PromptSampler ──prompts──> RolloutWorkers ──[RolloutGroup, policy version p]──┐
                           ^                                             v
                           │                              reward.learn (airl: discriminator.update)
                      weight sync                         reward.score (airl: its scores; grpo: the task's grade)
@@ -9,8 +9,8 @@
                     PolicyWorkers <──[PolicyBatch]── advantages per group
 
 One step runs strictly left to right; every arrow is a wait with a deadline. With
-`trainer.max_staleness_steps` the rollouts of later steps are sampled meanwhile (trainer/ahead.py). The loop
-knows the order, not the mathematics (rairl_ray/algorithms), not the machines (rairl_ray/actors).
+`trainer.max_staleness_steps` the rollouts of later steps are sampled meanwhile (trainer/rollout_buffer.py). The
+loop knows the order, not the mathematics (rairl_ray/algorithms), not the machines (rairl_ray/actors).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import PhaseTimer, mean
 from rairl_ray.rewards.scorer import Scorer
-from rairl_ray.trainer.ahead import RunAhead, StepRollouts
-from rairl_ray.trainer.feed import Feed
-from rairl_ray.trainer.probe import PROBE_TRACES, RARELY, make_probe, samples_tell
+from rairl_ray.trainer.prompt_sampler import PromptSampler
+from rairl_ray.trainer.rollout_buffer import RolloutBuffer, StepRollouts
+from rairl_ray.trainer.sync_check import RARELY, SYNC_CHECK_TRACES, make_sync_check, samples_tell
 from rairl_ray.types import PolicyBatch, PolicySample, RewardedTrace, RolloutGroup, UpdateResult
 
 
@@ -61,25 +61,25 @@ class Loop:
     def __init__(
         self,
         config: RunConfig,
-        feed: Feed,
+        sampler: PromptSampler,
         rollouts: RolloutWorkers,
         policy: PolicyWorkers,
         reward: Strategy,
     ) -> None:
         self.config = config
         self.rollouts = rollouts
-        self.ahead = RunAhead(config, feed, rollouts)
+        self.buffer = RolloutBuffer(config, sampler, rollouts)
         self.policy = policy
         self.reward = reward
-        self._probed = False
-        self.probe = make_probe(feed.fixed(PROBE_TRACES, "probe"), rollouts.renderer, config)
+        self._checked = False
+        self.check = make_sync_check(sampler.fixed(SYNC_CHECK_TRACES, "probe"), rollouts.renderer, config)
 
     def step(
         self, step: int, timer: PhaseTimer
     ) -> tuple[dict[str, float], list[RolloutGroup], list[list[RewardedTrace]]]:
         """One whole step; returns its metrics, and for the log its rollouts and what each was rewarded with."""
         with timer.phase(names.TIME_ROLLOUT):
-            rollouts = self.ahead.take(step)
+            rollouts = self.buffer.get(step)
         groups, replicas = rollouts.groups, len(self.rollouts)
         metrics = self.reward.learn(groups, step, timer)
         rewarded, measured = self.reward.score(groups, timer)
@@ -90,7 +90,7 @@ class Loop:
         with timer.phase(names.TIME_SYNC):
             self.sync()
         metrics |= measured | rollout_metrics(rollouts, result.version - 1)
-        metrics |= self.ahead.sync_metrics
+        metrics |= self.buffer.sync_metrics
         metrics |= result.metrics
         metrics[names.ROLLOUT_REPLICAS] = float(replicas)
         metrics[names.POLICY_VERSION] = float(result.version)
@@ -102,24 +102,24 @@ class Loop:
         Raises:
             GroupFailure: an engine answers another version or checksum, or other log-probabilities.
         """
-        update = self.policy.weights(self.rollouts.members)
-        every = self.config.rollout.probe_every
+        update = self.policy.weights(self.rollouts.processes)
+        every = self.config.rollout.sync_check_every
         if every is None:
             every = RARELY if samples_tell(self.config) else 1
-        if not every or (self._probed and update.version % every):
-            self.ahead.sync(update)
+        if not every or (self._checked and update.version % every):
+            self.buffer.sync(update)
             return
-        self._probed = True
-        learner = self.policy.logprobs(self.probe.samples, temperature=1.0)
-        self.ahead.sync(
-            update, self.probe.traces, partial(self._compare, self.rollouts, update.version, learner)
+        self._checked = True
+        learner = self.policy.logprobs(self.check.samples, temperature=1.0)
+        self.buffer.sync(
+            update, self.check.traces, partial(self._compare, self.rollouts, update.version, learner)
         )
 
     def bring_up(self, replica: RolloutWorkers) -> None:
         """Give one new replica the newest policy, with the checks of `sync`; the learners must be at rest."""
-        update = self.policy.weights(replica.members)
-        learner = self.policy.logprobs(self.probe.samples, temperature=1.0)
-        self._compare(replica, update.version, learner, replica.sync(update, self.probe.traces))
+        update = self.policy.weights(replica.processes)
+        learner = self.policy.logprobs(self.check.samples, temperature=1.0)
+        self._compare(replica, update.version, learner, replica.sync(update, self.check.traces))
 
     def _check_samples(self, result: UpdateResult) -> None:
         """The standing check of the engines: what they recorded of the step's samples. Raises GroupFailure."""
@@ -127,7 +127,7 @@ class Loop:
         if gap is None or not result.metrics[names.POLICY_TOKENS] or not samples_tell(self.config):
             return
         dtype = self.config.model.policy.dtype
-        cause = self.probe.refusal(gap, result.version - 1, dtype, "the samples of its step")
+        cause = self.check.refusal(gap, result.version - 1, dtype, "the samples of its step")
         if cause is not None:
             raise self.rollouts.refused(0, cause)
 
@@ -139,9 +139,9 @@ class Loop:
         answers: Sequence[Sequence[Sequence[float]]],
     ) -> dict[str, float]:
         """The probe's gap of the replica that is farthest from the learner."""
-        gaps = [self.probe.gap(learner, scores) for scores in answers]
+        gaps = [self.check.gap(learner, scores) for scores in answers]
         for place, gap in enumerate(gaps):
-            cause = self.probe.refusal(gap, version, self.config.model.policy.dtype)
+            cause = self.check.refusal(gap, version, self.config.model.policy.dtype)
             if cause is not None:
                 raise replicas.refused(place, cause)
         return {names.SYNC_LOGPROB_GAP: max(gaps)}

@@ -11,13 +11,13 @@ from typing import Any
 from rairl_ray.config.rules import check, check_output
 from rairl_ray.config.schema import Model, RunConfig
 from rairl_ray.config.windows import window_of
+from rairl_ray.data.prompt_length import fit_prompt_length
 from rairl_ray.data.rendering import Renderer, load_tokenizer
 from rairl_ray.data.tasks import make_task
 from rairl_ray.data.tasks.base import Task, TaskRules
 from rairl_ray.data.tasks.generated import GeneratedSplit
-from rairl_ray.data.window import fit_window
 from rairl_ray.engines.artifacts import system_prompt_of
-from rairl_ray.engines.models import materialise, missing_packages
+from rairl_ray.engines.models import missing_packages, resolve_model
 from rairl_ray.engines.sources import end_tokens, read_config
 from rairl_ray.errors import ConfigError, DataError
 from rairl_ray.rewards.reading import TraceReader
@@ -87,7 +87,7 @@ def open_policy(config: RunConfig, rules: Task | TaskRules, strict: bool = True)
     Raises:
         ModelError: one line.
     """
-    path = materialise(config.model.policy, role="policy", cache_dir=_cache(config), seed=config.seed)
+    path = resolve_model(config.model.policy, role="policy", cache_dir=_cache(config), seed=config.seed)
     renderer = policy_renderer_of(path, rules, config)
     if strict:
         check_contract(f"model.policy ({path})", renderer, *model_facts(path, config.model.policy))
@@ -105,7 +105,7 @@ def open_discriminator(
     path = (
         policy_path
         if model.path is None and model.build is None
-        else materialise(model, role="discriminator", cache_dir=_cache(config), seed=config.seed)
+        else resolve_model(model, role="discriminator", cache_dir=_cache(config), seed=config.seed)
     )
     renderer = discriminator_renderer(path, rules, config, start)
     if strict:
@@ -196,8 +196,8 @@ def usable_rows(task: Task, renderer: Renderer, config: RunConfig) -> Task:
     train = with_experts(task) if config.algorithm.needs.experts else task.train
     usable = replace(
         task,
-        train=fit_window(train, renderer, limit, on_bad_row),
-        eval=fit_window(task.eval, renderer, limit, on_bad_row),
+        train=fit_prompt_length(train, renderer, limit, on_bad_row),
+        eval=fit_prompt_length(task.eval, renderer, limit, on_bad_row),
     )
     return with_expert_errors(usable, config.data.expert_error_rate)
 

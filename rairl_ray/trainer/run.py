@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rairl_ray.actors.placement import Plan
+from rairl_ray.actors.placement import PlacementPlan
 from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.config.load import config_hash, read_saved, warm_start_chain
 from rairl_ray.config.rules import check
@@ -16,24 +16,24 @@ from rairl_ray.config.schema import Algorithm, RunConfig
 from rairl_ray.config.variants import complete
 from rairl_ray.display import Display
 from rairl_ray.runfolder import RunFolder, Summary, read_summary
-from rairl_ray.tracking import Tracker
-from rairl_ray.trainer import adversarial, sft
+from rairl_ray.tracking.tracker import Tracker
+from rairl_ray.trainer import rl_trainer, sft
+from rairl_ray.trainer.async_checkpointer import check_references, references
 from rairl_ray.trainer.fork import Fork, take_over
 from rairl_ray.trainer.outputs import mirrored
-from rairl_ray.trainer.parts import check_room, cluster, place
 from rairl_ray.trainer.prepare import Prepared, check_machine, prepare
-from rairl_ray.trainer.saving import check_references, references
-from rairl_ray.trainer.session import (
+from rairl_ray.trainer.run_context import (
     MetricSink,
-    Session,
+    RunContext,
     SignalStop,
     StopRequest,
     open_folder,
     resumable,
     save_config,
 )
+from rairl_ray.trainer.worker_groups import check_room, cluster, place
 
-ALGORITHMS = {"airl": adversarial.run, "grpo": adversarial.run, "sft": sft.run}
+ALGORITHMS = {"airl": rl_trainer.run, "grpo": rl_trainer.run, "sft": sft.run}
 complete(f"{__name__}.ALGORITHMS", ALGORITHMS, Algorithm, "type")
 
 
@@ -111,7 +111,9 @@ def _prepare_and_train(config: RunConfig, resume: str | None, fork: Fork | None,
             return _train(prepared, plan, folder, resume is not None or fork is not None, caller)
 
 
-def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, caller: Caller) -> RunResult:
+def _train(
+    prepared: Prepared, plan: PlacementPlan, folder: RunFolder, resumed: bool, caller: Caller
+) -> RunResult:
     config, display = prepared.config, caller.display
     save_config(folder, config)
     tracker = Tracker(warn=display.note)
@@ -134,17 +136,17 @@ def _train(prepared: Prepared, plan: Plan, folder: RunFolder, resumed: bool, cal
             **({"rairl.forked_from": f"{fork['run']}@{fork['step']}"} if fork else {}),
         },
     )
-    session = Session(prepared, plan, folder, store, tracker, display, resumed, frozen, newest)
-    session.stop, session.sinks = caller.stop, caller.sinks
-    before = saved.get("code_version", session.code_version)
-    if before != session.code_version:
-        session.event(f"the checkpoint was written by code {before}, this is {session.code_version}")
+    context = RunContext(prepared, plan, folder, store, tracker, display, resumed, frozen, newest)
+    context.stop, context.sinks = caller.stop, caller.sinks
+    before = saved.get("code_version", context.code_version)
+    if before != context.code_version:
+        context.event(f"the checkpoint was written by code {before}, this is {context.code_version}")
     if prepared.start is not None:
-        session.event(prepared.start.describe())
+        context.event(prepared.start.describe())
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        with display, session.stop.listening(display):
-            status = "FINISHED" if ALGORITHMS[config.algorithm.type](session) else "KILLED"
+        with display, context.stop.listening(display):
+            status = "FINISHED" if ALGORITHMS[config.algorithm.type](context) else "KILLED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise

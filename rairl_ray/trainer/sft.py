@@ -4,9 +4,9 @@ driver                                  TorchTrainer workers (one per rank, `sft
 ──────                                  ───────────────────────────────────────────────────────────────
 evaluate the untrained policy
 trainer.fit() ────────────────────────> same cursor on every rank, each takes its own micro-batches
-metrics, MLflow, display  <──relay───── rank 0: its phase, one row per update
-checkpoint committed      <──relay───── rank 0: what all ranks have written beside training
-stop request              ──relay─────> rank 0, which tells the others
+metrics, MLflow, display  <──channel───── rank 0: its phase, one row per update
+checkpoint committed      <──channel───── rank 0: what all ranks have written beside training
+stop request              ──channel─────> rank 0, which tells the others
 evaluate, report          <──────────── final/policy
 
 Ray Train waits for its workers without an end; here each phase that rank 0 tells has its deadline. Whatever
@@ -26,82 +26,82 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rairl_ray.actors.draining import Drained
-from rairl_ray.actors.group import GroupFailure, Interrupted, blamed
+from rairl_ray.actors.group import GroupFailure, Interrupted, attribute_failure
 from rairl_ray.actors.learner import learner_environment
-from rairl_ray.actors.roster import ANY_RANK, GONE, Member
+from rairl_ray.actors.process_monitor import ANY_RANK, GONE, ActorProcess
 from rairl_ray.actors.weight_sync import put_update
 from rairl_ray.config.machine_schema import Timeouts
 from rairl_ray.engines.weights import saved_chunks
 from rairl_ray.errors import UserError
 from rairl_ray.runfolder import Summary
-from rairl_ray.trainer.attempts import run_attempts
-from rairl_ray.trainer.heldout import HeldOut, values_of
-from rairl_ray.trainer.parts import Parts
-from rairl_ray.trainer.relay import Message, Relay
-from rairl_ray.trainer.saving import Saving
-from rairl_ray.trainer.session import Session
+from rairl_ray.trainer.async_checkpointer import AsyncCheckpointer
+from rairl_ray.trainer.evaluator import Evaluator, values_of
+from rairl_ray.trainer.recovery import run_with_recovery
+from rairl_ray.trainer.run_context import RunContext
+from rairl_ray.trainer.sft_channel import Message, SftChannel
 from rairl_ray.trainer.sft_worker import train_worker
+from rairl_ray.trainer.worker_groups import WorkerGroups
 
 POLL_SECONDS = 0.2
 DRAIN_SECONDS = 5.0
 """Between two looks for nodes that are about to go."""
 
 
-def run(session: Session) -> bool:
+def run(context: RunContext) -> bool:
     """The whole run; True when it finished, False when it was asked to stop (its state is saved)."""
-    return run_attempts(session, lambda parts, resume, ready: _attempt(session, parts, resume, ready))
+    return run_with_recovery(context, lambda workers, resume, ready: _attempt(context, workers, resume, ready))
 
 
-def _attempt(session: Session, parts: Parts, resume: bool, ready: Callable[[], None]) -> bool:
+def _attempt(context: RunContext, workers: WorkerGroups, resume: bool, ready: Callable[[], None]) -> bool:
     try:
-        return _to_the_end(session, parts, resume, ready)
+        return _to_the_end(context, workers, resume, ready)
     except Interrupted:
-        session.event(f"stopped inside an evaluation; go on with --resume {session.config.name}")
+        context.event(f"stopped inside an evaluation; go on with --resume {context.config.name}")
         return False
 
 
-def _to_the_end(session: Session, parts: Parts, resume: bool, ready: Callable[[], None]) -> bool:
-    config = session.config
-    parts.rollouts.open()
-    heldout = HeldOut(config, session.prepared.task, parts.rollouts, None, lambda: bool(session.stop))
-    if not resume or session.store.latest_valid() is None:
-        session.forget_after(-1)
+def _to_the_end(context: RunContext, workers: WorkerGroups, resume: bool, ready: Callable[[], None]) -> bool:
+    config = context.config
+    workers.rollouts.open()
+    evaluator = Evaluator(config, context.prepared.task, workers.rollouts, None, lambda: bool(context.stop))
+    if not resume or context.store.latest_valid() is None:
+        context.forget_after(-1)
         if config.eval.at_start:
-            parts.rollouts.serve_disk_weights()
-            _evaluate(session, heldout, "start", 0)
-    session.display.phase("training", config.trainer.steps)
-    last, finished = Fit(session, parts, ready).run()
+            workers.rollouts.serve_disk_weights()
+            _evaluate(context, evaluator, "start", 0)
+    context.display.phase("training", config.trainer.steps)
+    last, finished = Fit(context, workers, ready).run()
     if not finished:
-        session.event(f"stopped after update {last}; go on with --resume {config.name}")
+        context.event(f"stopped after update {last}; go on with --resume {config.name}")
         return False
     summary: Summary = {}
     if config.eval.at_end:
-        chunks, adapter = saved_chunks(session.folder.final_policy)
-        parts.rollouts.sync(put_update(chunks, max(last, 1), adapter))
-        summary = _evaluate(session, heldout, "final", last)
-    session.finish(summary)
+        chunks, adapter = saved_chunks(context.folder.final_policy)
+        workers.rollouts.sync(put_update(chunks, max(last, 1), adapter))
+        summary = _evaluate(context, evaluator, "final", last)
+    context.finish(summary)
     return True
 
 
-def _evaluate(session: Session, heldout: HeldOut, name: str, step: int) -> Summary:
-    session.display.phase(f"evaluating ({name})")
-    summary, rows = heldout.evaluate()
-    session.write_evaluation(name, summary, rows)
-    session.log(step, values_of(summary))
-    session.display.show(values_of(summary))
+def _evaluate(context: RunContext, evaluator: Evaluator, name: str, step: int) -> Summary:
+    context.display.phase(f"evaluating ({name})")
+    summary, rows = evaluator.evaluate()
+    context.write_evaluation(name, summary, rows)
+    context.log(step, values_of(summary))
+    context.display.show(values_of(summary))
     return summary
 
 
 class Fit:
     """Ray Train's part of one attempt, under watch: rows come out as they are made, no phase lasts for ever."""
 
-    def __init__(self, session: Session, parts: Parts, ready: Callable[[], None]) -> None:
-        self._session, self._parts, self._ready = session, parts, ready
-        self._roster = parts.roster
-        self._relay = Relay(self._roster, session.config.timeouts)
-        self._saving = Saving(session, {})
-        for rank in range(session.config.learner.replicas):
-            self._roster.add(Member("policy", rank, None))
+    def __init__(self, context: RunContext, workers: WorkerGroups, ready: Callable[[], None]) -> None:
+        self._context, self._workers, self._ready = context, workers, ready
+        self._monitor = workers.monitor
+        self._channel = SftChannel(self._monitor, context.config.timeouts)
+        self._checkpointer = AsyncCheckpointer(context, {})
+        for rank in range(context.config.learner.replicas):
+            self._monitor.add(ActorProcess("policy", rank, None))
         self._error: BaseException | None = None
         self._raised: dict[int, UserError | str] = {}
         """What the workers' own code raised, by rank, the first one first."""
@@ -121,47 +121,47 @@ class Fit:
         asked, looked, drained = False, time.monotonic(), set[str]()
         while True:
             alive = thread.is_alive()
-            messages = self._relay.take()
+            messages = self._channel.take()
             for message in messages:
                 self._hear(message)
             if not alive and not messages:
                 break
-            if time.monotonic() - self._since > phase_seconds(self._session.config.timeouts, self._phase):
+            if time.monotonic() - self._since > phase_seconds(self._context.config.timeouts, self._phase):
                 if self._finished:
-                    self._session.event(
+                    self._context.event(
                         "Ray Train does not end after its last update; it is left to the cluster"
                     )
                     break
                 raise self._late()
             if not asked and time.monotonic() - looked > DRAIN_SECONDS:
-                looked, drained = time.monotonic(), self._roster.draining()
-            if (self._session.stop or drained) and not asked:
-                self._relay.ask_to_stop()
+                looked, drained = time.monotonic(), self._monitor.draining()
+            if (self._context.stop or drained) and not asked:
+                self._channel.ask_to_stop()
                 asked = True
             if not messages:
                 time.sleep(POLL_SECONDS)
         if self._error is not None:
             raise self._explained(self._error)
-        self._relay.close()
-        self._saving.require()
-        if drained and not (self._finished or self._session.stop):
+        self._channel.close()
+        self._checkpointer.require()
+        if drained and not (self._finished or self._context.stop):
             raise Drained(drained, self._last)
-        shutil.rmtree(self._session.folder.root / ".ray_train", ignore_errors=True)
+        shutil.rmtree(self._context.folder.root / ".ray_train", ignore_errors=True)
         return self._last, self._finished
 
     def _fit(self) -> None:
         try:
-            _trainer(self._session, self._parts, self._relay).fit()
+            _trainer(self._context, self._workers, self._channel).fit()
         except BaseException as error:
             self._error = error
 
     def _hear(self, message: Message) -> None:
-        session, step = self._session, message.step
+        context, step = self._context, message.step
         if message.kind == "joined":
             joined = message.content
-            self._roster.add(Member("policy", joined.rank, None, *joined.place))
-            if joined.group is not None and joined.group not in self._roster.groups:
-                self._roster.groups.append(joined.group)
+            self._monitor.add(ActorProcess("policy", joined.rank, None, *joined.place))
+            if joined.group is not None and joined.group not in self._monitor.groups:
+                self._monitor.groups.append(joined.group)
             return
         if message.kind == "failed":
             self._raised |= dict([message.content])
@@ -170,39 +170,39 @@ class Fit:
         if message.kind == "phase":
             self._phase = message.content
         elif message.kind == "restored":
-            dropped = session.forget_after(step)
+            dropped = context.forget_after(step)
             self._progress(step)
             self._ready()
-            session.event(
+            context.event(
                 f"workers start from update {step}; {dropped} later rows of metrics.jsonl are made again"
             )
         elif message.kind == "event":
-            session.event(message.content)
+            context.event(message.content)
         elif message.kind == "unwritable":
-            self._saving.failed(step, message.content)
+            self._checkpointer.failed(step, message.content)
         elif message.kind == "written":
             draft, report = message.content
-            self._saving.commit(draft, {"policy": report}, {"policy": step})
+            self._checkpointer.commit(draft, {"policy": report}, {"policy": step})
         elif message.kind == "finished":
             self._finished = True
         elif message.kind == "update":
-            metrics = {**message.content, **session.prepared.facts, **self._saving.take_metrics()}
-            session.log(step, metrics)
-            session.display.step(step, metrics)
+            metrics = {**message.content, **context.prepared.facts, **self._checkpointer.take_metrics()}
+            context.log(step, metrics)
+            context.display.step(step, metrics)
             self._progress(step)
 
     def _progress(self, step: int) -> None:
-        self._last = self._relay.last_step = step
-        self._parts.finished(step)
+        self._last = self._channel.last_step = step
+        self._workers.finished(step)
 
     def _late(self) -> GroupFailure:
-        seconds = phase_seconds(self._session.config.timeouts, self._phase)
+        seconds = phase_seconds(self._context.config.timeouts, self._phase)
         text = (
             f"policy (SFT workers): no sign of life within {seconds:g} s in phase {self._phase} "
             f"(last finished step {self._last})"
         )
-        suspect = self._roster.members["policy", 0]
-        return blamed(text, suspect, self._roster, self._phase, self._last, self._since)
+        suspect = self._monitor.processes["policy", 0]
+        return attribute_failure(text, suspect, self._monitor, self._phase, self._last, self._since)
 
     def _explained(self, error: BaseException) -> BaseException:
         """The worker's own error where it is one that a user can act on, else a one-paragraph failure."""
@@ -212,14 +212,14 @@ class Fit:
         # Ray Train has ended all workers by now: who died by itself is what it met, not what is seen today.
         failures = getattr(error, "worker_failures", None) or {}
         dead = [rank for rank, failure in failures.items() if hasattr(failure, "health_check_failure")]
-        suspect = self._roster.members["policy", [*sorted(dead), *self._raised, *failures, 0][0]]
+        suspect = self._monitor.processes["policy", [*sorted(dead), *self._raised, *failures, 0][0]]
         cause = self._raised.get(suspect.rank) or failures.get(suspect.rank) or error
         text = (
             f"{suspect.name} failed in phase {self._phase}, last finished step {self._last}: "
             f"{' '.join(str(cause).split())[:800]}"
         )
         text = f"{suspect.name} is {GONE}. {text}" if dead else text
-        return blamed(text, suspect, None, self._phase, self._last, self._since)
+        return attribute_failure(text, suspect, None, self._phase, self._last, self._since)
 
 
 def phase_seconds(timeouts: Timeouts, phase: str) -> float:
@@ -235,36 +235,36 @@ def phase_seconds(timeouts: Timeouts, phase: str) -> float:
     }[phase]
 
 
-def _trainer(session: Session, parts: Parts, relay: Relay) -> TorchTrainer:
-    config = session.config
+def _trainer(context: RunContext, workers: WorkerGroups, channel: SftChannel) -> TorchTrainer:
+    config = context.config
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    resources = dict(session.plan.roles["policy"][0].resources)
+    resources = dict(context.plan.roles["policy"][0].resources)
     threads = config.placement.threads_per_actor or os.cpu_count() or 1
     environment = {
-        **learner_environment(config, parts.device, threads),
-        **parts.roster.mark("policy", ANY_RANK),
+        **learner_environment(config, workers.device, threads),
+        **workers.monitor.mark("policy", ANY_RANK),
     }
     return TorchTrainer(
         train_worker,
         train_loop_config={
             "config": config,
-            "policy_path": session.prepared.policy_path,
-            "device": parts.device,
-            "folder": str(session.folder.root),
-            "verified": session.verified,
-            "relay": relay.handle,
+            "policy_path": context.prepared.policy_path,
+            "device": workers.device,
+            "folder": str(context.folder.root),
+            "verified": context.verified,
+            "channel": channel.handle,
         },
         torch_config=TorchConfig(timeout_s=int(config.timeouts.start_seconds) + 1),
         scaling_config=ScalingConfig(
             num_workers=config.learner.replicas,
             use_gpu="GPU" in resources,
             resources_per_worker=resources,
-            label_selector=dict(session.plan.selectors.get("policy", {})) or None,
+            label_selector=dict(context.plan.selectors.get("policy", {})) or None,
         ),
         run_config=RunConfig(
             # A name of its own: Ray Train would go on from an earlier attempt's bookkeeping.
-            name=f"sft-{parts.roster.attempt}",
-            storage_path=str(session.folder.root / ".ray_train"),
+            name=f"sft-{workers.monitor.attempt}",
+            storage_path=str(context.folder.root / ".ray_train"),
             failure_config=FailureConfig(max_failures=0),
             worker_runtime_env={"env_vars": environment},
         ),

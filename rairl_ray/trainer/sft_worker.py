@@ -30,17 +30,17 @@ from rairl_ray.errors import UserError
 from rairl_ray.keys import key_seed
 from rairl_ray.metrics import PhaseTimer
 from rairl_ray.runfolder import RunFolder
-from rairl_ray.trainer.feed import Feed
 from rairl_ray.trainer.prepare import policy_renderer_of, usable_rows
-from rairl_ray.trainer.relay import WorkerSide
+from rairl_ray.trainer.prompt_sampler import PromptSampler
+from rairl_ray.trainer.sft_channel import WorkerSide
 from rairl_ray.types import PolicySample, Trace, Written
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Entry point for `TorchTrainer`; see `Worker`."""
     context = ray.train.get_context()
-    relay = WorkerSide(settings["relay"], settings["config"].timeouts)
-    relay.join(context.get_world_rank())
+    channel = WorkerSide(settings["channel"], settings["config"].timeouts)
+    channel.join(context.get_world_rank())
     os.environ["DS_ACCELERATOR"] = "cpu" if settings["device"] == "cpu" else "cuda"
     os.environ["LOCAL_SIZE"] = str(context.get_local_world_size())
     if settings["device"] == "cpu":
@@ -48,32 +48,32 @@ def train_worker(settings: dict[str, Any]) -> None:
     else:  # Ray Train shows a rank all its node's GPUs; DeepSpeed takes the one that LOCAL_RANK counts
         os.environ["LOCAL_RANK"] = str(ray.train.torch.get_device().index)
     try:
-        Worker(settings, relay, context.get_world_rank(), context.get_world_size()).run()
+        Worker(settings, channel, context.get_world_rank(), context.get_world_size()).run()
     except Exception as error:
-        # Ray Train would hand on the traceback alone. A relay that is gone has no use for it either.
+        # Ray Train would hand on the traceback alone. A channel that is gone has no use for it either.
         told = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         with suppress(ray.exceptions.RayError):
-            relay.send("failed", 0, (context.get_world_rank(), told))
+            channel.send("failed", 0, (context.get_world_rank(), told))
         raise
 
 
 class Worker:
     """This rank's model, engine and place in the data."""
 
-    def __init__(self, settings: dict[str, Any], relay: WorkerSide, rank: int, world: int) -> None:
+    def __init__(self, settings: dict[str, Any], channel: WorkerSide, rank: int, world: int) -> None:
         from rairl_ray.engines.deepspeed_engine import DeepSpeedEngine
         from rairl_ray.engines.heads import LogprobModel
         from rairl_ray.engines.models import load_causal_lm
 
         config: RunConfig = settings["config"]
         self.config, self.rank, self.world, self.settings = config, rank, world, settings
-        self.relay = relay
+        self.channel = channel
         self._send("phase", 0, "open")
         self.device = "cpu" if settings["device"] == "cpu" else str(ray.train.torch.get_device())
         path, model = settings["policy_path"], config.model.policy
         task = make_task(config.data, config.seed)
         self.renderer = policy_renderer_of(path, task, config)
-        self.feed = Feed(usable_rows(task, self.renderer, config), config.seed)
+        self.sampler = PromptSampler(usable_rows(task, self.renderer, config), config.seed)
         self.module = LogprobModel(load_causal_lm(path, model, device=self.device, seed=config.seed))
         self.packed = config.learner.rows == "packed" and self.module.padded_because is None
         if config.learner.rows == "packed" and not self.packed:
@@ -141,8 +141,8 @@ class Worker:
 
     def _samples(self) -> list[PolicySample]:
         samples = []
-        for prompt in self.feed.next_prompts(self.config.trainer.prompts_per_step):
-            text = self.feed.demonstration(prompt.id).completion or ""
+        for prompt in self.sampler.next_prompts(self.config.trainer.prompts_per_step):
+            text = self.sampler.demonstration(prompt.id).completion or ""
             tokens = self.renderer.tokenize(Trace(prompt=prompt, text=text), same_tokenizer=True)
             ids = tokens.completion_ids
             advantages = np.ones(len(ids), dtype=np.float32)
@@ -168,7 +168,7 @@ class Worker:
 
     def _asked_to_stop(self) -> bool:
         """Rank 0 looks for a stop request and tells the others, so that all leave after the same update."""
-        asked = self.rank == 0 and self.relay.asked_to_stop()
+        asked = self.rank == 0 and self.channel.asked_to_stop()
         flag = torch.tensor([int(asked)], device=self.device)
         dist.broadcast(flag, src=0)
         return bool(flag)
@@ -179,7 +179,9 @@ class Worker:
         folder: Path | None = None
         if self.rank == 0:
             try:
-                self._draft = self.store.begin(step, {"progress": {"step": step}, "cursors": self.feed.state()})
+                self._draft = self.store.begin(
+                    step, {"progress": {"step": step}, "cursors": self.sampler.state()}
+                )
                 folder = self._draft.folder
             except OSError as error:
                 self._send("unwritable", step, str(error))
@@ -211,7 +213,7 @@ class Worker:
             return 0
         state = self.store.read(path)
         self.engine.load(path / "policy")
-        self.feed.restore(state["cursors"])
+        self.sampler.restore(state["cursors"])
         return int(state["progress"]["step"])
 
     def _export(self) -> None:
@@ -231,4 +233,4 @@ class Worker:
 
     def _send(self, kind: str, step: int, content: Any = None) -> None:
         if self.rank == 0:
-            self.relay.send(kind, step, content)
+            self.channel.send(kind, step, content)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from rairl_ray.actors.rollout import RolloutWorkers
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.cursor import Cursor
-from rairl_ray.trainer.heldout import HeldOut
+from rairl_ray.trainer.evaluator import Evaluator
 from rairl_ray.types import Demonstration, RolloutGroup
 
 
@@ -23,11 +23,11 @@ class WarmupPool:
         config: RunConfig,
         train: Sequence[Demonstration],
         rollouts: RolloutWorkers,
-        heldout: HeldOut,
+        evaluator: Evaluator,
         stop: Callable[[], bool],
         done: int,
     ) -> None:
-        """`done`: finished warm-up updates. `stop`: asked while samples are awaited, as in `HeldOut`."""
+        """`done`: finished warm-up updates. `stop`: asked while samples are awaited, as in `Evaluator`."""
         settings = config.discriminator
         self._config, self._train, self._rollouts, self._stop = settings, train, rollouts, stop
         self._per_update = settings.warmup_prompts_per_step or config.trainer.prompts_per_step
@@ -40,7 +40,7 @@ class WarmupPool:
             self._places.next(done * self._per_update)
         else:
             self._prompts.next(done * self._per_update)
-        self.heldout = heldout.sample("heldout")
+        self.evaluator = evaluator.sample("heldout")
         """Samples of the held-out problems by the frozen policy, for the gate."""
 
     def next(self, update: int) -> tuple[list[RolloutGroup], list[Demonstration]]:

@@ -22,21 +22,21 @@ from rairl_ray.actors.chunks import map_file, rows_of, split
 from rairl_ray.actors.sampling import LogprobLines, SampleLines
 from rairl_ray.algorithms.rewards import selected_score
 from rairl_ray.config.load import dump_yaml, load_config
+from rairl_ray.data.prompt_length import fit_prompt_length
 from rairl_ray.data.rendering import Renderer, load_tokenizer
 from rairl_ray.data.tasks import make_task, task_rules
 from rairl_ray.data.tasks.base import Task
-from rairl_ray.data.window import fit_window
 from rairl_ray.display import Display
 from rairl_ray.engines.origin import content_id
-from rairl_ray.engines.sources import materialise
+from rairl_ray.engines.sources import resolve_model
 from rairl_ray.errors import ConfigError
 from rairl_ray.evaluation.rows import EvalRow, read_numbers, read_rows, write_rows
 from rairl_ray.evaluation.summary import summarise_as
 from rairl_ray.files import stream_json_lines, write_json_lines
 from rairl_ray.rewards.lines import brings_reward
 from rairl_ray.runfolder import write_summary
-from rairl_ray.trainer.parts import cluster
-from rairl_ray.trainer.session import SUMMARY_COLUMNS, summary_rows
+from rairl_ray.trainer.run_context import SUMMARY_COLUMNS, summary_rows
+from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.types import Prompt, Trace
 from rairl_ray.verbs.given import given_rows
 from rairl_ray.verbs.grading import graded
@@ -109,7 +109,7 @@ class Evaluation:
         self._target, self._config, self._display = target, config, display
         self._rules = task_rules(config.data)
         cache = Path(config.output_dir) / ".cache" / "models"
-        self._policy = materialise(config.model.policy, role="policy", cache_dir=cache, seed=config.seed)
+        self._policy = resolve_model(config.model.policy, role="policy", cache_dir=cache, seed=config.seed)
         self._given = config.eval.mode in PREGENERATED
         self._task: Task | None = None if self._given else self._fitting_task()
         self.folder = target.folder.evaluations / (config.eval.name or self._name())
@@ -124,7 +124,7 @@ class Evaluation:
         config = self._config
         task = make_task(config.data, config.seed)
         limit, on_bad_row = config.data.max_prompt_tokens, config.data.on_bad_row
-        return replace(task, eval=fit_window(task.eval, self._renderer, limit, on_bad_row))
+        return replace(task, eval=fit_prompt_length(task.eval, self._renderer, limit, on_bad_row))
 
     @cached_property
     def _renderer(self) -> Renderer:

@@ -17,12 +17,12 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.tasks import task_rules
 from rairl_ray.display import Display
 from rairl_ray.engines.origin import content_id
-from rairl_ray.engines.sources import materialise
+from rairl_ray.engines.sources import resolve_model
 from rairl_ray.errors import ConfigError
 from rairl_ray.files import write_json_lines
 from rairl_ray.runfolder import RunFolder, Summary, write_summary
-from rairl_ray.trainer.parts import cluster
-from rairl_ray.trainer.session import SUMMARY_COLUMNS, summary_rows
+from rairl_ray.trainer.run_context import SUMMARY_COLUMNS, summary_rows
+from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.verbs.job import Job, remove, reward_id, rows_id, sole_owner
 from rairl_ray.verbs.localisation_cases import (
     Case,
@@ -167,7 +167,7 @@ def _lines(cases: Sequence[Case]) -> list[dict[str, Any]]:
 def _read_by_policy(config: RunConfig, policy: Path, target: Path, display: Display) -> list[dict[str, Any]]:
     """Each case's row with what the run's final policy says of its tokens."""
     model = plain_policy(config.model.policy, str(policy))
-    path = materialise(
+    path = resolve_model(
         model, role="policy", cache_dir=Path(config.output_dir) / ".cache" / "models", seed=config.seed
     )
     source, parts = target / SOURCE, target / "policy"

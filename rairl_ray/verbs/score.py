@@ -17,7 +17,7 @@ from rairl_ray.files import write_json_lines
 from rairl_ray.rewards.lines import check_line
 from rairl_ray.rewards.pool import score_file
 from rairl_ray.rewards.source import reward_folder
-from rairl_ray.trainer.parts import cluster
+from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.verbs.job import Job, file_id, remove, reward_id, sole_owner
 from rairl_ray.verbs.machines import reward_pool, torch_device
 

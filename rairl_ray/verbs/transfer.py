@@ -17,7 +17,7 @@ from rairl_ray.errors import ConfigError, DataError
 from rairl_ray.files import json_text, write_atomic
 from rairl_ray.rewards.source import reward_folder
 from rairl_ray.runfolder import TRANSFER_PREFIX, Summary, read_summary
-from rairl_ray.trainer.parts import cluster
+from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.verbs.evaluate import evaluate
 from rairl_ray.verbs.job import remove, sole_owner
 from rairl_ray.verbs.localisation_cases import injected_cases, summarise, values_of_case

@@ -1,0 +1,217 @@
+"""Placement is pure: every rank has a slot, no bundle is overbooked, impossible plans are refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rairl_ray.actors.placement import Node, PlacementPlan, Slot, bundles, resolve_device
+from rairl_ray.actors.placement import check_against as check_against_nodes
+from rairl_ray.config.load import from_dict
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.errors import PlacementError
+
+
+def make(**sections: dict) -> RunConfig:
+    return from_dict({"model": {"policy": {"path": "some/model"}}, **sections})
+
+
+def check_against(plan: PlacementPlan, nodes: Sequence[Mapping[str, float]]) -> None:
+    check_against_nodes(plan, [Node(node) for node in nodes])
+
+
+def test_colocated_on_cpu_puts_rank_i_of_every_role_into_bundle_i() -> None:
+    config = make(learner={"replicas": 2, "discriminator_replicas": 1}, placement={"cpus_per_actor": 0.25})
+    plan = bundles(config, "cpu")
+    assert plan.bundles == ({"CPU": 0.75}, {"CPU": 0.25})
+    assert plan.roles == {
+        "rollout": (Slot(0, {"CPU": 0.25}),),
+        "policy": (Slot(0, {"CPU": 0.25}), Slot(1, {"CPU": 0.25})),
+        "discriminator": (Slot(0, {"CPU": 0.25}),),
+    }
+    assert plan.strategy == "PACK"
+    assert plan.device == "cpu"
+
+
+def test_colocated_on_gpu_shares_one_gpu_by_fractions() -> None:
+    config = make(rollout={"replicas": 2}, learner={"replicas": 2}, placement={"cpus_per_actor": 1})
+    plan = bundles(config, "gpu")
+    assert plan.bundles == ({"CPU": 3.0, "GPU": 1.0},) * 2
+    assert [plan.roles[role][1].resources["GPU"] for role in plan.roles] == [0.5, 0.25, 0.25]
+    assert plan.total("GPU") == 2
+
+
+def test_disaggregated_gives_every_rank_a_bundle() -> None:
+    config = make(rollout={"replicas": 2}, learner={"replicas": 2}, placement={"type": "disaggregated"})
+    gpu = bundles(config, "gpu")
+    assert gpu.bundles == ({"CPU": 0.5, "GPU": 1.0},) * 6
+    assert [slot.bundle for slots in gpu.roles.values() for slot in slots] == list(range(6))
+    assert bundles(config, "cpu").bundles == ({"CPU": 0.5},) * 6
+
+
+@pytest.mark.parametrize("kind", ["colocated", "disaggregated"])
+def test_a_tensor_parallel_engine_takes_whole_gpus_of_one_bundle(kind: str) -> None:
+    config = make(
+        rollout={"replicas": 2, "tensor_parallel": 4}, learner={"replicas": 2}, placement={"type": kind}
+    )
+    plan = bundles(config, "gpu")
+    assert [plan.bundles[slot.bundle]["GPU"] for slot in plan.roles["rollout"]] == [4.0, 4.0]
+    learners = {slot.bundle for role in ("policy", "discriminator") for slot in plan.roles[role]}
+    assert not learners & {slot.bundle for slot in plan.roles["rollout"]}
+    assert plan.total("GPU") == 8 + (2 if kind == "colocated" else 4)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "sft"])
+def test_only_airl_has_a_discriminator(algorithm: str) -> None:
+    plan = bundles(make(algorithm={"type": algorithm}, rollout={"replicas": 3}), "cpu")
+    assert set(plan.roles) == {"rollout", "policy"}
+    # SFT samples for its evaluation alone.
+    assert len(plan.roles["rollout"]) == (1 if algorithm == "sft" else 3)
+
+
+def test_auto_needs_an_answer() -> None:
+    with pytest.raises(PlacementError, match=r"placement\.device=auto"):
+        bundles(make())
+    assert bundles(make(placement={"device": "cpu"})).device == "cpu"
+    assert resolve_device(0) == "cpu"
+    assert resolve_device(2) == "gpu"
+
+
+def test_fractions_beyond_one_gpu_are_refused() -> None:
+    config = make(placement={"rollout_gpu_fraction": 0.9, "policy_gpu_fraction": 0.2})
+    with pytest.raises(PlacementError, match=r"1\.35.*rollout_gpu_fraction"):
+        bundles(config, "gpu")
+    bundles(config, "cpu")
+    bundles(make(placement=config.placement.model_dump() | {"type": "disaggregated"}), "gpu")
+
+
+def test_one_gpu_holds_one_rank_of_each_role_and_no_second_one() -> None:
+    """Groups of two roles share a device; two ranks of one group on it, which NCCL refuses, are not placed."""
+    one = {"CPU": 16.0, "GPU": 1.0}
+    check_against(bundles(make(), "gpu"), [one])
+    small = {"policy_gpu_fraction": 0.1, "discriminator_gpu_fraction": 0.1}
+    with pytest.raises(
+        PlacementError, match=r"needs 2 GPUs and the cluster has 1; .* holds one rank of a role"
+    ):
+        check_against(bundles(make(learner={"replicas": 2}, placement=small), "gpu"), [one])
+
+
+@pytest.mark.parametrize("kind", ["colocated", "disaggregated"])
+@pytest.mark.parametrize("policy", [0.25, 0.45])
+def test_no_two_sft_ranks_fit_on_one_gpu(kind: str, policy: float) -> None:
+    """Ray Train packs its workers by what they take, in a placement group of its own."""
+    sections = {"algorithm": {"type": "sft"}, "learner": {"replicas": 8}}
+    placement = {"type": kind, "policy_gpu_fraction": policy, "rollout_gpu_fraction": 0.5}
+    plan = bundles(make(**sections, placement=placement), "gpu")
+    shares = {role: slots[0].resources["GPU"] for role, slots in plan.roles.items()}
+    assert 2 * shares["policy"] > 1.0
+    assert shares["rollout"] > 0
+    assert kind == "disaggregated" or sum(shares.values()) <= 1.0
+    assert plan.total("GPU") == (8 if kind == "colocated" else 9)
+    alone = bundles(
+        make(**sections | {"learner": {"replicas": 1}}, placement={"policy_gpu_fraction": 0.25}), "gpu"
+    )
+    assert alone.roles["policy"][0].resources["GPU"] == 0.25
+
+
+@given(
+    replicas=st.integers(1, 6),
+    policy=st.integers(1, 6),
+    discriminator=st.one_of(st.none(), st.integers(1, 6)),
+    parallel=st.sampled_from([1, 2, 4]),
+    kind=st.sampled_from(["colocated", "disaggregated"]),
+    device=st.sampled_from(["cpu", "gpu"]),
+    algorithm=st.sampled_from(["airl", "grpo", "sft"]),
+    cpus=st.sampled_from([0.1, 0.3, 0.5, 1.0, 2.0]),
+)
+def test_no_bundle_is_overbooked_and_every_rank_has_a_slot(
+    replicas: int,
+    policy: int,
+    discriminator: int | None,
+    parallel: int,
+    kind: str,
+    device: str,
+    algorithm: str,
+    cpus: float,
+) -> None:
+    parallel = parallel if device == "gpu" else 1
+    config = make(
+        algorithm={"type": algorithm},
+        rollout={"replicas": replicas, "tensor_parallel": parallel},
+        learner={"replicas": policy, "discriminator_replicas": discriminator},
+        placement={"type": kind, "cpus_per_actor": cpus},
+    )
+    plan = bundles(config, device)
+    used: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for slots in plan.roles.values():
+        for slot in slots:
+            for name, amount in slot.resources.items():
+                used[slot.bundle][name] += amount
+    assert set(used) == set(range(len(plan.bundles)))
+    for index, amounts in used.items():
+        for name, amount in amounts.items():
+            assert amount <= plan.bundles[index][name] + 1e-9
+    assert len(plan.roles["policy"]) == policy
+    assert len(plan.roles["rollout"]) == (1 if algorithm == "sft" else replicas)
+    if algorithm == "airl":
+        assert len(plan.roles["discriminator"]) == (discriminator or policy)
+    assert bundles(config, device) == plan
+    # What the plan asks for in total always serves it, one node a bundle.
+    check_against(plan, [dict(bundle) for bundle in plan.bundles])
+
+
+def one_gpu_bundles(count: int, strategy: str = "PACK") -> PlacementPlan:
+    slots = tuple(Slot(i, {"CPU": 1.0, "GPU": 1.0}) for i in range(count))
+    return PlacementPlan(({"CPU": 1.0, "GPU": 1.0},) * count, strategy, {"policy": slots}, "gpu")
+
+
+def test_more_gpus_than_the_cluster_has_are_refused() -> None:
+    node = {"CPU": 64.0, "GPU": 8.0}
+    check_against(one_gpu_bundles(16), [node, node])
+    with pytest.raises(PlacementError, match=r"needs 16 GPUs and the cluster has 8; lower .*learner\.replicas"):
+        check_against(one_gpu_bundles(16), [node])
+    with pytest.raises(PlacementError, match=r"needs 8 GPUs and the cluster has 0"):
+        check_against(one_gpu_bundles(8), [{"CPU": 64.0}])
+    with pytest.raises(PlacementError, match=r"needs 8 CPUs and the cluster has 4"):
+        check_against(one_gpu_bundles(8), [{"CPU": 4.0, "GPU": 8.0}])
+
+
+def test_a_bundle_must_fit_one_node() -> None:
+    plan = PlacementPlan(({"CPU": 1.0, "GPU": 4.0},), "PACK", {"rollout": (Slot(0, {"GPU": 4.0}),)}, "gpu")
+    check_against(plan, [{"CPU": 8.0, "GPU": 4.0}])
+    with pytest.raises(PlacementError, match="no node of the cluster holds a bundle of 1 CPU, 4 GPU"):
+        check_against(plan, [{"CPU": 8.0, "GPU": 2.0}] * 4)
+
+
+def test_bundles_must_fit_beside_each_other() -> None:
+    plan = PlacementPlan(({"CPU": 3.0},) * 3, "PACK", {}, "cpu")
+    check_against(plan, [{"CPU": 6.0}, {"CPU": 3.0}])
+    with pytest.raises(PlacementError, match="beside the others"):
+        check_against(plan, [{"CPU": 5.0}, {"CPU": 5.0}])
+
+
+def test_strict_pack_needs_one_node() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 2.0}] * 2
+    check_against(one_gpu_bundles(4), nodes)
+    with pytest.raises(PlacementError, match="STRICT_PACK"):
+        check_against(one_gpu_bundles(4, "STRICT_PACK"), nodes)
+    check_against(one_gpu_bundles(2, "STRICT_PACK"), nodes)
+
+
+def test_placement_needs_no_ray() -> None:
+    code = "import sys, rairl_ray.actors.placement; sys.exit(bool({'ray', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_tensor_parallel_engine_needs_one_node_for_all_its_gpus() -> None:
+    """An engine is one bundle, and Ray never splits a bundle: two nodes of half its GPUs do not do."""
+    engine = bundles(make(rollout={"tensor_parallel": 4}), "gpu")
+    check_against(engine, [{"CPU": 64.0, "GPU": 4.0}, {"CPU": 64.0, "GPU": 1.0}])
+    with pytest.raises(PlacementError, match=r"no node of the cluster holds a bundle of 0\.5 CPU, 4 GPU"):
+        check_against(engine, [{"CPU": 64.0, "GPU": 3.0}] * 4)

@@ -1,0 +1,166 @@
+"""A real run on separate nodes whose second replica comes and goes with its node; no number shows it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rairl_ray import metrics as names
+from rairl_ray.actors.process_monitor import MARK
+from rairl_ray.files import read_json_lines
+from rairl_ray.runfolder import RunFolder
+from rairl_ray.trainer.rl_trainer import RLTrainer
+from rairl_ray.trainer.run import train
+from tests.faults import configuration, events, steps
+from tests.inprocess import differing, moved, rows_in
+from tests.local_cluster import SeparateNodes, separate_nodes
+from tests.runs import ROOT
+
+STEPS = 6
+SERVING = {2: 2, 3: 1, 4: 2, 5: 2, 6: 2}
+"""Step -> replicas that serve when it begins."""
+SAMPLED = [1, 2, 1, 1, 1, 2]
+"""Replicas that are left when a step has its samples: in steps 4 and 5 one dies."""
+SECONDS = 240.0
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self").exists(), reason="cluster/local.sh needs Linux's /proc"),
+    pytest.mark.slow,
+    pytest.mark.cluster,
+]
+
+
+def drive(output: Path, address: str, replicas: str, serving: Mapping[int, int]) -> int:
+    """Train; a step that `serving` names begins once so many replicas serve, as after a longer one."""
+    own_step = RLTrainer._step
+
+    def step_when_ready(self: RLTrainer, step: int) -> None:
+        until = time.monotonic() + SECONDS
+        (output / f"before-{step}").touch()
+        while len(self.parts.rollouts) != serving.get(step, len(self.parts.rollouts)):
+            assert time.monotonic() < until
+            self.pool.leave_drained()
+            self.pool.grow()
+            time.sleep(0.1)
+        while serving and not (output / f"begin-{step}").exists():
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        own_step(self, step)
+
+    RLTrainer._step = step_when_ready
+    one_each = ["learner.replicas=1", "placement.cpus_per_actor=0.33", f"trainer.steps={STEPS}"]
+    asked = [f"rollout.replicas={replicas}", f"cluster.address={address}"]
+    return train(configuration(output, *one_each, *asked))
+
+
+def driver(
+    nodes: SeparateNodes, output: Path, replicas: str, serving: Mapping[int, int]
+) -> subprocess.Popen[bytes]:
+    """`drive` in a process of its own: a process has one token of a cluster."""
+    output.mkdir()
+    call = f"drive(Path({str(output)!r}), {nodes.address!r}, {replicas!r}, {dict(serving)!r})"
+    code = "import sys\nfrom pathlib import Path\nfrom tests.actors.test_rollout_pool_run import drive\n"
+    code += f"sys.exit({call})"
+    with open(output / "driver.log", "wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env=nodes.environment, stdout=log, stderr=log
+        )
+
+
+class Course:
+    """The run under way, as the test sees it from outside."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
+        self.process, self.output, self.folder = process, output, output / "demo" / "airl"
+
+    def before(self, step: int) -> None:
+        self._wait((self.output / f"before-{step}").exists)
+
+    def begin(self, step: int) -> None:
+        (self.output / f"begin-{step}").touch()
+
+    def joined(self, rank: int) -> str:
+        """The first digits of the id of the node that this replica joined from."""
+        self._wait(lambda: bool(events(self.folder, f"^replica {rank} joined ")))
+        [(_, text)] = events(self.folder, f"^replica {rank} joined ")
+        found = re.search(r"\(([0-9a-f]{8})\)", text)
+        assert found is not None, text
+        return found[1]
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        until = time.monotonic() + SECONDS
+        while not ready():
+            assert self.process.poll() is None and time.monotonic() < until, self.said()
+            time.sleep(0.1)
+
+    def said(self) -> str:
+        log = RunFolder(self.folder).events
+        return (self.output / "driver.log").read_text()[-4000:] + (log.read_text() if log.exists() else "")
+
+
+def test_replicas_follow_the_nodes_and_the_numbers_are_those_of_one_replica(tmp_path: Path) -> None:
+    with separate_nodes(1, "--cpus", "1") as nodes:
+        fixed = driver(nodes, tmp_path / "fixed", "1", {})
+        assert fixed.wait(SECONDS) == 0, (tmp_path / "fixed" / "driver.log").read_text()[-4000:]
+        course = Course(driver(nodes, tmp_path / "pool", "{min: 1, max: 2}", SERVING), tmp_path / "pool")
+        course.begin(1)
+        course.before(2)
+        nodes.call("add")  # worker 2
+        home = course.joined(1)
+        course.begin(2)
+        course.before(3)
+        nodes.drain(home)
+        course.begin(3)
+        course.before(4)
+        nodes.call("add")  # worker 3
+        course.joined(2)
+        nodes.call("kill", "3")
+        course.begin(4)
+        course.before(5)
+        nodes.call("add")  # worker 3 again
+        course.joined(3)
+        actor_of(nodes, 0).kill()
+        course.begin(5)
+        course.joined(4)  # in the bundle that the first replica has left
+        course.begin(6)
+        assert course.process.wait(SECONDS) == 0, course.said()
+        print(course.said())
+    assert_same(tmp_path)
+
+
+def actor_of(nodes: SeparateNodes, rank: int) -> psutil.Process:
+    """The process of a rollout replica."""
+    [found] = [
+        process
+        for process in nodes.processes()
+        if process.environ().get(MARK, "").endswith(f"/rollout/{rank}")
+        and "RolloutActor" in " ".join(process.cmdline())
+    ]
+    return found
+
+
+def assert_same(output: Path) -> None:
+    """Rows, samples and learners of both runs, and what the events tell."""
+    one, pool = (output / name / "demo" / "airl" for name in ("fixed", "pool"))
+    rows = rows_in(RunFolder(pool))
+    assert moved(rows) and steps(pool) == list(range(1, STEPS + 1))
+    assert differing(rows_in(RunFolder(one)), rows) == []
+    for step in range(1, STEPS + 1):
+        file = f"rollouts/step-{step:06d}.jsonl"
+        assert read_json_lines(pool / file) == read_json_lines(one / file), f"step {step}"
+    trained = [row for row in RunFolder(pool).read_metrics() if names.POLICY_LOSS in row]
+    assert [row[names.ROLLOUT_REPLICAS] for row in trained] == SAMPLED
+    print([(row[names.TIME_ROLLOUT], row[names.TIME_SYNC]) for row in trained])
+    assert not events(pool, "^failure |^recovered |is being drained: saved"), "a learner began again"
+    left = [text for _, text in events(pool, "^replica . left")]
+    told = ["replica 1 left, 1 go on: node", "replica 2 left, 1 go on: ", "replica 0 left, 1 go on: "]
+    assert [text.startswith(begin) for text, begin in zip(left, told, strict=True)] == [True] * 3, left
+    assert "is being drained" in left[0] and "is gone" in left[2]
+    assert not events(one, "^replica ")

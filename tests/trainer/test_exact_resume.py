@@ -1,0 +1,177 @@
+"""A resumed run's metrics equal the uninterrupted run's bit for bit (hf engine, torch AdamW).
+
+Every case runs once without interruption. Then its folder is cut back to what kill -9 leaves behind when a
+given checkpoint is the newest (later rows of metrics.jsonl remain), and the run is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rairl_ray.checkpoint import CheckpointStore
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.trainer.worker_groups import cluster
+from tests.faults import events
+from tests.inprocess import config_of, differing, killed_after, mediocre, moved, rows_of, run
+
+COMMON = (
+    "trainer.steps=5",
+    "trainer.checkpoint_every=2",
+    "trainer.keep_checkpoints=9",
+    "trainer.log_rollouts_every=0",
+    "policy.learning_rate=0.003",
+    "discriminator.learning_rate=0.003",
+    # 8 problems: three to a step stop in the middle of an epoch, four to a step at its edge
+    "data.limit=8",
+)
+MIDDLE, EDGE = "trainer.prompts_per_step=3", "trainer.prompts_per_step=4"
+ONE_RANK, TWO_RANKS = "learner.replicas=1", "learner.replicas=2"
+POLICY_LORA = "model.policy.lora.rank=4"
+DROPOUT = "model.policy.lora.dropout=0.2"
+LORA = (POLICY_LORA, DROPOUT, "model.discriminator.lora.rank=4", "model.discriminator.lora.dropout=0.2")
+SCALAR = ("discriminator.head=scalar", "discriminator.loss.level=unit")
+REPLAY = ("discriminator.replay.capacity=16", "discriminator.replay.share=0.5")
+GATE = (
+    "discriminator.warmup_gate_auroc=0.01",
+    "discriminator.warmup_steps=3",
+    "discriminator.warmup_max_steps=5",
+)
+KL = ("policy.kl_coefficient=0.05", "policy.minibatches_per_step=2")
+
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "airl, implicit, full, ZeRO 1, replay, gate, KL": (
+        "airl", ("learner.zero_stage=1", ONE_RANK, EDGE, *REPLAY, *GATE, *KL),
+    ),
+    "sft, full, ZeRO 1": ("sft", ("learner.zero_stage=1", ONE_RANK, MIDDLE)),
+    "grpo, full, ZeRO 3, 2 ranks, KL": ("grpo", ("learner.zero_stage=3", TWO_RANKS, MIDDLE, *KL)),
+    "grpo, LoRA, ZeRO 2, 2 ranks": ("grpo", ("learner.zero_stage=2", TWO_RANKS, EDGE, POLICY_LORA, DROPOUT)),
+    "airl, scalar, LoRA, ZeRO 2, 2 ranks, replay": (
+        "airl", ("learner.zero_stage=2", TWO_RANKS, MIDDLE, *SCALAR, *LORA, *REPLAY),
+    ),
+    "airl, implicit, LoRA, ZeRO 3, 2 ranks, expert in the group": (
+        "airl", ("learner.zero_stage=3", TWO_RANKS, EDGE, *LORA, "advantage.expert=single"),
+    ),
+    "airl, scalar, full, ZeRO 3, own demonstrations, shaped loss": (
+        "airl",
+        ("learner.zero_stage=3", ONE_RANK, MIDDLE, *SCALAR, *GATE, "discriminator.loss.type=airl",
+         "discriminator.demonstrations_per_update=3"),
+    ),
+    "airl, implicit, full, ZeRO 2, 2 ranks, running ahead": (
+        "airl", ("learner.zero_stage=2", TWO_RANKS, MIDDLE, *REPLAY, "trainer.max_staleness_steps=1"),
+    ),
+    "sft, LoRA, ZeRO 2, 2 ranks": ("sft", ("learner.zero_stage=2", TWO_RANKS, EDGE, POLICY_LORA, DROPOUT)),
+    "sft, full, ZeRO 3, 2 ranks": ("sft", ("learner.zero_stage=3", TWO_RANKS, MIDDLE)),
+}  # fmt: skip
+FAST = ("airl, implicit, full, ZeRO 1, replay, gate, KL", "sft, full, ZeRO 1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cluster for all cases, and the folder where its processes would leave kernels that they compile."""
+    folder = tmp_path_factory.mktemp("extensions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        with cluster(config_of("grpo", tmp_path_factory.mktemp("cluster"))):
+            yield folder
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_the_resumed_run_equals_the_uninterrupted_one(case: str, tmp_path: Path, compiled: Path) -> None:
+    experiment, overrides = CASES[case]
+    start = mediocre(tmp_path / "start") if experiment == "grpo" else ()
+    config = config_of(experiment, tmp_path / "whole", *COMMON, *overrides, *start)
+    whole = run(config)
+    assert moved(whole)
+    # A second start in one run is work done twice, which the numbers alone would not show.
+    starts = events(tmp_path / "whole" / config.name, "workers start from")
+    assert len(starts) == (experiment == "sft")
+    assert not list(compiled.iterdir())
+    for checkpoint in (2,) if case in FAST else (2, 4):
+        resumed = run(killed_after(config, checkpoint, tmp_path / f"from-{checkpoint}"), resume=True)
+        assert differing(whole, resumed) == [], f"resumed from step {checkpoint}"
+
+
+@pytest.fixture(scope="module")
+def warmed(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Five warm-up updates with fresh samples, a checkpoint after every second, two steps."""
+    config = config_of(
+        "airl",
+        tmp_path_factory.mktemp("warm"),
+        *COMMON,
+        MIDDLE,
+        "trainer.steps=2",
+        "discriminator.warmup_steps=5",
+        "discriminator.warmup_max_steps=5",
+        "discriminator.warmup_pool_prompts=null",
+    )
+    run(config)
+    return config
+
+
+@pytest.mark.slow
+def test_a_kill_right_after_the_warm_up(warmed: RunConfig, tmp_path: Path) -> None:
+    assert differing(rows_of(warmed), run(killed_after(warmed, 0, tmp_path), resume=True)) == []
+
+
+@pytest.mark.slow
+def test_a_kill_before_the_first_checkpoint_starts_again(warmed: RunConfig, tmp_path: Path) -> None:
+    assert differing(rows_of(warmed), run(killed_after(warmed, -1, tmp_path), resume=True)) == []
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_warm_up_resumes_inside_it(
+    warmed: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver ends in the first warm-up update that finds a checkpoint, which is written beside them."""
+    from rairl_ray.trainer.airl import AirlStrategy
+
+    config = warmed.model_copy(update={"output_dir": str(tmp_path)})
+    update = AirlStrategy.update
+    store = CheckpointStore(tmp_path / config.name)
+
+    def interrupted(self: AirlStrategy, *args: object, **kwargs: object) -> dict[str, float]:
+        if str(kwargs.get("epoch")).startswith("warmup/"):
+            time.sleep(0.5)
+            if store.latest_valid() is not None:
+                raise RuntimeError("the driver ends here")
+        return update(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(AirlStrategy, "update", interrupted)
+    with pytest.raises(RuntimeError, match="ends here"):
+        run(config)
+    monkeypatch.undo()
+    events = (tmp_path / config.name / "events.log").read_text()
+    resumed = run(config, resume=True)
+    later = (tmp_path / config.name / "events.log").read_text().removeprefix(events)
+    assert "resumed from step-000000" in later
+    assert differing(rows_of(warmed), resumed) == []
+
+
+@pytest.mark.slow
+def test_with_vllm_the_same_requests_are_sampled_again(tmp_path: Path) -> None:
+    """The engine may round differently from run to run, so its samples are compared by what was asked."""
+    config = config_of(
+        "grpo", tmp_path / "whole", "trainer.steps=3", "trainer.keep_checkpoints=9", "rollout.engine=vllm",
+        "rollout.cpu_cache_gib=0.25",
+    )  # fmt: skip
+    run(config)
+    resumed = killed_after(config, 1, tmp_path / "resumed")
+    for step in (2, 3):
+        (Path(resumed.output_dir) / resumed.name / "rollouts" / f"step-{step:06d}.jsonl").unlink()
+    run(resumed, resume=True)
+    for step in (2, 3):
+        asked = [requests(each, step) for each in (config, resumed)]
+        assert asked[0] == asked[1] and len(asked[0]) == 16
+
+
+def requests(config: RunConfig, step: int) -> list[tuple[object, ...]]:
+    file = Path(config.output_dir) / config.name / "rollouts" / f"step-{step:06d}.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(row["prompt_id"], row["generation_idx"], row["seed"], row["policy_version"]) for row in rows]
