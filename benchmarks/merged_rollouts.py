@@ -229,7 +229,7 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.merged_rollouts", *sys.argv[1:]]
         sys.exit(subprocess.run(command, env=environment, check=False).returncode)
     torch.set_num_threads(arguments.threads)
-    with ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False):
+    with ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False):
         result = measure(arguments)
     print(json.dumps(result))
     if arguments.json:

@@ -298,7 +298,7 @@ def part_of_a_layer(update: WeightUpdate) -> WeightUpdate:
     """Without one of the matrices that vLLM holds as one, as a learner would send it: the checksum is right."""
     assert update.chunks is not None
     named = whole(fetched(update.chunks))
-    del named["model.layers.1.self_attn.k_proj.weight"]
+    del named["model.layers.0.self_attn.k_proj.weight"]
     return dataclasses.replace(update, chunks=(ray.put(pack(named)),), checksum=checksum(named))
 
 
@@ -331,7 +331,7 @@ def test_two_vllm_engines_read_one_update(joined: None, tmp_path: Path, kind: st
         with pytest.raises(GroupFailure, match="phase sync"):
             rollouts.sync(corrupted(update, wrong_tensor))
         if kind == "merged":
-            with pytest.raises(GroupFailure, match=r"without the weights of model\.layers\.1\.self_attn\.qkv"):
+            with pytest.raises(GroupFailure, match=r"without the weights of model\.layers\.0\.self_attn\.qkv"):
                 rollouts.sync(part_of_a_layer(update))
         rollouts.open()
         assert_stale(machine)
