@@ -56,7 +56,7 @@ def refusing_all(server: str) -> Iterator[None]:
 
 
 class Line:
-    """A way to the server: `reshard` refuses new connections and ends those there are."""
+    """A way to the server: `cut` refuses new connections and ends those there are."""
 
     def __init__(self, server: str) -> None:
         self._target = ("127.0.0.1", int(server.rpartition(":")[2]))

@@ -44,7 +44,7 @@ def drive(output: Path, address: str, replicas: str, serving: Mapping[int, int])
     def step_when_ready(self: RLTrainer, step: int) -> None:
         until = time.monotonic() + SECONDS
         (output / f"before-{step}").touch()
-        while len(self.parts.rollouts) != serving.get(step, len(self.parts.rollouts)):
+        while len(self.workers.rollouts) != serving.get(step, len(self.workers.rollouts)):
             assert time.monotonic() < until
             self.pool.leave_drained()
             self.pool.grow()

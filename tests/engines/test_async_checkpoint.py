@@ -256,8 +256,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import torch
-from rairl_ray.engines.async_writer import BackgroundWriter
-writer, folder = BackgroundWriter(), Path(sys.argv[1])
+from rairl_ray.engines.async_writer import AsyncWriter
+writer, folder = AsyncWriter(), Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 writer.start(folder, {"a": [torch.zeros(1_000_000) for _ in range(3)], "b": b"small"}, {})
 print(writer.result(wait=True).error)

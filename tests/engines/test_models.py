@@ -284,9 +284,9 @@ def test_built_models_are_keyed_and_load(architecture: str, tmp_path: Path) -> N
 def test_two_processes_make_one_folder(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from rairl_ray.config.schema import Build, Model;"
-        "from rairl_ray.engines.models import materialise;"
+        "from rairl_ray.engines.models import resolve_model;"
         "b = Build(hidden_size=64, layers=1, heads=2, intermediate_size=64, max_length=64);"
-        "print(materialise(Model(build=b), role='policy', cache_dir=Path(sys.argv[1]), seed=0))"
+        "print(resolve_model(Model(build=b), role='policy', cache_dir=Path(sys.argv[1]), seed=0))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -29,7 +29,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.text = ""
         self._open: list[str] = []
-        self.sampler(path.read_text(encoding="utf-8"))
+        self.feed(path.read_text(encoding="utf-8"))
         assert self._open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

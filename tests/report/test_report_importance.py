@@ -12,7 +12,7 @@ from rairl_ray.report.importance import importance_parts, importances
 from rairl_ray.report.parts import Absent
 from rairl_ray.sweep.file import load_sweep
 from rairl_ray.sweep.points import Trial, trials
-from tests.report.test_report_parts import WorkerGroups
+from tests.report.test_report_parts import Parts
 from tests.report.test_report_sweeps import make_sweep
 from tests.sweeps import written
 
@@ -39,7 +39,7 @@ def test_shares_are_those_of_the_analysis_of_variance(tmp_path: Path) -> None:
     assert shares[KIND] == pytest.approx(kind / (rate + kind), abs=0.08)
     assert shares[GAMMA] < 0.02 and sum(shares.values()) == pytest.approx(1)
     assert next(iter(shares)) == RATE and importances(sweep) == shares, "the forest is seeded"
-    rows = WorkerGroups(folder).table("importance")
+    rows = Parts(folder).table("importance")
     assert [row["axis"] for row in rows] == list(shares)
 
 

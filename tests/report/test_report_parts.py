@@ -29,7 +29,7 @@ from tests.report.test_report import Page
 from tests.report_material import HOSTILE, add_evaluation, localised_rows, make_rows, make_run, read_csv
 
 
-class WorkerGroups:
+class Parts:
     """The parts of a report that is not drawn: tables as CSV holds them, samples, and what is missing."""
 
     def __init__(self, *sources: Path) -> None:
@@ -111,7 +111,7 @@ def test_hostile_samples_are_shown_and_do_nothing(tmp_path: Path) -> None:
 
 def test_a_very_long_sample_is_cut_with_a_note(tmp_path: Path) -> None:
     run = make_run(tmp_path / "long", rows=make_rows(problems=2, text="word " * 200_000))
-    [trace, *_] = WorkerGroups(run.root).traces["Best right samples"].traces
+    [trace, *_] = Parts(run.root).traces["Best right samples"].traces
     assert trace.note == f"Cut: the first {SHOWN_CHARACTERS:,} of 1,000,000 characters are shown."
     assert sum(len(piece.text) for piece in trace.views[0].pieces) == SHOWN_CHARACTERS
 
@@ -126,7 +126,7 @@ def test_localisation_tables_and_marks(tmp_path: Path) -> None:
     summary = read_summary(folder / "summary.json")
     summary["localisation/step_accuracy"] = {"value": 0.75, "low": 0.5, "high": 1.0, "n": 4}
     write_summary(folder / "summary.json", summary)
-    parts = WorkerGroups(run.root)
+    parts = Parts(run.root)
     [row] = parts.table("localisation")
     assert (row["metric"], row["value"], row["traces"]) == ("wrong step found", "0.75", "4")
     [steps] = parts.table("localisation_by_steps")
@@ -147,7 +147,7 @@ def test_localisation_tables_and_marks(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, WorkerGroups]:
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Parts]:
     """Two densities with two seeds each, and one run without perturbations."""
     root = tmp_path_factory.mktemp("sweeps") / "densities"
     for density, shift in (("sparse", 0), ("dense", 4)):
@@ -157,10 +157,10 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, WorkerGroups]
             make_run(root / "trials" / f"{density}-{seed}", *overrides, rows=rows)
     overrides = ["reward.density.type=dense", "discriminator.perturbations.count=0"]
     make_run(root / "trials" / "plain", *overrides)
-    return root, WorkerGroups(root)
+    return root, Parts(root)
 
 
-def test_every_run_has_its_row(sweep: tuple[Path, WorkerGroups]) -> None:
+def test_every_run_has_its_row(sweep: tuple[Path, Parts]) -> None:
     rows = {row["run"]: row for row in sweep[1].table("runs")}
     assert set(rows) == {"dense-0", "dense-1", "plain", "sparse-0", "sparse-1"}
     for name, row in rows.items():
@@ -170,7 +170,7 @@ def test_every_run_has_its_row(sweep: tuple[Path, WorkerGroups]) -> None:
             assert float(row[column]) == pytest.approx(entry[part])
 
 
-def test_seeds_are_one_row_with_mean_and_deviation(sweep: tuple[Path, WorkerGroups]) -> None:
+def test_seeds_are_one_row_with_mean_and_deviation(sweep: tuple[Path, Parts]) -> None:
     rows = {row["run"]: row for row in sweep[1].table("seeds")}
     assert set(rows) == {"dense-0 (2 seeds)", "sparse-0 (2 seeds)", "plain"}
     each = [float(row["pass@1"]) for row in sweep[1].table("runs") if "sparse" in row["run"]]
@@ -179,7 +179,7 @@ def test_seeds_are_one_row_with_mean_and_deviation(sweep: tuple[Path, WorkerGrou
     assert float(row["pass@1 std"]) == pytest.approx(np.std(each, ddof=1)) and float(row["pass@1 std"]) > 0
 
 
-def test_density_and_ablation_name_what_differs(sweep: tuple[Path, WorkerGroups]) -> None:
+def test_density_and_ablation_name_what_differs(sweep: tuple[Path, Parts]) -> None:
     densities = sweep[1].table("density")
     assert [(row["density"], row["seeds"]) for row in densities] == [("sparse", "2"), ("dense", "2")]
     changes = {row["run"]: row["differences"] for row in sweep[1].table("ablation")}
@@ -227,7 +227,7 @@ def test_a_run_that_differs_in_many_keys_names_some(tmp_path: Path, monkeypatch:
     assert rows[1]["differences"] == "advantage.gamma=0.1, eval.prompts=9, and 1 more"
 
 
-def test_many_runs_are_compared_and_the_best_is_shown_in_full(sweep: tuple[Path, WorkerGroups]) -> None:
+def test_many_runs_are_compared_and_the_best_is_shown_in_full(sweep: tuple[Path, Parts]) -> None:
     rows = sweep[1].table("runs")
     best = max(rows, key=lambda row: float(row["pass@1"]))["run"]
     titles = {section.title: section.intro for section in sweep[1].sections}
@@ -238,7 +238,7 @@ def test_many_runs_are_compared_and_the_best_is_shown_in_full(sweep: tuple[Path,
 
 def test_runs_of_one_name_keep_their_own_files(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / place / "same", "name=same") for place in ("a", "b")]
-    parts = WorkerGroups(*(run.root for run in runs))
+    parts = Parts(*(run.root for run in runs))
     assert [row["run"] for row in parts.table("runs")] == ["a/same", "b/same"]
     assert parts.table("a_same_summary") == parts.table("b_same_summary")
     names = [part.name for part in parts.parts if isinstance(part, Table | Figure)]
@@ -291,7 +291,7 @@ def test_rows_without_scores_have_samples_and_no_calibration(tmp_path: Path) -> 
     bare = {"score": None, "unit_scores": None, "unit_char_ends": None, "discriminator_version": None}
     rows = [replace(row, **bare, metadata={}) for row in make_rows()]  # type: ignore[arg-type]
     run = make_run(tmp_path / "bare", rows=rows)
-    parts = WorkerGroups(run.root)
+    parts = Parts(run.root)
     for title in ("Reranking curves", "Calibration", "Reliability diagram"):
         assert parts.missing[title].reason == "no reward scored these rows"
     assert parts.missing["pass@1 by category"].reason == "the problems have no categories"
@@ -303,7 +303,7 @@ def test_a_broken_file_costs_its_own_parts_alone(tmp_path: Path) -> None:
     add_evaluation(run, "aime", make_rows(problems=3))
     (run.evaluations / "final" / "rows.jsonl").write_text('{"prompt_id": "a"}\nnot json\n{}\n')
     run.config.write_text("policy: [")
-    parts = WorkerGroups(run.root)
+    parts = Parts(run.root)
     assert "line 2 is not a JSON object" in parts.missing["Reliability diagram"].reason
     assert all(part.fault == "input" for part in parts.missing.values())
     assert parts.table("aime_calibration") and parts.table("summary") and "aime_reliability" in parts.figures
@@ -318,7 +318,7 @@ def test_an_unexpected_error_is_named_and_does_not_stop_the_rest(
 
     monkeypatch.setattr("rairl_ray.report.calibration.reliability", fail)
     run = make_run(tmp_path / "faulty")
-    parts = WorkerGroups(run.root)
+    parts = Parts(run.root)
     [part] = [part for part in parts.missing.values() if part.fault == "report"]
     assert part.title == "Reliability diagram" and "ZeroDivisionError: by hand" in part.reason
     assert "score_histogram" in parts.figures

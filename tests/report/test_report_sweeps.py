@@ -21,7 +21,7 @@ from rairl_ray.runfolder import RunFolder, write_summary
 from rairl_ray.sweep.file import axes, load_sweep
 from rairl_ray.sweep.points import SAVED, sweep_folder, trial_folder, trials
 from tests.report.test_report import Page
-from tests.report.test_report_parts import WorkerGroups
+from tests.report.test_report_parts import Parts
 from tests.report_material import read_csv
 from tests.sweeps import DEMO, written
 
@@ -140,7 +140,7 @@ def test_a_trials_cost_is_the_sum_of_its_steps(tmp_path: Path) -> None:
     run.append_metrics(3, {"time/step": math.nan})
     sweep = collect([str(folder)]).sweeps[0]
     assert cost_of(sweep.runs[run.root.name]) == (2, 120.0, 50.0)
-    rows = WorkerGroups(folder).table("cost")
+    rows = Parts(folder).table("cost")
     assert [row["trial"] for row in rows] == [*sweep.runs, "all 2"]
     total = rows[-1]
     assert (total["steps"], float(total["hours"]), total["seconds a step"]) == ("3", 180 / 3600, "60")

@@ -48,7 +48,7 @@ def population_sweep(folder: Path, **changes: Any) -> SweepFile:
     return load_sweep(written(folder, **{**settings, **changes}))
 
 
-class ActorProcess(OfTune):
+class Member(OfTune):
     """One of Tune's trials, with what PopulationBasedTraining asks of it."""
 
     status, experiment_tag = "RUNNING", ""
@@ -81,14 +81,14 @@ class Process:
         for member in self.members.values():
             self.scheduler.on_trial_add(self.controller, member)
 
-    def _member(self, item: Trial) -> ActorProcess:
+    def _member(self, item: Trial) -> Member:
         folder = RunFolder(trial_folder(self.file, item.id))
         if not folder.config.is_file():
             folder.create()
             folder.write_config(dump_yaml(load_config(self.file.base, started_with(self.file, item))))
         values = values_now(self.file, item.id, item.values)
         spec = {"folder": str(folder.root), "values": values, "steps": STEPS}
-        return ActorProcess(f"tune-{item.id}", {"spec": spec})
+        return Member(f"tune-{item.id}", {"spec": spec})
 
     def step(self, item: Trial) -> None:
         """The member's next step: a row, a checkpoint, a report. It learns best at a rate of 1e-4."""

@@ -81,13 +81,13 @@ def test_without_staleness_it_is_the_plain_synchronous_run(tmp_path: Path) -> No
     logged = [row for row in run(config) if names.POLICY_LOSS in row]
     assert moved(logged) and [row[names.ROLLOUT_STALENESS] for row in logged] == [0, 0, 0]
     prepared = prepare(config)
-    with parts_of(prepared) as workers:
+    with workers_of(prepared) as workers:
         plain = list(synchronous_losses(prepared, workers))
     assert plain == [(row[names.POLICY_LOSS], row[names.POLICY_GRAD_NORM]) for row in logged]
 
 
 @contextmanager
-def parts_of(prepared: Prepared) -> Iterator[WorkerGroups]:
+def workers_of(prepared: Prepared) -> Iterator[WorkerGroups]:
     monitor = ProcessMonitor(probe_seconds=30)
     try:
         yield start_worker_groups(prepared, place(prepared.config), monitor)
@@ -101,15 +101,12 @@ def synchronous_losses(prepared: Prepared, workers: WorkerGroups) -> Iterator[tu
     assert workers.policy is not None
     workers.rollouts.open()
     workers.policy.open(config.trainer.steps * config.policy.minibatches_per_step)
-    sampler, strategy = (
-        PromptSampler(prepared.task, config.seed),
-        GrpoStrategy(prepared.task, prepared.policy_renderer),
-    )
+    sampler = PromptSampler(prepared.task, config.seed)
+    strategy = GrpoStrategy(prepared.task, prepared.policy_renderer)
     for step in range(1, config.trainer.steps + 1):
         workers.rollouts.sync(workers.policy.weights(workers.rollouts.processes))
-        groups = workers.rollouts.generate(
-            sampler.next_prompts(config.trainer.prompts_per_step), f"train/{step}"
-        )
+        prompts = sampler.next_prompts(config.trainer.prompts_per_step)
+        groups = workers.rollouts.generate(prompts, f"train/{step}")
         rewarded, _ = strategy.score(groups, PhaseTimer())
         result = workers.policy.update(policy_batches(rewarded, config, step))
         yield result.metrics[names.POLICY_LOSS], result.metrics[names.POLICY_GRAD_NORM]
@@ -142,7 +139,7 @@ class Recorder:
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Prepared, WorkerGroups]]:
     prepared = prepare(config_of("grpo", tmp_path_factory.mktemp("replicas"), *AHEAD))
-    with parts_of(prepared) as workers:
+    with workers_of(prepared) as workers:
         assert workers.policy is not None
         workers.rollouts.open()
         workers.policy.open(5)
@@ -155,10 +152,10 @@ def version(workers: WorkerGroups, number: int) -> WeightUpdate:
     return replace(workers.policy.weights(workers.rollouts.processes), version=number)
 
 
-def ahead_of(replicas: tuple[Prepared, WorkerGroups]) -> tuple[RolloutBuffer, Recorder, WorkerGroups]:
+def buffer_of(replicas: tuple[Prepared, WorkerGroups]) -> tuple[RolloutBuffer, Recorder, WorkerGroups]:
     prepared, workers = replicas
     recorder = Recorder(workers.rollouts)
-    sampler = PromptSampler(prepared.task, prepared.config.seed, buffer=2)
+    sampler = PromptSampler(prepared.task, prepared.config.seed, ahead=2)
     buffer = RolloutBuffer(prepared.config, sampler, recorder)  # type: ignore[arg-type]
     return buffer, recorder, workers
 
@@ -166,7 +163,7 @@ def ahead_of(replicas: tuple[Prepared, WorkerGroups]) -> tuple[RolloutBuffer, Re
 def test_later_steps_are_sampled_beside_the_learners_and_a_sync_waits_its_turn(
     replicas: tuple[Prepared, WorkerGroups],
 ) -> None:
-    buffer, recorder, workers = ahead_of(replicas)
+    buffer, recorder, workers = buffer_of(replicas)
     buffer.sync(version(workers, 0))
     buffer.get(1)
     buffer.sync(version(workers, 1))  # learners of step 1 are done; steps 2 and 3 are still being sampled
@@ -188,7 +185,7 @@ def test_later_steps_are_sampled_beside_the_learners_and_a_sync_waits_its_turn(
 def test_what_is_too_old_is_dropped_and_counted_or_sampled_again(
     replicas: tuple[Prepared, WorkerGroups],
 ) -> None:
-    buffer, _, workers = ahead_of(replicas)
+    buffer, _, workers = buffer_of(replicas)
     buffer.sync(version(workers, 6))
     buffer.get(1)
     buffer.drain()
@@ -200,7 +197,7 @@ def test_what_is_too_old_is_dropped_and_counted_or_sampled_again(
     for group in latest["groups"]:
         for row in group:
             row["policy_version"] = 0
-    other, recorder, _ = ahead_of(replicas)
+    other, recorder, _ = buffer_of(replicas)
     other.restore(json.loads(json.dumps(state)))
     taken = other.get(3)
     assert taken.dropped_groups == 1 and len(taken.groups) == 3
