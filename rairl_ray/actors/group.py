@@ -36,7 +36,7 @@ class GroupFailure(RunFailure):
 
     `role`, `rank` and `node` are the culprit's as far as it could be found: in a collective all ranks fall
     silent when one stops, and a dead learner may show in a rollout engine that waits for its weights.
-    `state` is that of the culprit's process (process monitor.py), where it was looked at.
+    `state` is that of the culprit's process (process_monitor.py), where it was looked at.
     `waited_seconds` runs from the failed call's start to here, the look at the processes included.
     """
 
@@ -275,12 +275,12 @@ def create_processes(
     processes = []
     for rank, slot in enumerate(plan.roles[role]):
         marked = {**environment, **monitor.mark(role, rank)}
-        processes.append(create_member(role, actor_class, rank, monitor.groups[0], slot, marked, arguments))
+        processes.append(create_process(role, actor_class, rank, monitor.groups[0], slot, marked, arguments))
         monitor.add(processes[-1])
     return processes
 
 
-def create_member(
+def create_process(
     role: str,
     actor_class: type[RankActor],
     rank: int,

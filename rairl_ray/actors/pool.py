@@ -157,7 +157,7 @@ class Pool:
         homes = {process.rank: process.node_id for process in self._workers.processes}
         for rank in departures(homes, going, self._least):
             with suppress(ray.exceptions.RayError):
-                ray.wait([self._member(rank).handle.close.remote()], timeout=LEAVE_SECONDS)
+                ray.wait([self._process(rank).handle.close.remote()], timeout=LEAVE_SECONDS)
             self._leave(rank, f"node {homes[rank][:8]} is being drained")
 
     # --- while they work ---------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class Pool:
 
     def _leave(self, rank: int, why: str, silent: bool = False) -> None:
         """Args: silent: its node does not answer."""
-        process, place = self._member(rank), self._places.pop(rank)
+        process, place = self._process(rank), self._places.pop(rank)
         self._workers.processes.remove(process)
         self._monitor.remove(process)
         if silent:
@@ -196,7 +196,7 @@ class Pool:
             raise failure
         self._left -= 1
         begun, timeouts = time.monotonic(), self._config.timeouts
-        index = self._workers.processes.index(self._member(rank))
+        index = self._workers.processes.index(self._process(rank))
         self._monitor.end_process(self._workers.processes[index], timeouts.teardown_seconds)
         made = self._workers.alone(self._spawn(rank, place.group, place.slot))
         self._monitor.add(made.processes[0])
@@ -295,7 +295,7 @@ class Pool:
         slots = [slot for slot in self._plan.roles["rollout"] if slot.bundle not in taken]
         return [Place(self._monitor.groups[0], slot, own=False) for slot in slots]
 
-    def _member(self, rank: int) -> ActorProcess:
+    def _process(self, rank: int) -> ActorProcess:
         return next(process for process in self._workers.processes if process.rank == rank)
 
 

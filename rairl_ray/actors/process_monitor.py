@@ -1,4 +1,4 @@
-"""Every process of one attempt at a run, wherever it lives: which state is it in, and how it is ended for sure.
+"""Watches the processes of one attempt at a run, wherever they live: what state each is in, and its sure end.
 
 A collective makes all its ranks silent when one of them stops, and Ray cannot tell a stopped process from a
 busy one. So each process carries a mark in its environment, which its children inherit, and a zero-CPU
@@ -56,7 +56,7 @@ class ActorProcess:
 
 @dataclass(frozen=True)
 class Seen:
-    """A marked process as its node's probe found it."""
+    """A marked process as a look at its node found it."""
 
     role: str
     rank: int
@@ -66,7 +66,7 @@ class Seen:
 
 @dataclass
 class ProcessMonitor:
-    """The actor processes of one attempt, its placement groups, and the probes that reach their processes."""
+    """The actor processes of one attempt, its placement groups, and the tasks that look at their processes."""
 
     probe_seconds: float
     attempt: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
@@ -107,8 +107,8 @@ class ProcessMonitor:
     def end(self, seconds: float) -> list[str]:
         """End every process of the attempt and give its bundles back; says what could not be confirmed.
 
-        Removing a placement group kills what runs in it, stopped processes too. The probes then kill what
-        is left (children of actors, what Ray Train started) and see for themselves that it is gone.
+        Removing a placement group kills what runs in it, stopped processes too. Tasks on the nodes then kill
+        what is left (children of actors, what Ray Train started) and see for themselves that it is gone.
         """
         if not self.groups and not self.processes:
             return []

@@ -229,7 +229,7 @@ class RolloutWorkers(ActorGroup):
         """Every replica takes the update and answers the sender's version and checksum.
 
         Returns:
-            [replicas][traces][T_i] log-probabilities of the probe's completions.
+            [replicas][traces][T_i] log-probabilities of the completions of `check_traces`.
 
         Raises:
             GroupFailure: naming the first replica that serves something else than was sent.

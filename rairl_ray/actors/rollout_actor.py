@@ -65,7 +65,7 @@ class RolloutActor(RankActor):
 
     def sync(self, update: WeightUpdate, check_traces: Traces = ()) -> tuple[SyncReport, list[list[float]]]:
         """Take new weights; answers the version and checksum that the engine now serves, and its
-        log-probabilities of the probe's completions ([N][T_i], at temperature 1)."""
+        log-probabilities of the completions of `check_traces` ([N][T_i], at temperature 1)."""
         report = self.load(update)
         return report, self.engine.score_tokens([p for p, _ in check_traces], [c for _, c in check_traces])
 

@@ -1,7 +1,7 @@
-"""The `propagated_error` perturbation: one wrong intermediate result, carried faithfully to the answer.
+"""Makes one intermediate result wrong and carries it faithfully to the answer (`propagated_error`).
 
 That is the error that a policy really makes: after it every step is right given the wrong number, so only the
-slipped step itself shows it, and the answer is wrong because of it.
+wrong step itself shows it, and the answer is wrong because of it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _carried(
         if new != number.value:
             carry.edits.append(Edit(number.start, number.end, written))
     text = apply_edits(source.text, sorted(carry.edits))[0]
-    return text if _answer_is_wrong(source, carry) and _only_the_slip_is_false(text, carry) else None
+    return text if _answer_is_wrong(source, carry) and _only_the_error_is_false(text, carry) else None
 
 
 def _recompute(carry: _Carry, equation: Equation, by_end: dict[int, Number]) -> bool:
@@ -150,7 +150,7 @@ def _answer_is_wrong(source: Source, carry: _Carry) -> bool:
     return any(Fraction(new.replace(",", "")) != source.gold_value for new in written)
 
 
-def _only_the_slip_is_false(text: str, carry: _Carry) -> bool:
+def _only_the_error_is_false(text: str, carry: _Carry) -> bool:
     first = min(edit.start for edit in carry.edits)
     after = [equation for equation in find_equations(text) if equation.end > first]
     return bool(after) and not after[0].holds and all(equation.holds for equation in after[1:])

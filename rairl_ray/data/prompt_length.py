@@ -1,4 +1,4 @@
-"""Prompts that do not fit the window, found before anything starts."""
+"""Finds prompts that are longer than `data.max_prompt_tokens` before anything starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are written beside training: a true copy in host memory first, then a thread that writes it.
+"""Writes files beside training: a true copy in host memory first, then a thread that writes it.
 
 `snapshot` copies at once, so that training may go on changing its tensors. The thread writes, hashes what
 it writes (not what the disk gives back) and makes it durable. One write at a time, so that host memory

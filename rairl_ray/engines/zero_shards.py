@@ -1,4 +1,4 @@
-"""A learner's saved state cut anew for another number of ranks or another ZeRO stage.
+"""Reshards a learner's saved state for another number of ranks or another ZeRO stage.
 
 DeepSpeed loads a ZeRO checkpoint only on as many ranks as wrote it; its universal format converts a whole
 checkpoint into a second folder first, and leaves out stage 0. Here each rank reads, out of the saved files

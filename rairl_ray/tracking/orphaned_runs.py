@@ -1,4 +1,4 @@
-"""What runs whose driver is dead left behind in an output folder: rows to send, and runs to close.
+"""Sends the rows and closes the runs that dead drivers left behind in an output folder.
 
 Touched are only run folders of this user that no process carries (its lock is free), and whose last driver
 either said how it ended or is proven dead: it was started on this host, and there is no such process now.
@@ -43,10 +43,10 @@ class OrphanedRuns:
     def _loop(self) -> None:
         folders = [folder for folder in run_folders(self._output) if folder != self._own]
         while folders and not self._stopped.is_set():
-            folders = [folder for folder in folders if not self._settle(folder)]
+            folders = [folder for folder in folders if not self._finish(folder)]
             self._stopped.wait(EVERY_SECONDS if folders else 0)
 
-    def _settle(self, folder: Path) -> bool:
+    def _finish(self, folder: Path) -> bool:
         """Whether nothing is left to do in this folder, by us."""
         try:
             self._uploader = uploader = _open(folder)
@@ -75,7 +75,7 @@ def run_folders(output: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".") and name != "mlartifacts"]
         if SPOOL in files or "config.yaml" in files:
             folders.clear()
-        if SPOOL in files and _unsettled(Path(root)):
+        if SPOOL in files and _unfinished(Path(root)):
             yield Path(root)
 
 
@@ -130,7 +130,7 @@ def _saved_cursor(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _unsettled(folder: Path) -> bool:
+def _unfinished(folder: Path) -> bool:
     try:
         if folder.stat().st_uid != os.getuid():
             return False

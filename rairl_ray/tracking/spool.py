@@ -3,8 +3,7 @@
 `Spool.put` appends one line to a JSONL file and returns: whatever the receiver does, the writer waits for
 nothing but its own disk, and nothing piles up in memory. An `UploadQueue` is a thread that carries the
 records of some kinds in order and saves after each batch how far it came, so that the next process goes on
-there.
-What is slow or refused in one queue does not hold up another.
+there. What is slow or refused in one queue does not hold up another.
 
 A record is carried at least once: `apply` must have the same effect twice as once. The file is never
 shortened, it is the whole history, so that everything can be carried again (`restart`).

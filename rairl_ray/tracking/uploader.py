@@ -1,4 +1,4 @@
-"""A run folder's tracking spool and its three queues to MLflow.
+"""Uploads a run folder's tracking spool to MLflow, by three queues.
 
 Queue `status` opens and closes the run, `rows` carries metrics and parameters, `files` tables and artifacts.
 They do not wait for each other: neither a slow upload nor a refused row keeps a run from being closed.
@@ -21,7 +21,7 @@ CURSOR = "tracking_cursor.json"
 
 
 class Uploader:
-    """Opening one touches no network and changes nothing on disk."""
+    """The spool and its queues; opening one touches no network and changes nothing on disk."""
 
     def __init__(
         self,

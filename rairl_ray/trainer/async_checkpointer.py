@@ -1,4 +1,4 @@
-"""Checkpoints beside training: at most one is being written, the driver commits it when all ranks are done.
+"""Writes checkpoints beside training: one at a time, and the driver commits it when all ranks are done.
 
     driver           begin ── save ──────── step ── poll ── step ── poll, commit ──
     learner ranks            copy │ train ──────── train ──────── train

@@ -1,4 +1,4 @@
-"""From texts to labelled discriminator batches: who is positive, who is negative, and on which units.
+"""Makes discriminator batches of labelled traces: who is positive, who is negative, and on which units.
 
 Pure bookkeeping on the driver: no tensors, no actors.
 """

@@ -1,12 +1,12 @@
 """The training loop: who waits for whom, and nothing else.
 
     PromptSampler ──prompts──> RolloutWorkers ──[RolloutGroup, policy version p]──┐
-                          ^                                             v
-                          │                              reward.learn (airl: discriminator.update)
-                     weight sync                         reward.score (airl: its scores; grpo: the task's grade)
-                     (p -> p + 1)                                       │ token rewards, stamped d
-                          │                                             v
-                    PolicyWorkers <──[PolicyBatch]── advantages per group
+                                   ^                                              v
+                                   │                     reward.learn (airl: discriminator.update)
+                              weight sync                reward.score (airl: its scores; grpo: the task's grade)
+                              (p -> p + 1)                                        │ token rewards, stamped d
+                                   │                                              v
+                             PolicyWorkers <──[PolicyBatch]────────── advantages per group
 
 One step runs strictly left to right; every arrow is a wait with a deadline. With
 `trainer.max_staleness_steps` the rollouts of later steps are sampled meanwhile (trainer/rollout_buffer.py). The
@@ -138,7 +138,7 @@ class Loop:
         learner: Sequence[np.ndarray],
         answers: Sequence[Sequence[Sequence[float]]],
     ) -> dict[str, float]:
-        """The probe's gap of the replica that is farthest from the learner."""
+        """The sync check's gap of the replica that is farthest from the learner."""
         gaps = [self.check.gap(learner, scores) for scores in answers]
         for place, gap in enumerate(gaps):
             cause = self.check.refusal(gap, version, self.config.model.policy.dtype)

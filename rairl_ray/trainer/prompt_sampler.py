@@ -1,4 +1,4 @@
-"""Which problems come next: keyed permutations of the training split with saved cursors."""
+"""Draws the problems that come next: keyed permutations of the training split with saved cursors."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What happens when part of the machine fails: everything is torn down and rebuilt from the newest checkpoint.
+"""Recovers a run when part of the machine fails: all is torn down and rebuilt from the newest checkpoint.
 
-    start parts ──> attempt ──> finished or stopped
-         ^             │ GroupFailure (role, rank, node, phase, step)
-         │             v
-      backoff <── tear down, look that nothing is left (bounded by timeouts.teardown_seconds)
+    start the workers ──> attempt ──> finished or stopped
+            ^                │ GroupFailure (role, rank, node, phase, step)
+            │                v
+         backoff <──────── tear down, look that nothing is left (bounded by timeouts.teardown_seconds)
 
 Where nodes of the run are being drained, the body saves and raises `Drained`: the next attempt is elsewhere,
 and no budget pays for it. Each role has a budget of `trainer.max_restarts_per_role` rebuilds: a node that keeps
@@ -26,7 +26,7 @@ from rairl_ray.trainer.run_context import RunContext
 from rairl_ray.trainer.worker_groups import WorkerGroups, start_worker_groups
 
 Body = Callable[[WorkerGroups, bool, Callable[[], None]], bool]
-"""(parts, whether to go on from the newest checkpoint, to be called once training goes on) -> finished."""
+"""(workers, whether to go on from the newest checkpoint, to be called once training goes on) -> finished."""
 
 
 def run_with_recovery(context: RunContext, body: Body) -> bool:

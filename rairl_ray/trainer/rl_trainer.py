@@ -1,6 +1,6 @@
 """An airl or grpo run around `Loop.step`: start or resume, warm up, step, evaluate, checkpoint, export.
 
-A failed actor group ends the attempt; `attempts.py` starts the next one from the newest checkpoint.
+A failed actor group ends the attempt; `recovery.py` starts the next one from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Progress:
 
 
 class RLTrainer:
-    """One attempt."""
+    """One attempt at an airl or grpo run, on the workers that were started for it."""
 
     def __init__(self, context: RunContext, workers: WorkerGroups) -> None:
         assert workers.policy is not None
@@ -245,12 +245,12 @@ class RLTrainer:
 
     def _separation(self, pool: WarmupPool) -> float:
         self._forget_references()
-        return self.evaluator.separation(pool.evaluator)
+        return self.evaluator.separation(pool.heldout)
 
     # --- saving ------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Begin a checkpoint of this moment; see `saving.Saving` for when it is there."""
+        """Begin a checkpoint of this moment; `AsyncCheckpointer` says when it is there."""
         self.loop.buffer.drain()
         self.checkpointer.start(self.progress.step, self._state())
 

@@ -1,4 +1,4 @@
-"""Running ahead: rollouts of later steps are sampled while the learners work on this one.
+"""Keeps rollouts of later steps, which are sampled ahead while the learners work on this one.
 
 With `trainer.max_staleness_steps = n` the groups of step t are sampled by policy version max(0, t - 1 - n),
 always: actors do what they are given in order, and a sync is given to them between two samplings.
@@ -26,7 +26,7 @@ from rairl_ray.trainer.prompt_sampler import PromptSampler
 from rairl_ray.types import Rollout, RolloutGroup
 
 Check = Callable[[list[list[list[float]]]], dict[str, float]]
-"""[replicas][traces][T_i] log-probabilities of the probe -> metrics; raises when they cannot be right."""
+"""[replicas][traces][T_i] log-probabilities of `check_traces` -> metrics; raises when they cannot be right."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class RolloutBuffer:
     def sync(self, update: WeightUpdate, check_traces: Traces = (), check: Check | None = None) -> None:
         """Give new weights to the replicas, behind what they are sampling; waits for it only at n = 0.
 
-        `check` judges the replicas' answers to the probe; what it returns is in `sync_metrics` afterwards.
+        `check` judges the replicas' scores of `check_traces`; what it returns is in `sync_metrics` afterwards.
         """
         self._waiting.append(_Sync(self._rollouts.start_sync(update, check_traces), check))
         if not any(isinstance(item, _Buffered) for item in self._waiting):

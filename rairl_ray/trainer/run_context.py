@@ -119,7 +119,7 @@ class RunContext:
     display: Display
     resumed: bool
     references: Future[dict[str, dict[str, str]]]
-    """Frozen weights by role (saving.references), being hashed."""
+    """Frozen weights by role (async_checkpointer.references), being hashed."""
     verified: Path | None = None
     """The checkpoint that a resumed run starts from, its files checked; taken once."""
     code_version: str = field(default_factory=code_version)

@@ -4,13 +4,13 @@ driver                                  TorchTrainer workers (one per rank, `sft
 ──────                                  ───────────────────────────────────────────────────────────────
 evaluate the untrained policy
 trainer.fit() ────────────────────────> same cursor on every rank, each takes its own micro-batches
-metrics, MLflow, display  <──channel───── rank 0: its phase, one row per update
-checkpoint committed      <──channel───── rank 0: what all ranks have written beside training
-stop request              ──channel─────> rank 0, which tells the others
+metrics, MLflow, display  <──channel─── rank 0: its phase, one row per update
+checkpoint committed      <──channel─── rank 0: what all ranks have written beside training
+stop request              ──channel───> rank 0, which tells the others
 evaluate, report          <──────────── final/policy
 
 Ray Train waits for its workers without an end; here each phase that rank 0 tells has its deadline. Whatever
-fails ends the attempt, and `attempts.py` makes the next one: Ray Train itself retries nothing.
+fails ends the attempt, and `recovery.py` makes the next one: Ray Train itself retries nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What SFT's workers and the driver say to each other while Ray Train holds the workers.
+"""Messages between SFT's workers and the driver while Ray Train holds the workers.
 
 The channel is also an attempt's licence: whoever cannot reach it any more belongs to an attempt that was torn
 down, and ends before it touches the run folder.

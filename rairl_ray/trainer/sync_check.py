@@ -1,7 +1,7 @@
-"""What learner and engines must agree on: a few fixed traces after a sync, and the samples of every step.
+"""Checks that engines compute what the learner does: a few fixed traces after a sync, the samples of each step.
 
 The checksum says that the right bytes arrived; these say that the engine computes the same function of them.
-The probe is scored by both sides at temperature 1 over the whole vocabulary, whatever the rollouts sample with.
+Both sides score the fixed traces at temperature 1 over the whole vocabulary, whatever the rollouts sample with.
 The samples cost nothing: what sampling recorded against what the learner's first pass over them computes
 (`rollout/logprob_gap`). They tell the same where both mean one distribution: on-policy, `top_p: 1`, no dropout.
 """
@@ -18,11 +18,11 @@ from rairl_ray.data.rendering import Renderer
 from rairl_ray.types import Demonstration, PolicySample, Trace
 
 SYNC_CHECK_TRACES = 4
-PROBE_TOKENS = 64
+SYNC_CHECK_TOKENS = 64
 """Completion tokens of a trace that are compared, at most."""
 
 RARELY = 50
-"""Syncs between two probes where every step's samples are compared."""
+"""Syncs from one check to the next where every step's samples are compared."""
 
 LARGEST_GAP = {"float32": 1e-3, "bfloat16": 0.1}
 """Default of `rollout.max_sync_logprob_gap` by model.policy.dtype, well above what was measured on a CPU."""
@@ -30,6 +30,8 @@ LARGEST_GAP = {"float32": 1e-3, "bfloat16": 0.1}
 
 @dataclass(frozen=True, kw_only=True)
 class SyncCheck:
+    """The fixed traces, and how far an engine's log-probabilities of them may lie from the learner's."""
+
     samples: tuple[PolicySample, ...]
     bound: float
 
@@ -47,7 +49,7 @@ class SyncCheck:
         """Why an engine with this gap cannot be trusted; None where it can. A NaN cannot."""
         if gap <= self.bound:
             return None
-        where = where or f"the probe of {len(self.samples)} traces"
+        where = where or f"the sync check's {len(self.samples)} traces"
         return (
             f"policy version {version} arrived whole, but its log-probabilities are {gap:.3g} a token away "
             f"from the learner's on {where}, and at most {self.bound:g} is "
@@ -65,11 +67,11 @@ def samples_tell(config: RunConfig) -> bool:
 def make_sync_check(
     demonstrations: Sequence[Demonstration], renderer: Renderer, config: RunConfig
 ) -> SyncCheck:
-    """The probe of a run, from a few of its training problems.
+    """The sync check of a run, from a few of its training problems.
 
     Where there is no expert trace (grpo) the second half of the prompt is scored instead.
     """
-    longest = min(PROBE_TOKENS, config.rollout.max_completion_tokens)
+    longest = min(SYNC_CHECK_TOKENS, config.rollout.max_completion_tokens)
     samples = []
     for item in demonstrations:
         prompt = renderer.prompt_ids(item.prompt)

@@ -40,7 +40,7 @@ class WarmupPool:
             self._places.next(done * self._per_update)
         else:
             self._prompts.next(done * self._per_update)
-        self.evaluator = evaluator.sample("heldout")
+        self.heldout = evaluator.sample("heldout")
         """Samples of the held-out problems by the frozen policy, for the gate."""
 
     def next(self, update: int) -> tuple[list[RolloutGroup], list[Demonstration]]:

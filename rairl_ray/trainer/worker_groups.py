@@ -14,7 +14,7 @@ from ray._common.utils import get_default_ray_temp_dir
 from ray.util.placement_group import PlacementGroup
 
 from rairl_ray.actors.discriminator import DiscriminatorActor, DiscriminatorWorkers
-from rairl_ray.actors.group import RankActor, create_member, create_processes, reserve, start_processes
+from rairl_ray.actors.group import RankActor, create_process, create_processes, reserve, start_processes
 from rairl_ray.actors.joining import join, present_nodes
 from rairl_ray.actors.learner import learner_environment
 from rairl_ray.actors.placement import (
@@ -169,9 +169,9 @@ def start_worker_groups(prepared: Prepared, plan: PlacementPlan, monitor: Proces
     def spawn(rank: int, group: PlacementGroup, slot: Slot) -> ActorProcess:
         kind, environment, arguments = roles["rollout"]
         marked = {**environment, **monitor.mark("rollout", rank)}
-        return create_member("rollout", kind, rank, group, slot, marked, (config, *arguments))
+        return create_process("rollout", kind, rank, group, slot, marked, (config, *arguments))
 
-    parts = WorkerGroups(
+    groups = WorkerGroups(
         monitor,
         device,
         RolloutWorkers(processes["rollout"], config, prepared.policy_renderer),
@@ -179,7 +179,7 @@ def start_worker_groups(prepared: Prepared, plan: PlacementPlan, monitor: Proces
         DiscriminatorWorkers(processes["discriminator"], config) if "discriminator" in processes else None,
         spawn,
     )
-    for workers in (parts.rollouts, parts.policy, parts.discriminator):
+    for workers in (groups.rollouts, groups.policy, groups.discriminator):
         if workers is not None:
             workers.monitor = monitor
-    return parts
+    return groups

@@ -153,10 +153,10 @@ def test_stopped_processes_and_their_children_are_gone_after_the_end(group: Acto
 # --- budgets and backoff --------------------------------------------------------------------------------
 
 
-def failing_session(
+def failing_context(
     monkeypatch: pytest.MonkeyPatch, retries: int, backoff: float = 0.0
 ) -> tuple[Any, list[str]]:
-    """A session whose parts start at once, and its events."""
+    """A run context whose workers start at once, and its events."""
     monkeypatch.setattr(recovery, "start_worker_groups", lambda *_: SimpleNamespace(close=lambda: None))
     said: list[str] = []
     config = SimpleNamespace(
@@ -180,7 +180,7 @@ def failures_of(*roles: str) -> tuple[recovery.Body, list[bool]]:
     """A body that fails once for each role and then finishes, and how it was asked to start each time."""
     left, resumed = list(roles), []
 
-    def body(_parts: Any, resume: bool, ready: Any) -> bool:
+    def body(_workers: Any, resume: bool, ready: Any) -> bool:
         resumed.append(resume)
         ready()
         if left:
@@ -191,7 +191,7 @@ def failures_of(*roles: str) -> tuple[recovery.Body, list[bool]]:
 
 
 def test_every_role_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    context, said = failing_session(monkeypatch, retries=1)
+    context, said = failing_context(monkeypatch, retries=1)
     body, resumed = failures_of("policy", "rollout", "discriminator")
     assert recovery.run_with_recovery(context, body)
     assert resumed == [False, True, True, True]
@@ -207,7 +207,7 @@ def test_the_backoff_doubles_up_to_its_cap() -> None:
 
 
 def test_a_stop_request_ends_the_backoff_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    context, said = failing_session(monkeypatch, retries=5, backoff=250.0)
+    context, said = failing_context(monkeypatch, retries=5, backoff=250.0)
 
     def body(*_: Any) -> bool:
         context.stop._event.set()
@@ -222,7 +222,7 @@ def test_a_stop_request_ends_the_backoff_at_once(monkeypatch: pytest.MonkeyPatch
 def test_errors_of_the_user_are_not_tried_again_and_a_shrunken_cluster_says_what_failed_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    context, said = failing_session(monkeypatch, retries=5)
+    context, said = failing_context(monkeypatch, retries=5)
     calls = []
 
     def body(*_: Any) -> bool:

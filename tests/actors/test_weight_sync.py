@@ -67,7 +67,7 @@ def even(trace: RewardedTrace) -> RewardedTrace:
 
 @dataclasses.dataclass
 class Machine:
-    """A run's parts without the run."""
+    """A run's workers and its loop, without the run."""
 
     prepared: Prepared
     workers: WorkerGroups
@@ -231,7 +231,7 @@ def perturbed_loop(output: Path, *overrides: str) -> Iterator[Loop]:
         machine.workers.monitor.end(60)
 
 
-def test_silently_wrong_numerics_fail_the_run_by_the_probe(joined: None, tmp_path: Path) -> None:
+def test_silently_wrong_numerics_fail_the_run_by_the_sync_check(joined: None, tmp_path: Path) -> None:
     with perturbed_loop(tmp_path) as loop:
         loop.sync()
         assert loop.buffer.sync_metrics[names.SYNC_LOGPROB_GAP] < 1e-5
@@ -239,7 +239,7 @@ def test_silently_wrong_numerics_fail_the_run_by_the_probe(joined: None, tmp_pat
             loop.step(1, PhaseTimer())
 
 
-def test_without_a_probe_the_samples_of_the_next_step_find_it(joined: None, tmp_path: Path) -> None:
+def test_without_a_sync_check_the_samples_of_the_next_step_find_it(joined: None, tmp_path: Path) -> None:
     with perturbed_loop(tmp_path, "rollout.sync_check_every=0") as loop:
         loop.sync()
         metrics = loop.step(1, PhaseTimer())[0]
@@ -257,15 +257,15 @@ def test_when_the_samples_tell() -> None:
     assert not tells("model.policy.lora.rank=4", "model.policy.lora.dropout=0.1")
 
 
-def test_the_probe_can_be_thinned_out(machine: Machine) -> None:
+def test_the_sync_check_can_be_thinned_out(machine: Machine) -> None:
     policy = machine.workers.policy
     assert policy is not None
     for every in (0, 2):
         rollout = machine.loop.config.rollout.model_copy(update={"sync_check_every": every})
         machine.loop.config = machine.loop.config.model_copy(update={"rollout": rollout})
-        probed = every and policy.version % every == 0
+        checked = every and policy.version % every == 0
         machine.loop.sync()
-        assert (names.SYNC_LOGPROB_GAP in machine.loop.buffer.sync_metrics) == bool(probed)
+        assert (names.SYNC_LOGPROB_GAP in machine.loop.buffer.sync_metrics) == bool(checked)
     machine.loop.config = machine.prepared.config
 
 

@@ -144,13 +144,13 @@ def test_plain_text_is_perturbed_in_its_own_notation() -> None:
     for changed in seen["propagated_error"]:
         half, total = re.findall(r"= (\d+) clips", changed)
         assert changed.endswith(f"So 48 + {half} = {total} clips.\n#### {total}")
-        assert (half == "24") != (48 + int(half) == int(total)), "exactly one of the two steps slipped"
+        assert (half == "24") != (48 + int(half) == int(total)), "exactly one of the two steps is wrong"
 
 
-def test_a_slip_is_carried_into_prose_and_answer() -> None:
+def test_a_propagated_error_is_carried_into_prose_and_answer() -> None:
     text = tagged("3 boxes of 4 is 3*4={a}.\nThose {a} and 5 more make {a}+5={b}.", "{b} things")
     item = demonstration(text.format(a=12, b=17), "17")
-    slipped = Counter[str]()
+    wrong = Counter[str]()
     for key in range(40):
         copy = one(item, "propagated_error", key)
         assert copy is not None
@@ -159,11 +159,11 @@ def test_a_slip_is_carried_into_prose_and_answer() -> None:
         assert copy.text == text.format(a=a, b=b), "every mention follows"
         assert b != 17
         assert (a == 12) != (b == a + 5)
-        slipped["first" if a != 12 else "second"] += 1
-    assert min(slipped["first"], slipped["second"]) > 5
+        wrong["first" if a != 12 else "second"] += 1
+    assert min(wrong["first"], wrong["second"]) > 5
 
 
-def test_a_slip_leaves_the_problems_own_number_of_the_same_value_alone() -> None:
+def test_a_propagated_error_leaves_the_problems_own_number_of_the_same_value_alone() -> None:
     item = demonstration(tagged("4+4=8\n8+8=16", "16"), "16")
     for key in range(30):
         copy = one(item, "propagated_error", key)
@@ -296,7 +296,7 @@ def test_numbers_are_read_as_they_are_written(units: int, decimals: int, commas:
     assert write_number(value, number) == written.replace("-0", "-0") if value else True
 
 
-def test_a_nudged_answer_may_become_zero_and_so_may_a_slip() -> None:
+def test_a_nudged_answer_may_become_zero_and_so_may_a_propagated_error() -> None:
     item = demonstration(tagged("3-2=1", "1"), "1")
     for kind in ("answer", "propagated_error"):
         answers = {answer_of(copy.text) for key in range(40) if (copy := one(item, kind, key))}

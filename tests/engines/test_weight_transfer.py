@@ -92,7 +92,7 @@ def test_what_the_installed_vllm_lacks_is_named_in_one_line() -> None:
 @pytest.mark.parametrize("zero_stage", [1, 3])
 @pytest.mark.parametrize("transport", ["ipc", "nccl", "object_store"])
 def test_full_weights_move_between_gpus(transport: str, zero_stage: int, tmp_path: Path) -> None:
-    """A whole run, whose every sync proves its checksum and probe. Not run yet: no GPU was at hand."""
+    """A whole run, whose every sync is proven by checksum and sync check. Not run yet: no GPU was at hand."""
     if transport == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("NCCL needs a GPU for the learner and one for the engine")
     placement = "disaggregated" if transport == "nccl" else "colocated"
