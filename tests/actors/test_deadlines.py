@@ -20,7 +20,6 @@ import ray
 from rairl_ray.actors.group import (
     ActorGroup,
     GroupFailure,
-    RankActor,
     create_processes,
     pause_after,
     reserve,
@@ -42,6 +41,7 @@ from tests.faults import (
     plant,
     steps,
 )
+from tests.small_actor import SmallActor
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,23 +55,6 @@ def own_cluster() -> Iterator[None]:
 # --- a group of small actors --------------------------------------------------------------------------
 
 
-class Worker(RankActor):
-    def nap(self, seconds: float) -> int:
-        time.sleep(seconds)
-        return self.rank
-
-    def fail(self, error: Exception) -> None:
-        raise error
-
-    def signal_self(self, number: int) -> None:
-        os.kill(os.getpid(), number)
-
-    def have_child(self) -> int:
-        import subprocess
-
-        return subprocess.Popen(["sleep", "1000"]).pid
-
-
 @pytest.fixture
 def group() -> Iterator[ActorGroup]:
     plan = PlacementPlan(
@@ -80,7 +63,7 @@ def group() -> Iterator[ActorGroup]:
     monitor = ProcessMonitor(probe_seconds=60)
     monitor.groups.append(reserve(plan, 30))
     processes = start_processes(
-        {"tester": create_processes("tester", Worker, plan, monitor, {}, ())}, monitor, deadline_seconds=300
+        {"tester": create_processes("tester", SmallActor, plan, monitor, {}, ())}, monitor, deadline_seconds=300
     )
     yield ActorGroup("tester", processes["tester"], monitor)
     assert monitor.end(60) == []
