@@ -46,6 +46,7 @@ mutants: install
 bench: install
 	@mkdir -p $(BENCH)
 	$(BIN)/python -m benchmarks.learner_rows --rounds 3 --threads 1 --json $(BENCH)/learner_rows.json
+	$(BIN)/python -m benchmarks.merged_rollouts --rounds 2 --json $(BENCH)/merged_rollouts.json
 	$(BIN)/python -m benchmarks.evaluate_throughput --prompts 64 --rounds 2 --json $(BENCH)/evaluate_throughput.json
 	$(BIN)/python -m benchmarks.lines_memory --rows 10000 100000 --json $(BENCH)/lines_memory.json
 	$(BIN)/python -m benchmarks.sweep_scale --nodes 4 --trials 12 24 --finished 50 100 --json $(BENCH)/sweep_scale.json
