@@ -80,8 +80,7 @@ def watched(command: Sequence[str], log: Path, env: dict[str, str]) -> dict[str,
     with open(log, "w") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=env)
         while process.poll() is None:
-            for found in _tree(process.pid):
-                role, megabytes = found
+            for role, megabytes in _tree(process.pid):
                 peaks[role] = max(peaks.get(role, 0.0), megabytes)
             time.sleep(0.5)
     if process.returncode:
@@ -90,9 +89,11 @@ def watched(command: Sequence[str], log: Path, env: dict[str, str]) -> dict[str,
 
 
 def _tree(pid: int) -> list[tuple[str, float]]:
+    """(role, resident megabytes) of a process and of all below it."""
     found = []
     try:
-        tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        root = psutil.Process(pid)
+        tree = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
     for one in tree:

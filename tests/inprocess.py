@@ -63,7 +63,7 @@ def run(config: RunConfig, resume: bool = False) -> list[dict[str, float]]:
     )
     rows = rows_of(config)
     assert ended.status == "finished" and (ended.folder.root / "final" / "policy").is_dir()
-    assert {row["step"] for row in rows[-1:]} <= set(logged), "every row was told to the sink as well"
+    assert rows[-1]["step"] in logged, "the last row was told to the sink as well"
     return rows
 
 

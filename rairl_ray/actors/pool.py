@@ -79,7 +79,7 @@ class Opening:
         return self.node_id or self.place.node_id
 
 
-class Pool:
+class RolloutPool:
     """Keeps the replicas of `workers` between `rollout.replicas` min and max; a fixed number is both."""
 
     def __init__(

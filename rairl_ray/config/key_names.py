@@ -26,7 +26,8 @@ def known_keys() -> list[str]:
 def nearest_key(key: str) -> str:
     """The valid key that a mistyped one most likely meant, or the present name of one that was renamed."""
     parent, _, last = key.rpartition(".")
-    if (present := key.replace(last, RENAMED.get(last, ""))) in known_keys():
+    known = known_keys()
+    if last in RENAMED and (present := f"{parent}.{RENAMED[last]}") in known:
         return present
 
     def likeness(candidate: str) -> float:
@@ -36,7 +37,7 @@ def nearest_key(key: str) -> str:
         short = last == "".join(word[0] for word in its_last.split("_")) or its_last.startswith(last)
         return whole + tail + 0.5 * (parent == its_parent) + 0.5 * short
 
-    return max(known_keys(), key=likeness)
+    return max(known, key=likeness)
 
 
 def unknown_keys(data: Mapping[str, Any], section: type[Section], prefix: str) -> Iterator[tuple[str, Any]]:

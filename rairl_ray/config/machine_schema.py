@@ -14,7 +14,7 @@ from rairl_ray.config.labels import plain
 from rairl_ray.config.section import ERROR_KINDS, ErrorKind, Fraction, NonNegativeFloat, NonNegativeInt, Section
 
 
-class Pool(Section):
+class ReplicaBounds(Section):
     """Bounds of a number of replicas that follows the cluster: more as nodes come, fewer as they go."""
 
     min: PositiveInt
@@ -24,7 +24,7 @@ class Pool(Section):
 
 class Rollout(Section):
     engine: Literal["vllm", "hf"] = "vllm"
-    replicas: PositiveInt | Pool = 1
+    replicas: PositiveInt | ReplicaBounds = 1
     """Engines that share the sampling, a fixed number or `{min: 1, max: 4}`. Samples do not depend on it."""
     tensor_parallel: PositiveInt = 1
     samples_per_prompt: PositiveInt = 8
@@ -60,12 +60,12 @@ class Rollout(Section):
     @property
     def least_replicas(self) -> int:
         """Replicas that a run cannot do without."""
-        return self.replicas.min if isinstance(self.replicas, Pool) else self.replicas
+        return self.replicas.min if isinstance(self.replicas, ReplicaBounds) else self.replicas
 
     @property
     def most_replicas(self) -> int:
         """Replicas that it may have at once."""
-        return self.replicas.max if isinstance(self.replicas, Pool) else self.replicas
+        return self.replicas.max if isinstance(self.replicas, ReplicaBounds) else self.replicas
 
     @property
     def elastic(self) -> bool:

@@ -11,7 +11,7 @@ Transport = Literal["object_store", "nccl", "ipc"]
 Adapter = Literal["merged", "served"]
 
 KEPT_ADAPTERS = 2
-"""Versions of an adapter that it holds at once: the current one and the one before."""
+"""Versions of an adapter that vLLM holds at once: the current one and the one before."""
 
 
 def adapter_of(config: RunConfig) -> Adapter | None:

@@ -15,7 +15,7 @@ from rairl_ray import metrics as names
 from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import Interrupted
 from rairl_ray.actors.learner import LearnerWorkers
-from rairl_ray.actors.pool import Pool
+from rairl_ray.actors.pool import RolloutPool
 from rairl_ray.algorithms.warmup import WarmupGate
 from rairl_ray.config.transport import weight_transport
 from rairl_ray.metrics import PhaseTimer
@@ -78,7 +78,7 @@ class RLTrainer:
         self.loop = Loop(config, self.sampler, workers.rollouts, workers.policy, self.reward)
         by_itself = weight_transport(config, workers.device) == "object_store"
         alone = config.trainer.max_staleness_steps == 0 and by_itself
-        self.pool = Pool(
+        self.rollout_pool = RolloutPool(
             config, context.plan, workers.rollouts, workers.spawn_rollout, self.loop.bring_up, context.event,
             config.trainer.max_restarts_per_role if alone else 0,
         )  # fmt: skip
@@ -135,7 +135,7 @@ class RLTrainer:
         steps = config.trainer.steps * config.policy.minibatches_per_step
         self.context.display.phase("loading models")
         self.workers.rollouts.open()
-        self.pool.grow()
+        self.rollout_pool.grow()
         self.policy.open(steps)
         if self.workers.discriminator is not None:
             gate = WarmupGate(config.discriminator)
@@ -149,7 +149,7 @@ class RLTrainer:
         config, timer = self.config, PhaseTimer()
         self._forget_references()
         with timer.phase(names.TIME_SYNC):
-            self.pool.grow()
+            self.rollout_pool.grow()
         metrics, groups, rewarded = self.loop.step(step, timer)
         self.progress.step = step
         self.workers.finished(step)
@@ -211,7 +211,7 @@ class RLTrainer:
             timer = PhaseTimer()
             self._forget_references()
             with timer.phase(names.TIME_SYNC):
-                self.pool.grow()
+                self.rollout_pool.grow()
             with timer.phase(names.TIME_DISCRIMINATOR):
                 groups, demonstrations = pool.next(update)
                 metrics = self.airl.update(groups, demonstrations, epoch=f"warmup/{update}")
@@ -297,7 +297,7 @@ class RLTrainer:
 
     def _leave_drained_nodes(self) -> None:
         """Rollouts leave first; raises Drained, with everything saved, where that is not enough."""
-        self.pool.leave_drained()
+        self.rollout_pool.leave_drained()
         if nodes := self.workers.monitor.draining():
             self._save_this_moment()
             raise Drained(nodes, self.progress.step)

@@ -136,8 +136,10 @@ def _train(
             **({"rairl.forked_from": f"{fork['run']}@{fork['step']}"} if fork else {}),
         },
     )
-    context = RunContext(prepared, plan, folder, store, tracker, display, resumed, frozen, newest)
-    context.stop, context.sinks = caller.stop, caller.sinks
+    context = RunContext(
+        prepared, plan, folder, store, tracker, display, resumed, frozen, newest,
+        stop=caller.stop, sinks=caller.sinks,
+    )  # fmt: skip
     before = saved.get("code_version", context.code_version)
     if before != context.code_version:
         context.event(f"the checkpoint was written by code {before}, this is {context.code_version}")

@@ -170,10 +170,16 @@ class RunContext:
         every = self.config.trainer.log_rollouts_every
         if not every or step % every:
             return
+        shown = [
+            (group.prompt, rollout, trace)
+            # a group's expert traces, which some advantages add, come after its samples
+            for group, traces in zip(groups, rewarded, strict=True)
+            for rollout, trace in zip(group.rollouts, traces, strict=False)
+        ][:LOGGED_ROLLOUTS]
         rows = [
             {
-                "prompt_id": group.prompt.id,
-                "prompt": group.prompt.question,
+                "prompt_id": prompt.id,
+                "prompt": prompt.question,
                 "generation": rollout.text,
                 "generation_idx": rollout.sample_index,
                 "finish_reason": rollout.finish_reason,
@@ -181,13 +187,11 @@ class RunContext:
                 "discriminator_version": trace.discriminator_version,
                 "token_rewards": [_finite(value) for value in trace.token_rewards],
                 "seed": rollout.seed,
-                "answer": group.prompt.answer,
-                "correct": self.prepared.task.grade(group.prompt, rollout.text).correct,
+                "answer": prompt.answer,
+                "correct": self.prepared.task.grade(prompt, rollout.text).correct,
             }
-            # a group's expert traces, which some advantages add, come after its samples
-            for group, traces in zip(groups, rewarded, strict=True)
-            for rollout, trace in zip(group.rollouts, traces, strict=False)
-        ][:LOGGED_ROLLOUTS]
+            for prompt, rollout, trace in shown
+        ]
         self.folder.write_rollouts(step, rows)
         self.tracker.log_table(rows, f"rollouts/step-{step:06d}")
 

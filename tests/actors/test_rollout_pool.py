@@ -16,7 +16,7 @@ from rich.console import Console
 from rairl_ray.actors import pool as pools
 from rairl_ray.actors.group import GroupFailure, Pending
 from rairl_ray.actors.placement import Node, PlacementPlan, bundles, side_by_side
-from rairl_ray.actors.pool import Pool, departures, openings, rooms
+from rairl_ray.actors.pool import RolloutPool, departures, openings, rooms
 from rairl_ray.actors.process_monitor import SILENT_NODE, ActorProcess
 from rairl_ray.actors.rollout import RolloutWorkers
 from rairl_ray.config.estimate import memory
@@ -135,7 +135,7 @@ class Spawned(Exception):
     pass
 
 
-def pool_of(size: int, replicas: Any, replacements: int = 1) -> tuple[Pool, RolloutWorkers, list[str]]:
+def pool_of(size: int, replicas: Any, replacements: int = 1) -> tuple[RolloutPool, RolloutWorkers, list[str]]:
     """A pool whose run began with `size` replicas more than its least."""
     config = make(replicas)
     plan: PlacementPlan = bundles(config, "cpu")
@@ -147,7 +147,7 @@ def pool_of(size: int, replicas: Any, replacements: int = 1) -> tuple[Pool, Roll
     def spawn(*_: object) -> ActorProcess:
         raise Spawned
 
-    pool = Pool(config, plan, workers, spawn, lambda _: None, said.append, replacements)
+    pool = RolloutPool(config, plan, workers, spawn, lambda _: None, said.append, replacements)
     for rank in range(least, size):
         workers.processes.append(ActorProcess("rollout", rank, None))
         pool._places[rank] = pools.Place("none", plan.roles["rollout"][0], own=False)

@@ -46,8 +46,8 @@ def drive(output: Path, address: str, replicas: str, serving: Mapping[int, int])
         (output / f"before-{step}").touch()
         while len(self.workers.rollouts) != serving.get(step, len(self.workers.rollouts)):
             assert time.monotonic() < until
-            self.pool.leave_drained()
-            self.pool.grow()
+            self.rollout_pool.leave_drained()
+            self.rollout_pool.grow()
             time.sleep(0.1)
         while serving and not (output / f"begin-{step}").exists():
             assert time.monotonic() < until

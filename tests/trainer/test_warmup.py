@@ -57,7 +57,7 @@ def warmed_up(
     run: Any = object.__new__(RLTrainer)
     run.config, run.progress = config, progress
     run.workers = SimpleNamespace(monitor=SimpleNamespace(draining=set), discriminator=None)
-    run.pool = SimpleNamespace(grow=lambda: None, leave_drained=lambda: None)
+    run.rollout_pool = SimpleNamespace(grow=lambda: None, leave_drained=lambda: None)
     run.airl = SimpleNamespace(update=lambda groups, demonstrations, epoch: {})
     run._warmup_pool = lambda: SimpleNamespace(next=lambda update: ([], []))
     run._separation = lambda pool: auroc_of(progress.warmup)
