@@ -28,7 +28,8 @@ class TaskGrade:
 
     def __init__(self, task: Task, reward: Reward) -> None:
         self._task = task
-        self.reward = reward
+        # A grade is a reward already: clip and temperature are those of learned logits.
+        self.reward = Reward(type=reward.type)
 
     def score(self, traces: Sequence[Trace]) -> list[TraceScores]:
         return [self._scores(trace) for trace in traces]

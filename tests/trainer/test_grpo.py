@@ -132,7 +132,8 @@ def test_the_strategy_rewards_every_token_of_a_trace(kind: str, values: list[flo
             Rollout(prompt_id=prompt.id, sample_index=index, text=text, token_ids=ids, seed=0,
                     logprobs=(-1.0,) * len(ids), finish_reason="stop", policy_version=3)
         )  # fmt: skip
-    strategy = GrpoStrategy(task, renderer, Reward(type=kind))
+    # clip and temperature are those of learned logits, which the files of R-AIRL runs set
+    strategy = GrpoStrategy(task, renderer, Reward(type=kind, clip=(-5.0, 0.0), temperature=2.0))
     groups = [RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))]
     assert strategy.learn(groups, 1, PhaseTimer()) == {}
     [traces], found = strategy.score(groups, PhaseTimer())
