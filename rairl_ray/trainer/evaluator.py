@@ -75,13 +75,14 @@ class Evaluator:
         """Graded and, with a learned reward, scored samples."""
         traces = [trace_of(group.prompt, rollout) for group in groups for rollout in group.rollouts]
         scores: list[TraceScores | None] = [None] * len(traces)
+        reward = None
         if self._scorer is not None:
-            scores = list(self._scorer.score(traces))
+            scores, reward = list(self._scorer.score(traces)), self._scorer.reward
         rows: list[EvalRow] = []
         pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
         for (group, rollout), score in zip(pairs, scores, strict=True):
             grade = self._task.grade(group.prompt, rollout.text)
-            rewards = None if score is None else unit_rewards(score.logits, self._config.reward, None)
+            rewards = None if score is None or reward is None else unit_rewards(score.logits, reward)
             row = EvalRow(
                 prompt_id=group.prompt.id,
                 question=group.prompt.question,
@@ -123,7 +124,7 @@ class Evaluator:
                 step_char_ends=step_char_ends(trace.text),
                 edit_char=trace.edit_char,
                 unit_char_ends=score.unit_char_ends,
-                unit_rewards=unit_rewards(score.logits, self._config.reward, None),
+                unit_rewards=unit_rewards(score.logits, self._scorer.reward),
             )
             cases.append(case)
         return localise(cases, resamples=self._config.eval.bootstrap, key=(self._config.seed, "localise"))
