@@ -176,8 +176,9 @@ start_node() { # start_node I ARGUMENTS...: node I of the cluster, with its own 
   local p
   read -ra p <<<"$(nodes_ports "$i")"
   # Worker ports 0: the system picks them; Ray's own range would be the same on every node. The mark is set here
-  # alone, or this script's own helpers would bear it.
-  RAIRL_LOCAL_CLUSTER=$mark timeout 180 "$bin/python" -c "$loopback_ray" start "$@" --node-ip-address 127.0.0.1 --temp-dir "$folder/$i" \
+  # alone, or this script's own helpers would bear it. SPT_NOENV: or the titles that Ray's agents give themselves
+  # are written over their environment, and the mark with it.
+  RAIRL_LOCAL_CLUSTER=$mark SPT_NOENV=1 timeout 180 "$bin/python" -c "$loopback_ray" start "$@" --node-ip-address 127.0.0.1 --temp-dir "$folder/$i" \
     --object-store-memory "$store" --min-worker-port 0 --max-worker-port 0 \
     --dashboard-agent-listen-port "${p[0]}" --dashboard-agent-grpc-port "${p[1]}" \
     --runtime-env-agent-port "${p[2]}" --metrics-export-port "${p[3]}" \

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rairl_ray.actors import joining
@@ -68,6 +69,12 @@ def driver(address: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def holders_of(first: int) -> list[int]:
+    """Processes that listen at one of the 100 ports from `first` on."""
+    found = {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and 0 <= c.laddr.port - first < 100}
+    return sorted(pid for pid in found if pid is not None)
+
+
 def doctor(address: str, **environment: str) -> str:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     command = [sys.executable, "launch.py", "doctor", "--address", address]
@@ -112,6 +119,10 @@ def test_a_cluster_comes_up_serves_who_has_its_token_and_leaves_nothing(place: t
     assert len(raylets) == 3
     listening = {c.laddr.ip for p in processes for c in p.net_connections("tcp") if c.status == "LISTEN"}
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
+    # Ray's agents too bear the cluster's mark, though they give themselves titles.
+    ours = {process.pid for process in processes}
+    holders = holders_of(int(options[3]))
+    assert len(holders) >= 3 * 3 and set(holders) <= ours, [psutil.Process(pid).cmdline() for pid in holders]
 
     check_tokens(address, folder / "token")
 
@@ -126,7 +137,7 @@ def test_a_cluster_comes_up_serves_who_has_its_token_and_leaves_nothing(place: t
 
     down = local("down", "--dir", str(folder))
     assert down.returncode == 0, down.stderr
-    assert not marked(folder) and not folder.exists()
+    assert not marked(folder) and not folder.exists() and not holders_of(int(options[3]))
     assert local("status", *options).returncode == 1
     assert local("down", *options).returncode == 0
 
