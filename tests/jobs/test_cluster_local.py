@@ -71,8 +71,8 @@ def driver(address: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 def holders_of(first: int) -> list[int]:
     """Processes that listen at one of the 100 ports from `first` on."""
-    found = {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and 0 <= c.laddr.port - first < 100}
-    return sorted(pid for pid in found if pid is not None)
+    open_here = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN"]
+    return sorted({c.pid for c in open_here if c.pid and c.laddr.port in range(first, first + 100)})
 
 
 def doctor(address: str, **environment: str) -> str:
