@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rairl_ray.config.schema import Model
 from rairl_ray.data.completion_format import TAGS, THINK_OPEN
@@ -37,7 +36,11 @@ from rairl_ray.data.tokenizer_facts import (
     special_ids,
 )
 from rairl_ray.errors import ModelError
+from rairl_ray.imports import without
 from rairl_ray.types import Prompt, TokenizedTrace, Trace
+
+with without("sklearn"):  # which transformers loads for assisted generation alone
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _PROBE = "system-role-probe"

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rairl_ray.engines.origin import TOKENIZER_NAMES, Origin, content_id, files_digest
 from rairl_ray.errors import ModelError
+from rairl_ray.imports import without
+
+with without("sklearn"):  # which transformers loads for assisted generation alone
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 T = TypeVar("T")
 

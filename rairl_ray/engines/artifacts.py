@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,6 +29,10 @@ from rairl_ray.engines.sources import atomic_folder
 from rairl_ray.engines.weights import checksum
 from rairl_ray.errors import ModelError
 from rairl_ray.files import REWARD_FILE
+from rairl_ray.imports import without
+
+with without("sklearn"):  # as in adapters.py
+    from peft import set_peft_model_state_dict
 
 REFERENCE_FOLDER = "reference"
 REFERENCE_FIELDS = ("reference", "reference_checksum", "reference_revision")

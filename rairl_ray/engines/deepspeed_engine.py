@@ -28,10 +28,6 @@ from torch import Tensor, nn
 
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
-import deepspeed
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.utils import logger as deepspeed_logger
-
 from rairl_ray.config.machine_schema import Learner
 from rairl_ray.config.schema import Optimizer
 from rairl_ray.engines import zero_shards
@@ -40,8 +36,14 @@ from rairl_ray.engines.optimizer import RecordingAdamW, learning_rate_factor
 from rairl_ray.engines.outgoing import Outgoing, trained
 from rairl_ray.engines.safe_files import refuse_foreign_code
 from rairl_ray.engines.weights import CHUNK_BYTES, bounded
+from rairl_ray.imports import without
 from rairl_ray.keys import key_seed
 from rairl_ray.types import Written
+
+with without("mlflow"):  # which DeepSpeed loads for its autotuner alone
+    import deepspeed
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.utils import logger as deepspeed_logger
 
 deepspeed_logger.setLevel(logging.WARNING)
 

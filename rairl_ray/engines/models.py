@@ -10,16 +10,24 @@ import importlib.util
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, BitsAndBytesConfig
 
 from rairl_ray.config.schema import Model
 from rairl_ray.engines.adapters import one_line_errors
 from rairl_ray.engines.origin import commit_of
 from rairl_ray.engines.sources import resolve_model
 from rairl_ray.errors import ModelError
+from rairl_ray.imports import without
 from rairl_ray.keys import key_seed
+
+with without("sklearn"):  # as in adapters.py
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForTokenClassification,
+        BitsAndBytesConfig,
+    )
 
 __all__ = ["adapter_config", "load_causal_lm", "load_token_classifier", "resolve_model"]
 

@@ -1,0 +1,48 @@
+"""What a process of a run loads: each second of imports is paid by every actor, trial and test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from rairl_ray.imports import without
+from tests.runs import ROOT
+
+LEARNER = "rairl_ray.actors.policy, rairl_ray.engines.deepspeed_engine, rairl_ray.engines.reward_heads"
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        (LEARNER, {"sklearn", "mlflow", "pandas"}),
+        ("rairl_ray.actors.rollout_actor, rairl_ray.engines.hf_engine", {"sklearn", "mlflow", "pandas"}),
+        ("rairl_ray.trainer.run", {"sklearn", "mlflow", "deepspeed"}),
+    ],
+    ids=["learner", "rollout", "driver"],
+)
+def test_a_process_loads_nothing_that_it_does_not_use(modules: str, absent: set[str]) -> None:
+    code = f"import sys, {modules}; print('loaded', *sys.modules); import sklearn.metrics"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    [loaded] = [line.split() for line in done.stdout.splitlines() if line.startswith("loaded")]
+    assert not absent & set(loaded) and "torch" in loaded
+
+
+def test_a_library_is_missing_within_and_there_afterwards() -> None:
+    sys.modules.pop("colorsys", None)
+    with without("colorsys", "json"):
+        with pytest.raises(ImportError):
+            import colorsys
+        import json  # loaded already: stays
+    import colorsys
+
+    assert colorsys.rgb_to_hsv and json.dumps
+
+
+def test_it_is_there_afterwards_even_where_an_import_fails() -> None:
+    sys.modules.pop("colorsys", None)
+    with pytest.raises(ModuleNotFoundError), without("colorsys"):
+        import no_such_library  # type: ignore[import-not-found]  # noqa: F401
+    assert "colorsys" not in sys.modules
