@@ -206,3 +206,19 @@ def test_a_fork_draws_what_its_run_drew(tmp_path: Path) -> None:
     assert run(load_config(other.config), resume=True) == rows_in(other), (
         "a finished fork resumes as a run does"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_cluster")
+@pytest.mark.parametrize("algorithm", ["grpo", "sft"])
+def test_forks_of_the_baselines_draw_what_their_runs_drew(algorithm: str, tmp_path: Path) -> None:
+    words = ["trainer.steps=4", "trainer.checkpoint_every=2", "trainer.keep_checkpoints=9", "data.limit=8"]
+    config = config_of(algorithm, tmp_path, *words)
+    whole = run(config)
+    source = f"{tmp_path / config.name}@2"
+    same, other = fork_of(source, ["name=same"]), fork_of(source, ["name=other", "policy.learning_rate=0.01"])
+    for fork in (same, other):
+        assert train(fork.config, fork=fork) == 0
+    assert differing(whole, rows_in(RunFolder(tmp_path / "same"))) == []
+    changed = differing(whole, rows_in(RunFolder(tmp_path / "other")))
+    assert changed and not any(f"step {step}:" in text for text in changed for step in (1, 2)), changed
