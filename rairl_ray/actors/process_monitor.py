@@ -71,6 +71,8 @@ class ProcessMonitor:
     probe_seconds: float
     attempt: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     groups: list[PlacementGroup] = field(default_factory=list)
+    lent: PlacementGroup | None = None
+    """One that the run was given, among `groups` once it is used: its actors end with the attempt, it stays."""
     processes: dict[tuple[str, int], ActorProcess] = field(default_factory=dict)
 
     def mark(self, role: str, rank: int) -> dict[str, str]:
@@ -134,7 +136,12 @@ class ProcessMonitor:
     def release(self) -> None:
         """Give the bundles back; the actors in them end."""
         for group in self.groups:
-            remove_placement_group(group)
+            if group != self.lent:
+                remove_placement_group(group)
+        if self.lent in self.groups:
+            for actor in self.processes.values():
+                with suppress(ray.exceptions.RayError):
+                    ray.kill(actor.handle, no_restart=True)
         self.groups, self.processes = [], {}
 
     def draining(self) -> set[str]:

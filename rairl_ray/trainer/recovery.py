@@ -42,7 +42,7 @@ def run_with_recovery(context: RunContext, body: Body) -> bool:
     failures: Counter[str] = Counter()
     rebuild: Rebuild | None = None
     while True:
-        monitor = ProcessMonitor(timeouts.probe_seconds)
+        monitor = ProcessMonitor(timeouts.probe_seconds, lent=context.lent)
         context.display.phase("starting actors")
         try:
             workers = start_worker_groups(context.prepared, context.plan, monitor)
@@ -62,6 +62,9 @@ def run_with_recovery(context: RunContext, body: Body) -> bool:
         except Drained as notice:
             rebuild = Rebuild(notice, "a drained node", 0.0)
             context.event(str(notice))
+            if context.lent is not None:
+                context.event(f"its placement group cannot move; go on with --resume {context.config.name}")
+                return False
         except PlacementError as error:
             if rebuild is None:
                 raise

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ray.util.placement_group import PlacementGroup
+
 from rairl_ray.actors.placement import PlacementPlan
 from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.config.load import config_hash, read_saved, warm_start_chain
@@ -31,7 +33,7 @@ from rairl_ray.trainer.run_context import (
     resumable,
     save_config,
 )
-from rairl_ray.trainer.worker_groups import check_room, cluster, place
+from rairl_ray.trainer.worker_groups import check_bundles, check_lent, check_room, cluster, place
 
 ALGORITHMS = {"airl": rl_trainer.run, "grpo": rl_trainer.run, "sft": sft.run}
 complete(f"{__name__}.ALGORITHMS", ALGORITHMS, Algorithm, "type")
@@ -55,6 +57,7 @@ def run(
     stop: StopRequest | None = None,
     sinks: Sequence[MetricSink] = (),
     display: Display | None = None,
+    placement_group: PlacementGroup | None = None,
 ) -> RunResult:
     """One run from its configuration to its final artifacts, in the caller's process.
 
@@ -67,6 +70,9 @@ def run(
         stop: `stop.ask()`, from any thread, ends the run after its step with a checkpoint.
         sinks: called with (step, metrics) for every row that the run logs.
         display: where progress is shown; the terminal without one.
+        placement_group: where the actors live, such as a Tune trial's; it is left as it was. It has the bundles
+            of `place(config)`, in that order, or larger ones. A run cannot leave it: when a node of it is being
+            drained the run saves and is stopped.
 
     Raises:
         UserError: something that the user can mend: its configuration, data, machine, or what it resumes.
@@ -75,10 +81,11 @@ def run(
     """
     display = display or Display(config.name, config.trainer.steps)
     check(config)
+    if placement_group is not None:
+        check_lent(config)
+    caller = Caller(StopRequest() if stop is None else stop, sinks, display, placement_group)
     with mirrored(config, resume, display.note) as (staged, resumed):
-        return _prepare_and_train(
-            staged, resumed, fork, Caller(StopRequest() if stop is None else stop, sinks, display)
-        )
+        return _prepare_and_train(staged, resumed, fork, caller)
 
 
 def train(config: RunConfig, resume: str | None = None, fork: Fork | None = None) -> int:
@@ -87,11 +94,12 @@ def train(config: RunConfig, resume: str | None = None, fork: Fork | None = None
 
 
 class Caller(NamedTuple):
-    """How a run is ended from outside and who hears of it."""
+    """How a run is ended from outside, who hears of it, and where it may live."""
 
     stop: StopRequest
     sinks: Sequence[MetricSink]
     display: Display
+    lent: PlacementGroup | None
 
 
 def _prepare_and_train(config: RunConfig, resume: str | None, fork: Fork | None, caller: Caller) -> RunResult:
@@ -102,6 +110,8 @@ def _prepare_and_train(config: RunConfig, resume: str | None, fork: Fork | None,
     prepared = prepare(config)
     with cluster(config):
         plan = place(config)
+        if caller.lent is not None:
+            check_bundles(plan, caller.lent)
         check_machine(config, plan.device)
         folder = open_folder(config, resume, caller.display)
         caller.display.note(f"run folder: {folder.root}")
@@ -138,7 +148,7 @@ def _train(
     )
     context = RunContext(
         prepared, plan, folder, store, tracker, display, resumed, frozen, newest,
-        stop=caller.stop, sinks=caller.sinks,
+        stop=caller.stop, sinks=caller.sinks, lent=caller.lent,
     )  # fmt: skip
     before = saved.get("code_version", context.code_version)
     if before != context.code_version:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray.util.placement_group import PlacementGroup
+
 from rairl_ray.actors.placement import PlacementPlan
 from rairl_ray.checkpoint import CheckpointStore, Identity
 from rairl_ray.config.load import config_hash, differences, dump_yaml, read_saved
@@ -125,6 +127,8 @@ class RunContext:
     code_version: str = field(default_factory=code_version)
     stop: StopRequest = field(default_factory=StopRequest)
     sinks: Sequence[MetricSink] = ()
+    lent: PlacementGroup | None = None
+    """Where the actors live, if the caller said so."""
 
     @property
     def config(self) -> RunConfig:

@@ -85,6 +85,31 @@ def check_room(config: RunConfig) -> None:
         _placed(config, [this_machine()])
 
 
+def check_lent(config: RunConfig) -> None:
+    """Refuse a placement group for a run that needs places of its own. Raises PlacementError."""
+    if not config.algorithm.needs.rollouts:
+        why = f"algorithm.type={config.algorithm.type}: Ray Train places its workers itself"
+    elif config.rollout.most_replicas != config.rollout.least_replicas:
+        why = "rollout.replicas: replicas that join while it is on need places beside the group"
+    elif config.warm_start is not None:
+        why = f"warm_start={config.warm_start}: train that first, and give its result as model.policy.path"
+    else:
+        return
+    raise PlacementError(f"placement_group: this run cannot live in one; {why}")
+
+
+def check_bundles(plan: PlacementPlan, group: PlacementGroup) -> None:
+    """Refuse a placement group whose bundles do not hold the plan's, one by one. Raises PlacementError."""
+    given = group.bundle_specs
+    for number, wanted in enumerate(plan.bundles):
+        has = given[number] if number < len(given) else {}
+        if any(has.get(name, 0) < amount for name, amount in wanted.items()):
+            raise PlacementError(
+                f"placement_group: bundle {number} has {has or 'nothing'}, the run needs {wanted} there; "
+                f"all it needs, in order: {list(plan.bundles)}"
+            )
+
+
 def check_sockets(folder: str) -> None:
     """Refuse a temporary folder below which Ray cannot make its sockets. Raises PlacementError."""
     longest = f"{folder}/session_2000-01-01_00-00-00_000000_{2**22}/sockets/plasma_store"
@@ -150,7 +175,7 @@ def start_worker_groups(prepared: Prepared, plan: PlacementPlan, monitor: Proces
     threads = config.placement.threads_per_actor or os.cpu_count() or 1
     if not config.algorithm.needs.rollouts:
         plan = rollouts_only(plan)
-    monitor.groups.append(reserve(plan, config.timeouts.placement_seconds))
+    monitor.groups.append(monitor.lent or reserve(plan, config.timeouts.placement_seconds))
     learners = learner_environment(config, device, threads)
     pad_ids = (prepared.policy_renderer.pad_id, prepared.reader.renderer.pad_id)
     roles: dict[str, tuple[type[RankActor], Mapping[str, str], tuple[object, ...]]] = {
