@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="median length of a trial")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    run._trainable = stand_in
+    run.trainable = stand_in
     restored = [restore(size) for size in arguments.finished]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(arguments.nodes):

@@ -48,7 +48,7 @@ from rairl_ray.sweep.schedulers import id_of, scheduler_of
 from rairl_ray.sweep.search import Points
 from rairl_ray.sweep.status import SweepDisplay
 from rairl_ray.sweep.stopping import WHOLE, forget_requests, leave_request, listening, stop_request
-from rairl_ray.sweep.supervise import run_trial
+from rairl_ray.sweep.supervise import trainable
 from rairl_ray.trainer.run import made_by, train, with_warm_start
 from rairl_ray.trainer.run_context import SignalStop, code_version, resumable
 from rairl_ray.trainer.worker_groups import cluster, place
@@ -279,12 +279,12 @@ def _tune(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours lets trials save
     # A trial's own process only watches. Tune takes no empty request, and a byte of memory is in nobody's way.
-    trainable = tune.with_resources(_trainable, tune.PlacementGroupFactory([{"memory": 1}]))
+    watched = tune.with_resources(trainable, tune.PlacementGroupFactory([{"memory": 1}]))
     hours = file.budget.hours
     alike = len({item.config.algorithm.type for item in left}) <= 1
     progress = Progress(file, total, display, alike)
     tuner = tune.Tuner(
-        trainable,
+        watched,
         param_space={} if searched else {"spec": tune.grid_search([spec(item) for item in left])},
         tune_config=tune.TuneConfig(
             metric=file.metrics[0] if len(file.metrics) == 1 else None,
@@ -324,7 +324,3 @@ def _spec(file: SweepFile, parent: str | None, item: Trial) -> dict[str, Any]:
         "failures": file.failures.max_per_trial,
         "stops": [str(stop_request(file)), str(stop_request(file, item.id))],
     }
-
-
-def _trainable(config: dict[str, Any]) -> None:
-    run_trial(config["spec"])

@@ -40,8 +40,13 @@ _PR_SET_PDEATHSIG = 1
 _KEPT = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
 
 
+def trainable(config: dict[str, Any]) -> None:
+    """What Tune's worker calls. It stands here because a worker imports the module that it comes from."""
+    run_trial(config["spec"])
+
+
 def run_trial(spec: dict[str, Any]) -> None:
-    """Tune's function trainable. `spec`: folder, log, base, overrides, metrics, cwd, stops, failures.
+    """One trial to its end. `spec`: folder, log, base, overrides, metrics, cwd, stops, failures.
 
     A run that fails is started again `failures` times and goes on from its newest checkpoint; after that the
     trial ends without a final evaluation. Tune sees a failure only where it loses the worker that does this, or

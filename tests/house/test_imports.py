@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from rairl_ray.imports import without
+from rairl_ray.sweep.run import trainable
 from tests.runs import ROOT
 
 LEARNER = "rairl_ray.actors.policy, rairl_ray.engines.deepspeed_engine, rairl_ray.engines.reward_heads"
@@ -19,15 +20,21 @@ LEARNER = "rairl_ray.actors.policy, rairl_ray.engines.deepspeed_engine, rairl_ra
         (LEARNER, {"sklearn", "mlflow", "pandas"}),
         ("rairl_ray.actors.rollout_actor, rairl_ray.engines.hf_engine", {"sklearn", "mlflow", "pandas"}),
         ("rairl_ray.trainer.run", {"sklearn", "mlflow", "deepspeed"}),
+        ("rairl_ray.sweep.supervise", {"torch", "transformers", "sklearn", "scipy", "optuna", "mlflow"}),
     ],
-    ids=["learner", "rollout", "driver"],
+    ids=["learner", "rollout", "driver", "trial's watcher"],
 )
 def test_a_process_loads_nothing_that_it_does_not_use(modules: str, absent: set[str]) -> None:
     code = f"import sys, {modules}; print('loaded', *sys.modules); import sklearn.metrics"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     [loaded] = [line.split() for line in done.stdout.splitlines() if line.startswith("loaded")]
-    assert not absent & set(loaded) and "torch" in loaded
+    assert not absent & set(loaded) and "rairl_ray" in loaded
+
+
+def test_tunes_worker_imports_the_watcher_alone() -> None:
+    """A function travels to a worker as the name of its module, which is imported there."""
+    assert trainable.__module__ == "rairl_ray.sweep.supervise"
 
 
 def test_a_library_is_missing_within_and_there_afterwards() -> None:

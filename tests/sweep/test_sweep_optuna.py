@@ -193,7 +193,7 @@ def stand_in(config: dict[str, Any]) -> None:
 def test_tune_runs_the_search_and_its_resume(
     more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_trainable", stand_in)
+    monkeypatch.setattr(run, "trainable", stand_in)
     alone = optuna_sweep(tmp_path / "alone", trials=4, seeds=[0, 1])
     go_on(alone)
     overrides = {"warm_start": None, "placement.cpus_per_actor": 0.25}

@@ -49,7 +49,7 @@ def stand_in(config: dict[str, Any]) -> None:
 
 
 def stood_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> SweepFile:
-    monkeypatch.setattr(run, "_trainable", stand_in)
+    monkeypatch.setattr(run, "trainable", stand_in)
     overrides = {"warm_start": None, "eval.every": 1, "placement.device": "gpu", "tracking.uri": "none"}
     settings = {"space": {RATE: RATES}, "seeds": [0], "max_concurrent": 1, "overrides": overrides}
     return load_sweep(written(folder, **{**settings, **changes}))
