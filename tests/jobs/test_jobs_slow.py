@@ -155,6 +155,8 @@ def test_a_job_is_left_alone_by_ctrl_c_and_ended_by_stop(cluster: LocalCluster) 
     follower = subprocess.Popen(
         [sys.executable, "launch.py", "submit", "--address", cluster.address, "--follow", *arguments],
         cwd=ROOT, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A suite that a shell started in the background ignores Ctrl-C, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert follower.stdout is not None
     seen = ""
