@@ -17,6 +17,9 @@ RENAMED = {
 }  # fmt: skip
 """Former names of keys, answered with the present ones."""
 
+RENAMED_VALUES = {"slip": "propagated_error"}
+"""The same of values."""
+
 
 def known_keys() -> list[str]:
     """All dotted keys of the schema, sections included."""

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from rairl_ray.config import rules
-from rairl_ray.config.key_names import leaves, nearest_key, unknown_keys
+from rairl_ray.config.key_names import RENAMED_VALUES, leaves, nearest_key, unknown_keys
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.config.variants import ALGORITHMS
 from rairl_ray.config.yamlfile import Document, Dumper, parse_scalar, read_document
@@ -316,6 +316,8 @@ def _explain(error: ValidationError, data: Mapping[str, Any], place: Callable[[s
         if isinstance(item["input"], dict) and not lacks and elsewhere and last != key.rpartition(".")[2]:
             continue  # a type of a union, for which the mapping was not meant: its section's errors are told
         reason = lacks or _ALLOWED.get(item["type"]) or item["msg"].replace("Input should be", "must be")
+        if item["type"] == "literal_error" and (present := RENAMED_VALUES.get(str(item["input"]))):
+            reason = f"{item['input']!r} is called '{present}' now"
         reasons.setdefault(key, []).append(reason)
     for key, texts in reasons.items():
         value = rules.show(_value_at(data, key))

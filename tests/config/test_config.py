@@ -360,6 +360,11 @@ def test_a_former_name_is_answered_with_the_present_one() -> None:
         assert present in known_keys() and nearest_key(key) == present
 
 
+def test_a_former_value_is_answered_with_the_present_one(tmp_path: Path) -> None:
+    said = message(write(tmp_path / "a.yaml", "eval: {localisation_kinds: [slip]}\n"))
+    assert said.endswith("""eval.localisation_kinds=["slip"]: 'slip' is called 'propagated_error' now"""), said
+
+
 def test_nearest_keys_are_valid_keys() -> None:
     keys = set(known_keys())
     assert {"reward.density.type", "model.policy.lora.rank", "model.policy.build.heads", "seed"} <= keys
