@@ -200,7 +200,8 @@ class MlflowRun:
         except Exception as error:
             if self.exists() and _status(error) == 404 and self._is_gone():
                 self._warn("gone", "MLflow has lost the run; its history is sent again")
-                self._again()
+                self._attempts.clear()
+                self._spool.restart(self._key, {"key": uuid.uuid4().hex, "run_id": None, "closed": False})
             raise
 
     def _is_gone(self) -> bool:
@@ -209,10 +210,6 @@ class MlflowRun:
         except Exception as error:
             return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
         return False
-
-    def _again(self) -> None:
-        self._attempts.clear()
-        self._spool.restart(self._key, {"key": uuid.uuid4().hex, "run_id": None, "closed": False})
 
     # --- rows ----------------------------------------------------------------------------------------
 

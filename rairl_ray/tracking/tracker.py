@@ -191,7 +191,7 @@ class Tracker:
         if uploader is None:
             return
         # Rows first, so that whoever sees the terminal status sees the whole run; but not at its cost.
-        uploader.run.before_finish = lambda position: _wait_half(uploader, position, self._flush_seconds)
+        uploader.run.before_finish = lambda position: uploader.rows.wait(position, self._flush_seconds / 2)
         position = self._put({"kind": "finish", "status": status, "session": self._session})
         self._release()
         if self._orphaned_runs is not None:
@@ -242,10 +242,6 @@ def _close(first: float, again: float) -> bool:
     return math.isclose(first, again, rel_tol=1e-5, abs_tol=1e-6) or (math.isnan(first) and math.isnan(again))
 
 
-def _wait_half(uploader: Uploader, position: int, seconds: float) -> None:
-    uploader.rows.wait(position, seconds / 2, give_up_if_failing=True)
-
-
 def git_state() -> dict[str, str]:
     """Commit of this code and whether it was edited since; "unknown" where it is no git checkout."""
     here = Path(__file__).resolve()
@@ -275,6 +271,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
             text = value if isinstance(value, str) else json.dumps(value)
             flat[metric_name(prefix + key)] = redact(text)[:PARAM_LENGTH]
     return flat
-
-
-__all__ = ["Told", "Tracker", "git_state", "metric_name"]
