@@ -241,3 +241,13 @@ def test_a_driver_that_ended_after_the_next_one_began_does_not_speak_for_it(outp
     write(folder, {"kind": "finish", "session": "session-of-dead", "status": "KILLED"})
     finished(output)
     assert statuses(output) == ["FINISHED", "KILLED"] and pointers(output) == []
+
+
+def test_a_folder_of_another_user_is_left_alone(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    folder = dead(output)
+    before = (folder / SPOOL).read_bytes()
+    finished(output)
+    assert statuses(output) == ["FINISHED"] and (folder / SPOOL).read_bytes() == before
+    assert [pointer.read_text() for pointer in pointers(output)] == ["dead"]
