@@ -92,9 +92,10 @@ def train(
     resolved = _load(config, overrides) if start is None else start.config
     check_files(resolved)
     # Heavy imports wait until the configuration is known to be good.
-    from rairl_ray.trainer.run import train as run_training
+    from rairl_ray.trainer.run import SignalStop
+    from rairl_ray.trainer.run import run as run_training
 
-    return run_training(resolved, resume, start)
+    return run_training(resolved, resume=resume, fork=start, stop=SignalStop()).exit_code
 
 
 @app.command()

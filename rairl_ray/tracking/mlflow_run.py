@@ -138,8 +138,8 @@ class MlflowRun:
 
         with self._connecting:
             if self._connected is None:
-                with _whole_database(self._uri):
-                    self._connected = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+                _make_database(self._uri)
+                self._connected = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
             return self._connected
 
     def _open(self, record: dict[str, Any]) -> None:
@@ -200,7 +200,8 @@ class MlflowRun:
         except Exception as error:
             if self.exists() and _status(error) == 404 and self._is_gone():
                 self._warn("gone", "MLflow has lost the run; its history is sent again")
-                self._again()
+                self._attempts.clear()
+                self._spool.restart(self._key, {"key": uuid.uuid4().hex, "run_id": None, "closed": False})
             raise
 
     def _is_gone(self) -> bool:
@@ -209,10 +210,6 @@ class MlflowRun:
         except Exception as error:
             return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
         return False
-
-    def _again(self) -> None:
-        self._attempts.clear()
-        self._spool.restart(self._key, {"key": uuid.uuid4().hex, "run_id": None, "closed": False})
 
     # --- rows ----------------------------------------------------------------------------------------
 
@@ -312,34 +309,29 @@ def brief(error: Exception) -> str:
     return (redact(str(error)).splitlines() or [type(error).__name__])[0][:200]
 
 
-@contextlib.contextmanager
-def _whole_database(uri: str) -> Iterator[None]:
+def _make_database(uri: str) -> None:
     """Make a new sqlite database beside its place and move it there.
 
     MLflow makes the tables in dozens of steps, unguarded: a kill in between, or another process that does
     the same, leaves a file that no MLflow can open any more.
     """
-    path = Path(uri.removeprefix("sqlite:///").split("?")[0])
-    with contextlib.ExitStack() as stack:
-        if uri.startswith("sqlite:///") and path.parent.is_dir() and os.access(path.parent, os.W_OK):
-            lock = stack.enter_context(open(path.with_name(f".{path.name}.lock"), "a"))
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                _make_database(path)
-        yield
-
-
-def _make_database(path: Path) -> None:
     from mlflow import MlflowClient
 
-    new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
-    MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
-    with contextlib.suppress(FileExistsError):
-        # Not `replace`: somebody may have opened MLflow there in the meantime.
-        os.link(new, path)
-    new.unlink()
+    path = Path(uri.removeprefix("sqlite:///").split("?")[0])
+    if not uri.startswith("sqlite:///") or path.exists() or not path.parent.is_dir():
+        return
+    with open(path.with_name(f".{path.name}.lock"), "a") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        new = path.with_name(f".{path.name}.new")
+        new.unlink(missing_ok=True)
+        MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):
+            # Not `replace`: somebody may have opened MLflow there in the meantime.
+            os.link(new, path)
+        new.unlink()
 
 
 def _status(error: Exception) -> int | None:

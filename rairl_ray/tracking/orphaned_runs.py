@@ -1,29 +1,29 @@
 """Sends the rows and closes the runs that dead drivers left behind in an output folder.
 
-Touched are only run folders of this user that no process carries (its lock is free), and whose last driver
-either said how it ended or is proven dead: it was started on this host, and there is no such process now.
+Looked at are only runs with a pointer (unsent.py), and touched only folders of this user that no process
+carries (its lock is free), and whose last driver either said how it ended or is proven dead: it was started on
+this host, and there is no such process now.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rairl_ray.config.load import read_saved
-from rairl_ray.tracking.uploader import CURSOR, SPOOL, Uploader, server_hash, tracking_uri
+from rairl_ray.tracking.unsent import find, pointers, saved_cursor, settle, unfinished
+from rairl_ray.tracking.uploader import Uploader, server_names, tracking_uri
 
 EVERY_SECONDS = 60.0
 """Between two attempts at folders whose server did not answer."""
 
 
 class OrphanedRuns:
-    """A thread that sends what other run folders below `output` still hold, until it is stopped."""
+    """A thread that sends what other runs of `output` left unsent, until it is stopped."""
 
     def __init__(self, output: Path, own: Path) -> None:
         self._output, self._own = output, own
@@ -41,15 +41,28 @@ class OrphanedRuns:
             self._uploader.spool.close()
 
     def _loop(self) -> None:
-        folders = [folder for folder in run_folders(self._output) if folder != self._own]
-        while folders and not self._stopped.is_set():
-            folders = [folder for folder in folders if not self._finish(folder)]
-            self._stopped.wait(EVERY_SECONDS if folders else 0)
+        left = pointers(self._output)
+        while left and not self._stopped.is_set():
+            left = [pointer for pointer in left if not self._finish(pointer)]
+            self._stopped.wait(EVERY_SECONDS if left else 0)
 
-    def _finish(self, folder: Path) -> bool:
-        """Whether nothing is left to do in this folder, by us."""
+    def _finish(self, pointer: Path) -> bool:
+        """Whether nothing is left to do behind this pointer, by us."""
         try:
-            self._uploader = uploader = _open(folder)
+            folder = find(self._output, pointer)
+            if folder is None:
+                pointer.unlink(missing_ok=True)
+                return True
+            if folder == self._own or folder.stat().st_uid != os.getuid():
+                return True
+            return self._send(folder)
+        except Exception:
+            # A dead server, a disk, a folder that is just being removed: next time.
+            return False
+
+    def _send(self, folder: Path) -> bool:
+        if unfinished(folder):
+            self._uploader = uploader = _open(self._output, folder)
             if uploader is None:
                 return True
             # Only now: whoever stops us closes the spool that he sees.
@@ -61,22 +74,12 @@ class OrphanedRuns:
                     if alive(last):
                         return True
                     uploader.spool.put({"kind": "finish", "status": "KILLED", "session": last["session"]})
-                return uploader.once()
+                if not uploader.once():
+                    return False
             finally:
                 uploader.spool.close()
-        except Exception:
-            # A dead server, a disk, a folder that is just being removed: next time.
-            return False
-
-
-def run_folders(output: Path) -> Iterator[Path]:
-    """Folders below `output` with something that MLflow does not have, or a run that is not closed."""
-    for root, folders, files in os.walk(output):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "mlartifacts"]
-        if SPOOL in files or "config.yaml" in files:
-            folders.clear()
-        if SPOOL in files and _unfinished(Path(root)):
-            yield Path(root)
+        settle(self._output, folder)
+        return True
 
 
 def identity() -> dict[str, Any]:
@@ -111,40 +114,24 @@ def _born(pid: int) -> str | None:
     return f"{boot} {stat.rpartition(')')[2].split()[19]}"
 
 
-def _open(folder: Path) -> Uploader | None:
+def _open(output: Path, folder: Path) -> Uploader | None:
     """The folder's spool with its lock held; None where it is not ours to touch."""
-    config = read_saved(folder / "config.yaml")
-    output = folder.parents[len(Path(config.name).parts) - 1]
-    uri = tracking_uri(config, output)
-    if uri is None or _saved_cursor(folder).get("server", server_hash(uri)) != server_hash(uri):
+    uri = tracking_uri(read_saved(folder / "config.yaml"), output)
+    if uri is None:
+        return None
+    names = server_names(uri, output)
+    if saved_cursor(folder).get("server", names[0]) not in names:
         return None
     uploader = Uploader(uri, output, folder, warn=lambda topic, text: None, on_failure=lambda error: None)
     return uploader if uploader.spool.own(strict=True) else None
 
 
-def _saved_cursor(folder: Path) -> dict[str, Any]:
-    """Empty where there is none: that driver died before it sent anything."""
-    try:
-        return json.loads((folder / CURSOR).read_bytes())
-    except FileNotFoundError:
-        return {}
-
-
-def _unfinished(folder: Path) -> bool:
-    try:
-        if folder.stat().st_uid != os.getuid():
-            return False
-        cursor = _saved_cursor(folder)
-        offsets = [value for name, value in cursor.items() if name.endswith("_offset")]
-        return not cursor or not cursor["closed"] or min(offsets) < (folder / SPOOL).stat().st_size
-    except (OSError, ValueError, KeyError):
-        return False
-
-
 def _unfinished_start(uploader: Uploader) -> dict[str, Any] | None:
-    """The last `start` record, if no `finish` came after it."""
+    """The last `start` record, if its process did not say how it ended."""
     last = None
     for record, _ in uploader.spool.records("start", "finish"):
-        if record is not None:
-            last = record if record["kind"] == "start" else None
+        if record is not None and record["kind"] == "start":
+            last = record
+        elif record is not None and last is not None and record["session"] == last["session"]:
+            last = None
     return last

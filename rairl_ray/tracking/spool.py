@@ -44,9 +44,8 @@ class Spool:
         self.path, self._cursor_path, self._choose = path, cursor_path, cursor
         self.cursor = self._read_cursor()
         self.owned = self.ended = False
-        self.changed = threading.Condition()
-        """Notified when a queue came further."""
-        self._listeners: list[threading.Event] = []
+        self.changed, self.changes = threading.Condition(), 0
+        """Notified, and counted, when there is a new record, a queue came further or failed, or it ended."""
         self._write, self._save, self._own = threading.Lock(), threading.Lock(), threading.Lock()
         self._lock_file: IO[str] | None = None
 
@@ -59,8 +58,7 @@ class Spool:
         with self._write:
             append_line(self.path, line)
             position = self.size()
-        for listener in self._listeners:
-            listener.set()
+        self.notify()
         return position
 
     def size(self) -> int:
@@ -86,9 +84,16 @@ class Spool:
                         record = json.loads(line)
                 yield record, start
 
-    def listen(self, listener: threading.Event) -> None:
-        """Set `listener` whenever there is something new."""
-        self._listeners.append(listener)
+    def notify(self) -> None:
+        """Wake whoever waits for a change."""
+        with self.changed:
+            self.changes += 1
+            self.changed.notify_all()
+
+    def wait_for_change(self, seen: int) -> None:
+        """Wait until there was a change after the first `seen`."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.changes != seen)
 
     # --- the cursor --------------------------------------------------------------------------------
 
@@ -100,10 +105,7 @@ class Spool:
             self.cursor = self.cursor | changes
             if save:
                 self._write_cursor()
-        with self.changed:
-            self.changed.notify_all()
-        for listener in self._listeners:
-            listener.set()
+        self.notify()
         return True
 
     def restart(self, key: str, changes: dict[str, Any]) -> None:
@@ -161,8 +163,7 @@ class Spool:
                 with contextlib.suppress(OSError):
                     self._write_cursor()
             self.ended = True
-        for listener in self._listeners:
-            listener.set()
+        self.notify()
         with self._own:
             if self._lock_file is not None:
                 self._lock_file.close()
@@ -186,9 +187,8 @@ class UploadQueue:
         self._spool, self._kinds, self._apply, self._ready = spool, kinds, apply, ready
         self._on_failure, self._joins = on_failure, joins
         self._name, self._offset_name = name, f"{name}_offset"
-        self._wake, self._hurry = threading.Event(), threading.Event()
+        self._hurry = threading.Event()
         self.failing = False
-        spool.listen(self._wake)
 
     @property
     def offset(self) -> int:
@@ -203,15 +203,11 @@ class UploadQueue:
     def hurry(self) -> None:
         """The program is about to end: try again every second."""
         self._hurry.set()
-        self._wake.set()
 
-    def wait(self, position: int, seconds: float, give_up_if_failing: bool = False) -> bool:
-        """Wait until everything before `position` is carried; whether it is."""
+    def wait(self, position: int, seconds: float) -> None:
+        """Wait until everything before `position` is carried, or this queue fails."""
         with self._spool.changed:
-            self._spool.changed.wait_for(
-                lambda: self.offset >= position or (give_up_if_failing and self.failing), seconds
-            )
-        return self.offset >= position
+            self._spool.changed.wait_for(lambda: self.failing or self.offset >= position, seconds)
 
     def once(self) -> None:
         """Carry what is there now. Raises what `apply` raises."""
@@ -249,12 +245,11 @@ class UploadQueue:
     def _loop(self) -> None:
         failures = 0
         while not self._spool.ended:
-            self._wake.clear()
+            seen = self._spool.changes
             try:
                 if not self._spool.own():
                     # The process that sends what an earlier one left here is not done yet.
                     time.sleep(1.0)
-                    self._wake.set()
                     continue
                 self.once()
                 failures = 0
@@ -263,13 +258,13 @@ class UploadQueue:
                 # Once is nothing: SQLite answers "locked" at once where two of our queues write.
                 if failures > 1 and not self._spool.ended:
                     self._on_failure(error)
-            self.failing = failures > 0
-            with self._spool.changed:
-                self._spool.changed.notify_all()
+            if self.failing != (failures > 0):
+                self.failing = failures > 0
+                self._spool.notify()
             if not failures:
-                self._wake.wait()
+                self._spool.wait_for_change(seen)
             elif self._hurry.is_set():
                 time.sleep(1.0)
             else:
-                # Not `_wake`: a writer that goes on writing must not become the clock of the attempts.
+                # Not `changed`: a writer that goes on writing must not become the clock of the attempts.
                 self._hurry.wait(min(LONGEST_PAUSE_SECONDS, 2.0**failures))

@@ -4,8 +4,8 @@
                       one line                                     uploader.py        mlflow_run.py
 
 Every call writes a line to the run folder and returns; only the queues' threads talk to MLflow. What a run
-could not send waits in its folder: `--resume` sends it, and so does the next run in the same output folder
-(orphaned_runs.py), which also closes the runs of drivers that were killed.
+could not send waits in its folder: `--resume` sends it, and so does the next run in the same output folder,
+which finds it by a pointer (unsent.py) and also closes the runs of killed drivers (orphaned_runs.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.metrics import MEASURES_MACHINE
 from rairl_ray.tracking.mlflow_run import brief, import_mlflow, metric_name, redact
 from rairl_ray.tracking.orphaned_runs import OrphanedRuns, identity
-from rairl_ray.tracking.uploader import SPOOL, Uploader, tracking_uri
+from rairl_ray.tracking.unsent import settle
+from rairl_ray.tracking.uploader import Uploader, tracking_uri
 
 P = ParamSpec("P")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -76,6 +77,7 @@ class Tracker:
         self._started = False
         self._session = ""
         self._flush_seconds = 0.0
+        self._output = Path()
         self._earlier: dict[tuple[str, float], float] = {}
         self._differs = False
 
@@ -122,6 +124,9 @@ class Tracker:
         experiment, tags = config.tracking.experiment, {**git_state(), **config.tracking.tags, **(tags or {})}
         put = uploader.spool.put
         put({"kind": "start", "experiment": experiment, "run_name": told.name, **process})
+        # The pointer needs the record's session, and is there before MLflow can hear of the run.
+        self._output = output
+        self._settle(uploader)
         put({"kind": "params", "params": _flatten(told.values), "tags": tags})
         text = redact(yaml.safe_dump(told.values, sort_keys=False))
         put({"kind": "text", "name": told.file, "text": text})
@@ -186,7 +191,7 @@ class Tracker:
         if uploader is None:
             return
         # Rows first, so that whoever sees the terminal status sees the whole run; but not at its cost.
-        uploader.run.before_finish = lambda position: _wait_half(uploader, position, self._flush_seconds)
+        uploader.run.before_finish = lambda position: uploader.rows.wait(position, self._flush_seconds / 2)
         position = self._put({"kind": "finish", "status": status, "session": self._session})
         self._release()
         if self._orphaned_runs is not None:
@@ -198,6 +203,12 @@ class Tracker:
                 f"MLflow has not received everything in {self._flush_seconds:g} s (tracking.flush_seconds); "
                 f"the rest waits in {rest} and is sent by --resume or by the next run in this output folder",
             )
+        self._settle(uploader)
+
+    def _settle(self, uploader: Uploader) -> None:
+        """Without a pointer, what may be left waits for `--resume` alone."""
+        with contextlib.suppress(OSError):
+            settle(self._output, uploader.spool.path.parent)
 
     def _put(self, record: dict[str, Any]) -> int:
         return self._uploader.spool.put(record) if self._uploader is not None else 0
@@ -231,10 +242,6 @@ def _close(first: float, again: float) -> bool:
     return math.isclose(first, again, rel_tol=1e-5, abs_tol=1e-6) or (math.isnan(first) and math.isnan(again))
 
 
-def _wait_half(uploader: Uploader, position: int, seconds: float) -> None:
-    uploader.rows.wait(position, seconds / 2, give_up_if_failing=True)
-
-
 def git_state() -> dict[str, str]:
     """Commit of this code and whether it was edited since; "unknown" where it is no git checkout."""
     here = Path(__file__).resolve()
@@ -264,6 +271,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
             text = value if isinstance(value, str) else json.dumps(value)
             flat[metric_name(prefix + key)] = redact(text)[:PARAM_LENGTH]
     return flat
-
-
-__all__ = ["SPOOL", "Told", "Tracker", "git_state", "metric_name"]

@@ -15,9 +15,7 @@ from typing import Any
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.tracking.mlflow_run import MlflowRun, Warn, joins
 from rairl_ray.tracking.spool import Spool, UploadQueue
-
-SPOOL = "tracking_spool.jsonl"
-CURSOR = "tracking_cursor.json"
+from rairl_ray.tracking.unsent import CURSOR, SPOOL
 
 
 class Uploader:
@@ -34,7 +32,9 @@ class Uploader:
         resume_run_id: str | None = None,
     ) -> None:
         self.spool = Spool(
-            folder / SPOOL, folder / CURSOR, lambda saved: _cursor(saved, uri, folder, resume_run_id)
+            folder / SPOOL,
+            folder / CURSOR,
+            lambda saved: _cursor(saved, server_names(uri, output), resume_run_id),
         )
         self.run = MlflowRun(uri, output, self.spool, warn)
 
@@ -76,18 +76,24 @@ def tracking_uri(config: RunConfig, output: Path) -> str | None:
     return None if uri == "none" else uri
 
 
-def server_hash(uri: str) -> str:
-    """What the cursor remembers of an address, which may contain a password."""
-    return hashlib.sha256(uri.encode()).hexdigest()[:16]
+def server_names(uri: str, output: Path) -> list[str]:
+    """What a cursor may remember of an address, which may contain a password.
+
+    The first is what it remembers now: of a database in the output folder, no more than its name there, so that
+    the folder may be moved. The last is what earlier versions remembered.
+    """
+    within = uri.replace(f"{output}/", "")
+    return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in (within, uri)]
 
 
-def _cursor(saved: dict[str, Any] | None, uri: str, folder: Path, run_id: str | None) -> dict[str, Any]:
+def _cursor(saved: dict[str, Any] | None, names: list[str], run_id: str | None) -> dict[str, Any]:
     """The saved cursor if it belongs to this server, else one at the beginning: it gets the whole history."""
     fresh: dict[str, Any] = {
-        "server": server_hash(uri), "key": uuid.uuid4().hex, "run_id": None, "session": None, "closed": False,
+        "server": names[0], "key": uuid.uuid4().hex, "run_id": None, "session": None, "closed": False,
         "status_offset": 0, "rows_offset": 0, "files_offset": 0,
     }  # fmt: skip
     if saved is not None:
-        return saved if saved.get("server") == fresh["server"] and saved.keys() == fresh.keys() else fresh
+        ours = saved.get("server") in names and saved.keys() == fresh.keys()
+        return saved | {"server": names[0]} if ours else fresh
     # A lost cursor: everything in the spool may have arrived, and does no harm twice.
     return fresh | {"run_id": run_id}

@@ -5,7 +5,7 @@
             │                v
          backoff <──────── tear down, look that nothing is left (bounded by timeouts.teardown_seconds)
 
-Where nodes of the run are being drained, the body saves and raises `Drained`: the next attempt is elsewhere,
+Where nodes of the run are being drained, the attempt saves and raises `Drained`: the next attempt is elsewhere,
 and no budget pays for it. Each role has a budget of `trainer.max_restarts_per_role` rebuilds: a node that keeps
 killing a discriminator does not use up what a policy needs. Errors of the user are never tried again.
 """
@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import GroupFailure, pause_after
@@ -24,57 +24,6 @@ from rairl_ray.actors.process_monitor import ProcessMonitor
 from rairl_ray.errors import PlacementError, RunFailure
 from rairl_ray.trainer.run_context import RunContext
 from rairl_ray.trainer.worker_groups import WorkerGroups, start_worker_groups
-
-Body = Callable[[WorkerGroups, bool, Callable[[], None]], bool]
-"""(workers, whether to go on from the newest checkpoint, to be called once training goes on) -> finished."""
-
-
-def run_with_recovery(context: RunContext, body: Body) -> bool:
-    """Run `body` until it ends, anew after each failure that is left in its role's budget.
-
-    Returns what `body` returned: True when the run finished, False when it was asked to stop.
-
-    Raises:
-        GroupFailure: the first one beyond its role's budget.
-        RunFailure: when the cluster no longer has room for the run after a failure.
-    """
-    trainer, timeouts = context.config.trainer, context.config.timeouts
-    failures: Counter[str] = Counter()
-    rebuild: Rebuild | None = None
-    while True:
-        monitor = ProcessMonitor(timeouts.probe_seconds, lent=context.lent)
-        context.display.phase("starting actors")
-        try:
-            workers = start_worker_groups(context.prepared, context.plan, monitor)
-            done = body(workers, context.resumed or rebuild is not None, partial(_ready, context, rebuild))
-            workers.close()
-            return done
-        except GroupFailure as failure:
-            failures[failure.role] += 1
-            pause = pause_after(failures.total(), trainer.retry_backoff_seconds)
-            rebuild = Rebuild(failure, f"the failure of {failure.role} in phase {failure.phase}", pause)
-            context.event(
-                f"failure {failures[failure.role]} of role {failure.role}, whose budget is "
-                f"{trainer.max_restarts_per_role}, after {failure.waited_seconds:.1f} s of waiting: {failure}"
-            )
-            if failures[failure.role] > trainer.max_restarts_per_role:
-                raise
-        except Drained as notice:
-            rebuild = Rebuild(notice, "a drained node", 0.0)
-            context.event(str(notice))
-            if context.lent is not None:
-                context.event(f"its placement group cannot move; go on with --resume {context.config.name}")
-                return False
-        except PlacementError as error:
-            if rebuild is None:
-                raise
-            raise RunFailure(f"{rebuild.cause}. No room for a rebuild: {error}") from rebuild.cause
-        finally:
-            _end(context, monitor)
-        rebuild.torn_down = time.monotonic()
-        if context.stop.wait(rebuild.pause):
-            context.event(f"stopped after a failure; go on with --resume {context.config.name}")
-            return False
 
 
 @dataclass
@@ -90,19 +39,97 @@ class Rebuild:
     torn_down: float = 0.0
 
 
-def _end(context: RunContext, monitor: ProcessMonitor) -> None:
-    """Nothing of an attempt survives it, however it ended; what could not be confirmed is an event."""
-    for left in monitor.end(context.config.timeouts.teardown_seconds):
-        context.event(f"teardown: {left}")
+class Recovery:
+    """The attempts at a run, one after the other, as long as a failure is left in its role's budget:
 
+    while recovery.goes_on():
+        with recovery.attempt():
+            workers = recovery.start_workers()
+            ...
+            return finished
+    return False
+    """
 
-def _ready(context: RunContext, rebuild: Rebuild | None) -> None:
-    """The body restored its state and goes on: after a failure, say what that took."""
-    if rebuild is None:
-        return
-    seconds = time.monotonic() - rebuild.raised
-    teardown = rebuild.torn_down - rebuild.raised
-    context.event(
-        f"recovered from {rebuild.what} in {seconds:.1f} s: teardown "
-        f"{teardown:.1f} s, backoff {rebuild.pause:.1f} s, restart {seconds - teardown - rebuild.pause:.1f} s"
-    )
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._failures: Counter[str] = Counter()
+        self._monitor: ProcessMonitor | None = None
+        self._rebuild: Rebuild | None = None
+
+    @property
+    def resumes(self) -> bool:
+        """Whether this attempt goes on from the newest checkpoint."""
+        return self._context.resumed or self._rebuild is not None
+
+    def goes_on(self) -> bool:
+        """Whether there is an attempt to make; waits for the backoff of a failure, which a stop ends."""
+        if self._rebuild is None:
+            return True
+        if self._context.lent is not None and isinstance(self._rebuild.cause, Drained):
+            why = "stopped, as its placement group cannot move"
+        elif self._context.stop.wait(self._rebuild.pause):
+            why = "stopped after a failure"
+        else:
+            return True
+        self._context.event(f"{why}; go on with --resume {self._context.config.name}")
+        return False
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """A failure in here that may be tried again ends the block, and is not raised. All workers end with it.
+
+        Raises:
+            GroupFailure: the first one beyond its role's budget.
+            RunFailure: when the cluster no longer has room for the run after a failure.
+        """
+        context = self._context
+        self._monitor = ProcessMonitor(context.config.timeouts.probe_seconds, lent=context.lent)
+        context.display.phase("starting actors")
+        try:
+            yield
+        except GroupFailure as failure:
+            self._count(failure)
+        except Drained as notice:
+            self._rebuild = Rebuild(notice, "a drained node", 0.0)
+            context.event(str(notice))
+        except PlacementError as error:
+            if self._rebuild is None:
+                raise
+            cause = self._rebuild.cause
+            raise RunFailure(f"{cause}. No room for a rebuild: {error}") from cause
+        finally:
+            # Nothing of an attempt survives it, however it ended; what could not be confirmed is an event.
+            for left in self._monitor.end(context.config.timeouts.teardown_seconds):
+                context.event(f"teardown: {left}")
+            if self._rebuild is not None:
+                self._rebuild.torn_down = time.monotonic()
+
+    def start_workers(self) -> WorkerGroups:
+        """The workers of this attempt."""
+        assert self._monitor is not None
+        return start_worker_groups(self._context.prepared, self._context.plan, self._monitor)
+
+    def ready(self) -> None:
+        """Training goes on where it should: after a failure, say what that took."""
+        if (rebuild := self._rebuild) is None:
+            return
+        seconds = time.monotonic() - rebuild.raised
+        teardown = rebuild.torn_down - rebuild.raised
+        self._context.event(
+            f"recovered from {rebuild.what} in {seconds:.1f} s: teardown "
+            f"{teardown:.1f} s, backoff {rebuild.pause:.1f} s, "
+            f"restart {seconds - teardown - rebuild.pause:.1f} s"
+        )
+
+    def _count(self, failure: GroupFailure) -> None:
+        """Prepare a rebuild. Raises the failure where its role's budget is spent."""
+        trainer = self._context.config.trainer
+        self._failures[failure.role] += 1
+        pause = pause_after(self._failures.total(), trainer.retry_backoff_seconds)
+        self._rebuild = Rebuild(failure, f"the failure of {failure.role} in phase {failure.phase}", pause)
+        self._context.event(
+            f"failure {self._failures[failure.role]} of role {failure.role}, whose budget is "
+            f"{trainer.max_restarts_per_role}, after {failure.waited_seconds:.1f} s of waiting: {failure}"
+        )
+        if self._failures[failure.role] > trainer.max_restarts_per_role:
+            raise failure

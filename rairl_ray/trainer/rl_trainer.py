@@ -5,7 +5,7 @@ A failed actor group ends the attempt; `recovery.py` starts the next one from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from rairl_ray.trainer.evaluator import Evaluator, values_of
 from rairl_ray.trainer.grpo import GrpoStrategy
 from rairl_ray.trainer.loop import Loop
 from rairl_ray.trainer.prompt_sampler import PromptSampler
-from rairl_ray.trainer.recovery import run_with_recovery
+from rairl_ray.trainer.recovery import Recovery
 from rairl_ray.trainer.run_context import RunContext
 from rairl_ray.trainer.warmup import WarmupPool
 from rairl_ray.trainer.worker_groups import WorkerGroups
@@ -34,9 +34,20 @@ from rairl_ray.trainer.worker_groups import WorkerGroups
 
 def run(context: RunContext) -> bool:
     """The whole run; True when it finished, False when it was asked to stop (its state is saved)."""
-    return run_with_recovery(
-        context, lambda workers, resume, ready: RLTrainer(context, workers).run(resume, ready)
-    )
+    recovery = Recovery(context)
+    while recovery.goes_on():
+        with recovery.attempt():
+            workers = recovery.start_workers()
+            trainer = RLTrainer(context, workers)
+            trainer.begin(recovery.resumes)
+            recovery.ready()
+            summary = None
+            with suppress(Interrupted):
+                summary = trainer.to_the_end()
+            finished = trainer.stopped() if summary is None else trainer.export(summary)
+            workers.close()
+            return finished
+    return False
 
 
 @dataclass
@@ -85,26 +96,15 @@ class RLTrainer:
         scorer = None if self.airl is None else self.airl.scorer
         self.evaluator = Evaluator(config, prepared.task, workers.rollouts, scorer, lambda: bool(context.stop))
 
-    def run(self, resume: bool, ready: Callable[[], None]) -> bool:
-        """One attempt from start or checkpoint; `ready` is called once it can go on where it should."""
-        config = self.config
+    def begin(self, resume: bool) -> None:
+        """From start or checkpoint to where training goes on."""
         self._open()
         restored = self._restore() if resume else False
         self.loop.sync()
-        ready()
-        if config.eval.at_start and not restored:
+        if self.config.eval.at_start and not restored:
             self.progress.unevaluated = {}
-        try:
-            summary = self._to_the_end()
-        except Interrupted:
-            summary = None
-        if summary is None:
-            return self._stopped()
-        self.checkpointer.require()
-        self._export(summary)
-        return True
 
-    def _to_the_end(self) -> Summary | None:
+    def to_the_end(self) -> Summary | None:
         """From where the run stands to its final evaluation; None when asked to stop.
 
         Raises:
@@ -203,7 +203,10 @@ class RLTrainer:
             return True
         display = self.context.display
         display.phase("discriminator warm-up", gate.max_steps, self.progress.warmup)
-        pool = self._warmup_pool()
+        pool = WarmupPool(
+            self.config, self.context.prepared.task.train, self.workers.rollouts, self.evaluator,
+            lambda: bool(self.context.stop), self.progress.warmup,
+        )  # fmt: skip
         auroc = self._separation(pool) if gate.measures(self.progress.warmup) else None
         ready, reason = gate.ready(self.progress.warmup, auroc)
         while not ready:
@@ -238,10 +241,6 @@ class RLTrainer:
             f"AUROC on held-out right/wrong samples {float('nan') if auroc is None else auroc:.3f}"
         )
         return True
-
-    def _warmup_pool(self) -> WarmupPool:
-        train, stop = self.context.prepared.task.train, lambda: bool(self.context.stop)
-        return WarmupPool(self.config, train, self.workers.rollouts, self.evaluator, stop, self.progress.warmup)
 
     def _separation(self, pool: WarmupPool) -> float:
         self._forget_references()
@@ -302,18 +301,21 @@ class RLTrainer:
             self._save_this_moment()
             raise Drained(nodes, self.progress.step)
 
-    def _stopped(self) -> bool:
+    def stopped(self) -> bool:
+        """Save what there is; False, as the run did not finish."""
         self._save_this_moment()
         self.context.event(
             f"stopped after step {self.progress.step}; go on with --resume {self.context.config.name}"
         )
         return False
 
-    def _export(self, summary: Summary) -> None:
-        """Final artifacts, uploaded, and the result on the screen."""
+    def export(self, summary: Summary) -> bool:
+        """Final artifacts, uploaded, and the result on the screen; True, as the run finished."""
+        self.checkpointer.require()
         context = self.context
         context.display.phase("writing final artifacts")
         self.policy.export(context.folder.final_policy)
         if self.workers.discriminator is not None:
             self.workers.discriminator.export(context.folder.final_reward_model)
         context.finish(summary)
+        return True

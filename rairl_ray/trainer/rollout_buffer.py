@@ -76,7 +76,10 @@ class RolloutBuffer:
         """The groups of `step`, for a policy at version step - 1; starts the sampling of step + n first."""
         newest = self._buffer[-1].step if self._buffer else step - 1
         for later in range(newest + 1, min(step + self._bound, self._steps) + 1):
-            self._start(later, self._sampler.next_rows(self._prompts_per_step))
+            asked = _Buffered(later, self._sampler.next_rows(self._prompts_per_step))
+            asked.pending = self._rollouts.start(self._sampler.prompts(asked.rows), f"train/{later}")
+            self._buffer.append(asked)
+            self._waiting.append(asked)
         item = self._buffer.popleft()
         assert item.step == step
         sampled = self._finish(item)
@@ -121,12 +124,6 @@ class RolloutBuffer:
             )
 
     # --- inside ----------------------------------------------------------------------------------
-
-    def _start(self, step: int, rows: list[int]) -> None:
-        item = _Buffered(step, rows)
-        item.pending = self._rollouts.start(self._sampler.prompts(rows), f"train/{step}")
-        self._buffer.append(item)
-        self._waiting.append(item)
 
     def _finish(self, item: _Buffered) -> Sampled:
         while item.sampled is None:

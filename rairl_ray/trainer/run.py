@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +19,7 @@ from rairl_ray.config.schema import Algorithm, RunConfig
 from rairl_ray.config.variants import complete
 from rairl_ray.display import Display
 from rairl_ray.runfolder import RunFolder, Summary, read_summary
-from rairl_ray.tracking.tracker import Tracker
+from rairl_ray.tracking.tracker import Status, Tracker
 from rairl_ray.trainer import rl_trainer, sft
 from rairl_ray.trainer.async_checkpointer import check_references, references
 from rairl_ray.trainer.fork import Fork, take_over
@@ -47,6 +48,11 @@ class RunResult:
     status: Literal["finished", "stopped"]
     summary: Summary
     """The final evaluation; empty where the run was stopped, or evaluates nothing."""
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command line: 130 where Ctrl-C or SIGTERM stopped the run."""
+        return 0 if self.status == "finished" else 130
 
 
 def run(
@@ -84,13 +90,28 @@ def run(
     if placement_group is not None:
         check_lent(config)
     caller = Caller(StopRequest() if stop is None else stop, sinks, display, placement_group)
-    with mirrored(config, resume, display.note) as (staged, resumed):
-        return _prepare_and_train(staged, resumed, fork, caller)
+    with (
+        mirrored(config, resume, display.note) as (staged, resumed),
+        _opened(staged, resumed, fork, caller) as context,
+    ):
+        status: Status = "FAILED"
+        try:
+            with display, context.stop.listening(display):
+                status = "FINISHED" if ALGORITHMS[config.algorithm.type](context) else "KILLED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        except Exception as error:
+            context.folder.event(f"failed: {error}")
+            raise
+        finally:
+            context.tracker.finish(status)
+        return _result(context, status)
 
 
 def train(config: RunConfig, resume: str | None = None, fork: Fork | None = None) -> int:
-    """`launch.py train`: a run that Ctrl-C and SIGTERM may end; its exit code, 130 where they did."""
-    return 0 if run(config, resume=resume, fork=fork, stop=SignalStop()).status == "finished" else 130
+    """A run that Ctrl-C and SIGTERM may end, as `launch.py train` makes one; its exit code."""
+    return run(config, resume=resume, fork=fork, stop=SignalStop()).exit_code
 
 
 class Caller(NamedTuple):
@@ -102,7 +123,9 @@ class Caller(NamedTuple):
     lent: PlacementGroup | None
 
 
-def _prepare_and_train(config: RunConfig, resume: str | None, fork: Fork | None, caller: Caller) -> RunResult:
+@contextmanager
+def _opened(config: RunConfig, resume: str | None, fork: Fork | None, caller: Caller) -> Iterator[RunContext]:
+    """All that a run needs is checked and prepared; cluster and run folder are its own in here."""
     if resume is not None:
         resumable(filled_in(config), resume)
     check_room(config)
@@ -118,12 +141,13 @@ def _prepare_and_train(config: RunConfig, resume: str | None, fork: Fork | None,
         with folder.lock():
             if fork is not None:
                 take_over(fork, folder)
-            return _train(prepared, plan, folder, resume is not None or fork is not None, caller)
+            yield _context(prepared, plan, folder, resume is not None or fork is not None, caller)
 
 
-def _train(
+def _context(
     prepared: Prepared, plan: PlacementPlan, folder: RunFolder, resumed: bool, caller: Caller
-) -> RunResult:
+) -> RunContext:
+    """What surrounds the loop, with tracking started; newest checkpoint and configuration agree."""
     config, display = prepared.config, caller.display
     save_config(folder, config)
     tracker = Tracker(warn=display.note)
@@ -155,22 +179,14 @@ def _train(
         context.event(f"the checkpoint was written by code {before}, this is {context.code_version}")
     if prepared.start is not None:
         context.event(prepared.start.describe())
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
-        with display, context.stop.listening(display):
-            status = "FINISHED" if ALGORITHMS[config.algorithm.type](context) else "KILLED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    except Exception as error:
-        folder.event(f"failed: {error}")
-        raise
-    finally:
-        tracker.finish(status)
+    return context
+
+
+def _result(context: RunContext, status: Status) -> RunResult:
     if status != "FINISHED":
-        return RunResult(folder, "stopped", {})
-    written = folder.evaluation("final") / "summary.json"
-    return RunResult(folder, "finished", read_summary(written) if written.is_file() else {})
+        return RunResult(context.folder, "stopped", {})
+    written = context.folder.evaluation("final") / "summary.json"
+    return RunResult(context.folder, "finished", read_summary(written) if written.is_file() else {})
 
 
 def with_warm_start(config: RunConfig, display: Display, stop: StopRequest | None = None) -> RunConfig:

@@ -36,7 +36,7 @@ from rairl_ray.errors import UserError
 from rairl_ray.runfolder import Summary
 from rairl_ray.trainer.async_checkpointer import AsyncCheckpointer
 from rairl_ray.trainer.evaluator import Evaluator, values_of
-from rairl_ray.trainer.recovery import run_with_recovery
+from rairl_ray.trainer.recovery import Recovery
 from rairl_ray.trainer.run_context import RunContext
 from rairl_ray.trainer.sft_channel import Message, SftChannel
 from rairl_ray.trainer.sft_worker import train_worker
@@ -49,15 +49,18 @@ DRAIN_SECONDS = 5.0
 
 def run(context: RunContext) -> bool:
     """The whole run; True when it finished, False when it was asked to stop (its state is saved)."""
-    return run_with_recovery(context, lambda workers, resume, ready: _attempt(context, workers, resume, ready))
-
-
-def _attempt(context: RunContext, workers: WorkerGroups, resume: bool, ready: Callable[[], None]) -> bool:
-    try:
-        return _to_the_end(context, workers, resume, ready)
-    except Interrupted:
-        context.event(f"stopped inside an evaluation; go on with --resume {context.config.name}")
-        return False
+    recovery = Recovery(context)
+    while recovery.goes_on():
+        with recovery.attempt():
+            workers = recovery.start_workers()
+            try:
+                finished = _to_the_end(context, workers, recovery.resumes, recovery.ready)
+            except Interrupted:
+                context.event(f"stopped inside an evaluation; go on with --resume {context.config.name}")
+                finished = False
+            workers.close()
+            return finished
+    return False
 
 
 def _to_the_end(context: RunContext, workers: WorkerGroups, resume: bool, ready: Callable[[], None]) -> bool:

@@ -9,7 +9,7 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,13 +159,23 @@ def failing_context(
     return context, said
 
 
-def failures_of(*roles: str) -> tuple[recovery.Body, list[bool]]:
+def attempts(context: Any, body: Callable[[recovery.Recovery], bool]) -> bool:
+    """As the trainers make them."""
+    tries = recovery.Recovery(context)
+    while tries.goes_on():
+        with tries.attempt():
+            tries.start_workers()
+            return body(tries)
+    return False
+
+
+def failures_of(*roles: str) -> tuple[Callable[[recovery.Recovery], bool], list[bool]]:
     """A body that fails once for each role and then finishes, and how it was asked to start each time."""
     left, resumed = list(roles), []
 
-    def body(_workers: Any, resume: bool, ready: Any) -> bool:
-        resumed.append(resume)
-        ready()
+    def body(tries: recovery.Recovery) -> bool:
+        resumed.append(tries.resumes)
+        tries.ready()
         if left:
             raise GroupFailure("it broke", role=left.pop(0), phase="update")
         return True
@@ -176,12 +186,12 @@ def failures_of(*roles: str) -> tuple[recovery.Body, list[bool]]:
 def test_every_role_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     context, said = failing_context(monkeypatch, retries=1)
     body, resumed = failures_of("policy", "rollout", "discriminator")
-    assert recovery.run_with_recovery(context, body)
+    assert attempts(context, body)
     assert resumed == [False, True, True, True]
     assert [text.startswith("recovered from the failure of") for text in said] == [False, True] * 3
     body, _ = failures_of("policy", "rollout", "policy")
     with pytest.raises(GroupFailure):
-        recovery.run_with_recovery(context, body)
+        attempts(context, body)
 
 
 def test_the_backoff_doubles_up_to_its_cap() -> None:
@@ -197,7 +207,7 @@ def test_a_stop_request_ends_the_backoff_at_once(monkeypatch: pytest.MonkeyPatch
         raise GroupFailure("it broke", role="policy", phase="update")
 
     started = time.monotonic()
-    assert not recovery.run_with_recovery(context, body)
+    assert not attempts(context, body)
     assert time.monotonic() - started < 60
     assert "--resume run" in said[-1]
 
@@ -213,7 +223,7 @@ def test_errors_of_the_user_are_not_tried_again_and_a_shrunken_cluster_says_what
         raise DataError("my.jsonl line 3")
 
     with pytest.raises(DataError):
-        recovery.run_with_recovery(context, body)
+        attempts(context, body)
     assert len(calls) == 1 and not said
 
     def no_room(*_: Any) -> Any:
@@ -224,7 +234,7 @@ def test_errors_of_the_user_are_not_tried_again_and_a_shrunken_cluster_says_what
         raise GroupFailure("the node broke", role="policy", phase="update")
 
     with pytest.raises(RunFailure, match=r"the node broke.*no room"):
-        recovery.run_with_recovery(context, once)
+        attempts(context, once)
 
 
 # --- one stopped process of each role in a real run ------------------------------------------------------

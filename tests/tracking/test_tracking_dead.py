@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 
 from rairl_ray.tracking.orphaned_runs import alive, identity
 from rairl_ray.tracking.tracker import Tracker
-from rairl_ray.tracking.uploader import CURSOR, SPOOL, Uploader
+from rairl_ray.tracking.unsent import CURSOR, SPOOL
+from rairl_ray.tracking.uploader import Uploader
 from tests.mlflow_server import free_port, proxy, server
 from tests.tracked import config, empty_database, eventually, history, run_folder, runs, sqlite
 

@@ -11,6 +11,7 @@ import pytest
 
 from rairl_ray.algorithms.warmup import WarmupGate, frozen
 from rairl_ray.config.schema import Discriminator, RunConfig
+from rairl_ray.trainer import rl_trainer
 from rairl_ray.trainer.rl_trainer import Progress, RLTrainer
 
 
@@ -48,6 +49,13 @@ class Killed(Exception):
     pass
 
 
+@pytest.fixture(autouse=True)
+def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        rl_trainer, "WarmupPool", lambda *_: SimpleNamespace(next=lambda update: ([], []), heldout=[])
+    )
+
+
 def warmed_up(
     config: RunConfig, progress: Progress, auroc_of: Callable[[int], float], kill_at: int | None = None
 ) -> tuple[Progress, list[str]]:
@@ -56,10 +64,10 @@ def warmed_up(
     checkpoints = [Progress(**vars(progress))]
     run: Any = object.__new__(RLTrainer)
     run.config, run.progress = config, progress
-    run.workers = SimpleNamespace(monitor=SimpleNamespace(draining=set), discriminator=None)
+    run.workers = SimpleNamespace(monitor=SimpleNamespace(draining=set), discriminator=None, rollouts=None)
     run.rollout_pool = SimpleNamespace(grow=lambda: None, leave_drained=lambda: None)
     run.airl = SimpleNamespace(update=lambda groups, demonstrations, epoch: {})
-    run._warmup_pool = lambda: SimpleNamespace(next=lambda update: ([], []))
+    run.evaluator = None
     run._separation = lambda pool: auroc_of(progress.warmup)
 
     def save() -> None:
@@ -71,7 +79,8 @@ def warmed_up(
 
     run._save = save
     display = SimpleNamespace(phase=lambda *_: None, step=lambda *_: None)
-    run.context = SimpleNamespace(display=display, stop=False, event=said.append, log=log)
+    prepared = SimpleNamespace(task=SimpleNamespace(train=[]))
+    run.context = SimpleNamespace(display=display, stop=False, event=said.append, log=log, prepared=prepared)
     try:
         assert run._warm_up()
     except Killed:
