@@ -36,6 +36,7 @@ from rairl_ray.engines.vllm_engine import VllmEngine, vllm_environment
 VOCABULARY = 512
 MIDDLE = Traces(8, 4, 64, 64, VOCABULARY)
 MODEL = "1.7M"
+LEARNERS = ("policy", "discriminator")
 PHASES = ("rollout", "policy", "discriminator", "score")
 
 
@@ -57,42 +58,50 @@ def points(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def timed(work: Callable[[], Any], rounds: int) -> list[float]:
-    """Seconds of each round; one before them is not counted."""
+def timed(work: Callable[[int], Any], rounds: int) -> list[float]:
+    """Seconds of each round, which `work` is told; one before them, number 0, is not counted."""
     found = []
-    for _ in range(rounds + 1):
+    for number in range(rounds + 1):
         started = time.perf_counter()
-        work()
+        work(number)
         found.append(time.perf_counter() - started)
     return found[1:]
 
 
 def rollouts(spec: Mapping[str, Any]) -> list[dict[str, list[float]]]:
-    """vLLM's engine in this process. Nothing ends a completion before its limit."""
+    """vLLM's engine in this process, with other prompts each round."""
     found, engine, opened = [], None, None
     for point in spec["points"]:
-        traces = Traces(**point["traces"])
         if opened != point["model"]:
             if engine is not None:
                 engine.close()
             opened = point["model"]
-            options = EngineOptions(
-                model_path=spec["folders"][opened], eos_id=VOCABULARY, max_prompt_tokens=64,
-                max_completion_tokens=256, max_sequences=128, cpu_cache_gib=1.0,
-            )  # fmt: skip
-            engine = VllmEngine(options, lambda ids: "")
-            engine.mark_synced(0)
-        requests = [
-            GenerationRequest(prompt_ids=ids, seed=100 * row + sample)
-            for row, ids in enumerate(traces.prompt_ids())
-            for sample in range(traces.group)
-        ]
+            engine = open_engine(spec["folders"][opened])
         assert engine is not None
-        made = engine.generate(requests, SamplingSettings(max_tokens=traces.completion))
-        assert sum(len(one.token_ids) for one in made) == traces.tokens
-        again = partial(engine.generate, requests, SamplingSettings(max_tokens=traces.completion))
-        found.append({"rollout": timed(again, spec["rounds"])})
+        found.append({"rollout": timed(partial(sample, engine, Traces(**point["traces"])), spec["rounds"])})
     return found
+
+
+def open_engine(path: str) -> VllmEngine:
+    """An engine that nothing stops before a completion's limit."""
+    options = EngineOptions(
+        model_path=path, eos_id=0, max_prompt_tokens=64, max_completion_tokens=256, max_sequences=128
+    )
+    engine = VllmEngine(options, lambda ids: "")
+    params = engine._params
+    engine._params = lambda **settings: params(**{**settings, "stop_token_ids": []})
+    engine.mark_synced(0)
+    return engine
+
+
+def sample(engine: VllmEngine, traces: Traces, round_: int) -> None:
+    requests = [
+        GenerationRequest(prompt_ids=ids, seed=100 * row + number)
+        for row, ids in enumerate(traces.prompt_ids(round_))
+        for number in range(traces.group)
+    ]
+    made = engine.generate(requests, SamplingSettings(max_tokens=traces.completion))
+    assert sum(len(one.token_ids) for one in made) == traces.tokens
 
 
 def learner(spec: Mapping[str, Any]) -> list[dict[str, list[float]]]:
@@ -112,49 +121,43 @@ def learner(spec: Mapping[str, Any]) -> list[dict[str, list[float]]]:
         assert actor is not None
         traces = Traces(**point["traces"])
         if spec["role"] == "policy":
-            found.append({"policy": timed(actor.update(traces.sampled()), spec["rounds"])})
+            found.append({"policy": timed(again(actor.update(traces.sampled())), spec["rounds"])})
         else:
             update, score = actor.update(traces.labelled()), actor.score(traces.labelled())
-            found.append(
-                {"discriminator": timed(update, spec["rounds"]), "score": timed(score, spec["rounds"])}
-            )
+            both = {"discriminator": update, "score": score}
+            found.append({phase: timed(again(work), spec["rounds"]) for phase, work in both.items()})
     return found
 
 
-def by_model(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """Points in the order of their models, so that each is opened once."""
-    return sorted(spec["points"], key=lambda point: list(SIZES).index(point["model"]))
+def again(work: Callable[[], Any]) -> Callable[[int], Any]:
+    """The same in every round."""
+    return lambda _round: work()
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Every point with the seconds of each phase."""
-    wanted = points(arguments)
-    names = sorted({point["model"] for point in wanted} | {MODEL})
-    spec: dict[str, Any] = {
-        "points": wanted, "rounds": arguments.rounds, "threads": arguments.threads,
-        "folders": {name: make_model(folder / name, SIZES[name], VOCABULARY) for name in names},
-    }  # fmt: skip
-    spec["points"] = by_model(spec)
-    file = folder / "rollout.json"
-    file.write_text(json.dumps({**spec, "role": "rollout"}))
-    environment = vllm_environment(device="cpu", threads=arguments.threads)
-    parts = [told("benchmarks.growth", [f"--spec={file}"], environment)["found"]] if wanted else []
-    parts += (
-        [ranks(spec, role, 1, arguments.threads, folder) for role in ("policy", "discriminator")]
-        if wanted
-        else []
-    )
-    rows = [
-        {**point, "seconds": {phase: values for part in found for phase, values in part.items()}}
-        for point, *found in zip(spec["points"], *parts, strict=True)
-    ]
+    # in the order of their models, so that each is opened once
+    wanted = sorted(points(arguments), key=lambda point: list(SIZES).index(point["model"]))
+    names = {MODEL, *(point["model"] for point in wanted)}
+    folders = {name: make_model(folder / name, SIZES[name], VOCABULARY) for name in names}
+    spec = {"points": wanted, "rounds": arguments.rounds, "folders": folders}
+    rows = []
+    if wanted:
+        (folder / "rollout.json").write_text(json.dumps({**spec, "role": "rollout"}))
+        environment = vllm_environment(device="cpu", threads=arguments.threads)
+        parts = [told("benchmarks.growth", [f"--spec={folder / 'rollout.json'}"], environment)["found"]]
+        parts += [ranks(spec, role, 1, arguments.threads, folder) for role in LEARNERS]
+        rows = [{**point, "seconds": joined(found)} for point, *found in zip(wanted, *parts, strict=True)]
     if "ranks" in arguments.axes:
         middle = {"axis": "ranks", "size": 1, "model": MODEL, "traces": asdict(MIDDLE)}
         for world in (1, 2):
-            one = {**spec, "points": [middle]}
-            answers = [ranks(one, role, world, 1, folder)[0] for role in ("policy", "discriminator")]
-            rows.append({**middle, "size": world, "seconds": {k: v for a in answers for k, v in a.items()}})
+            found = [ranks({**spec, "points": [middle]}, role, world, 1, folder)[0] for role in LEARNERS]
+            rows.append({**middle, "size": world, "seconds": joined(found)})
     return rows
+
+
+def joined(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    return {phase: seconds for part in parts for phase, seconds in part.items()}
 
 
 def ranks(spec: Mapping[str, Any], role: str, world: int, threads: int, folder: Path) -> Any:

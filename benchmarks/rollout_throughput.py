@@ -64,7 +64,7 @@ class Comparison:
         self.engine.mark_synced(0)
         self.options = self.engine._options
         settings = {key: value for key, value in llm_arguments(self.options).items() if key not in ONLY_OURS}
-        self.llm = vllm.LLM(**settings)
+        self.llm: Any = vllm.LLM(**settings)
         self.params = vllm.SamplingParams
         self.sampling = SamplingSettings(max_tokens=arguments.tokens)
         vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
@@ -101,7 +101,8 @@ class Comparison:
     def through_actor(self, requests: list[GenerationRequest]) -> list[Any]:
         import ray
 
-        made, _, _ = ray.get(self.actor.generate.remote(requests, self.sampling))  # type: ignore[union-attr]
+        assert self.actor is not None
+        made, _, _ = ray.get(self.actor.generate.remote(requests, self.sampling))
         return [one.token_ids for one in made]
 
     def parts(self, requests: list[GenerationRequest]) -> dict[str, float]:
@@ -155,8 +156,9 @@ class Comparison:
         }  # fmt: skip
 
     def close(self) -> None:
-        self.engine.close()
         self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        self.engine.close()
 
 
 def actor_of(config: RunConfig, path: str) -> Any:
