@@ -46,6 +46,9 @@ mutants: install
 bench: install
 	@mkdir -p $(BENCH)
 	$(BIN)/python -m benchmarks.learner_rows --rounds 3 --threads 1 --json $(BENCH)/learner_rows.json
+	$(BIN)/python -m benchmarks.learner_bare --layers 8 --rounds 3 --json $(BENCH)/learner_bare.json
+	$(BIN)/python -m benchmarks.rollout_throughput --rounds 3 --json $(BENCH)/rollout_throughput.json
+	$(BIN)/python -m benchmarks.growth --largest 7.3M --rounds 2 --json $(BENCH)/growth.json --markdown $(BENCH)/growth.md
 	$(BIN)/python -m benchmarks.merged_rollouts --rounds 2 --json $(BENCH)/merged_rollouts.json
 	$(BIN)/python -m benchmarks.evaluate_throughput --prompts 64 --rounds 2 --json $(BENCH)/evaluate_throughput.json
 	$(BIN)/python -m benchmarks.lines_memory --rows 10000 100000 --json $(BENCH)/lines_memory.json

@@ -6,6 +6,7 @@ Neither Ray nor torch is imported, but Ray to ask a running cluster for its node
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -28,6 +29,7 @@ from rairl_ray.config.load import config_hash, dump_yaml, warm_start_chain
 from rairl_ray.config.prediction import Assumptions, predict
 from rairl_ray.config.rules import check
 from rairl_ray.config.schema import Model, RunConfig
+from rairl_ray.engines.environment import compute_environment, openmp_of, threads_of
 from rairl_ray.errors import UserError
 
 PLENTY = 1e9
@@ -67,6 +69,7 @@ def show_plan(
     for earlier in chain:
         console.print(f"starts from: {earlier.name} ({earlier.trainer.steps} SFT steps)", markup=False)
     print_placement(plan, cluster, console)
+    print_threads(config, plan, console)
     _print_work(config, console)
     policy = chain[0].model.policy if chain else None
     print_memory(memory(config, policy), plan, console)
@@ -162,6 +165,26 @@ def print_placement(plan: PlacementPlan, cluster: Sequence[Node], console: Conso
             "GPUs",
             highlight=False,
         )
+
+
+def print_threads(config: RunConfig, plan: PlacementPlan, console: Console) -> None:
+    """Compute threads of an actor of each role, and the OpenMP that runs them on a CPU."""
+    device = "cuda" if plan.device == "gpu" else "cpu"
+    said, openmp = [], ""
+    for role in ("rollout", "policy", "discriminator"):
+        if role not in plan.roles or (role == "rollout" and device == "cuda"):
+            continue  # an engine on a GPU is told nothing
+        variables = compute_environment(device, threads_of(config, role))
+        ranks = f" in each of {len(plan.roles[role])}" if len(plan.roles[role]) > 1 else ""
+        said.append(f"{role} {variables['OMP_NUM_THREADS']}{ranks}")
+        openmp = f"; OpenMP: {openmp_of(variables)}" if device == "cpu" else ""
+    given = config.placement.threads_per_actor
+    key = "all of them" if given is None else str(given)
+    console.print(
+        f"compute threads: {', '.join(said)} (this machine has {os.cpu_count()} cores, "
+        f"placement.threads_per_actor: {key}){openmp}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _print_work(config: RunConfig, console: Console) -> None:

@@ -15,19 +15,17 @@ from rairl_ray.actors.group import ActorGroup, ActorProcess, RankActor
 from rairl_ray.actors.placement import gpu_fractions
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import shares
-from rairl_ray.engines.environment import compute_environment
+from rairl_ray.engines.environment import compute_environment, threads_of
 from rairl_ray.types import DiscriminatorSample, PolicySample, Written
 
 S = TypeVar("S", PolicySample, DiscriminatorSample)
 
 
-def learner_environment(config: RunConfig, device: str, threads: int) -> Mapping[str, str]:
-    """Environment of a learner's process before it imports torch or DeepSpeed.
-
-    Ranks on one CPU share its cores; two ranks with all cores each would only trade places.
-    """
-    ranks = max(config.learner.replicas, discriminator_replicas(config))
-    return compute_environment(device, max(1, threads // ranks))
+def learner_environment(
+    config: RunConfig, role: Literal["policy", "discriminator"], device: str
+) -> Mapping[str, str]:
+    """Environment of a learner's process before it imports torch or DeepSpeed."""
+    return compute_environment(device, threads_of(config, role))
 
 
 def discriminator_replicas(config: RunConfig) -> int:

@@ -13,7 +13,7 @@ from rairl_ray.config.machine_schema import Rollout
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.config.variants import complete
 from rairl_ray.data.rendering import Renderer, load_tokenizer
-from rairl_ray.engines.environment import compute_environment
+from rairl_ray.engines.environment import compute_environment, threads_of
 from rairl_ray.engines.rollout_engine import (
     Decode,
     EngineOptions,
@@ -122,9 +122,9 @@ def open_engine(config: RunConfig, policy_path: str, device: Literal["cpu", "cud
     return ENGINES[config.rollout.engine].open(options, renderer.completion_text)
 
 
-def rollout_environment(config: RunConfig, device: Literal["cpu", "cuda"], threads: int) -> dict[str, str]:
+def rollout_environment(config: RunConfig, device: Literal["cpu", "cuda"]) -> dict[str, str]:
     """Environment of the actor's process, set before it starts."""
-    return ENGINES[config.rollout.engine].environment(device, threads)
+    return ENGINES[config.rollout.engine].environment(device, threads_of(config, "rollout"))
 
 
 def _vllm_environment(device: Literal["cpu", "cuda"], threads: int) -> dict[str, str]:

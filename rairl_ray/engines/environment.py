@@ -1,15 +1,33 @@
 """The environment of processes that compute: of any before it starts, of a learner rank before DeepSpeed.
 
-Standard library and torch only, so that an actor can call it first.
+Standard library alone until a rank is set up, so that an actor can call it first and `plan` can ask it.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-import torch
+from rairl_ray.config.schema import RunConfig
+
+ComputingRole = Literal["rollout", "policy", "discriminator", "reward"]
+"""Of an actor; `reward` is a saved reward model that a verb reads with."""
+
+
+def threads_of(config: RunConfig, role: ComputingRole) -> int:
+    """Compute threads of ONE actor of a role: `placement.threads_per_actor`, or all cores of this machine.
+
+    A learner's ranks share them: two ranks with all cores each would only trade places. Both learners have
+    those of the one with more ranks.
+    """
+    threads = config.placement.threads_per_actor or os.cpu_count() or 1
+    if role in ("rollout", "reward"):
+        return threads
+    learner = config.learner
+    return max(1, threads // max(learner.replicas, learner.discriminator_replicas or learner.replicas))
 
 
 def compute_environment(device: str, threads: int) -> dict[str, str]:
@@ -36,6 +54,15 @@ def compute_environment(device: str, threads: int) -> dict[str, str]:
     return variables
 
 
+def openmp_of(variables: Mapping[str, str]) -> str:
+    """What a CPU process with these variables of `compute_environment` computes with, for people."""
+    if "KMP_BLOCKTIME" in variables:
+        return f"Intel's, KMP_BLOCKTIME={variables['KMP_BLOCKTIME']}"
+    if "OMP_WAIT_POLICY" in variables:
+        return f"GNU's (no libiomp5.so in {sys.prefix}/lib), OMP_WAIT_POLICY={variables['OMP_WAIT_POLICY']}"
+    return f"GNU's (no libiomp5.so in {sys.prefix}/lib), GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}"
+
+
 def setup_environment(
     rank: int, world_size: int, master_addr: str, master_port: int, device: str, threads: int | None = None
 ) -> None:
@@ -57,6 +84,8 @@ def setup_environment(
         # whatever the machine's environment says: a collective past its deadline ends the process
         values |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": 1, "TORCH_NCCL_BLOCKING_WAIT": 0}
     if threads is not None:
+        import torch
+
         values["OMP_NUM_THREADS"] = threads
         torch.set_num_threads(threads)  # the variable alone comes too late once torch is imported
     os.environ.update({name: str(value) for name, value in values.items()})

@@ -25,6 +25,7 @@ from rairl_ray.plan import (
     placement_with,
     print_memory,
     print_placement,
+    print_threads,
     running_nodes,
 )
 from rairl_ray.sweep.file import SweepFile
@@ -192,4 +193,5 @@ def _print_sizes(
         if len(groups) > 1:
             console.print(f"\n{len(numbers)} trials such as {item.id}:", markup=False, highlight=False)
         print_placement(plan, cluster, console)
+        print_threads(item.config, plan, console)
         print_memory(memory(item.config, earlier.model.policy if earlier else None), plan, console)

@@ -16,7 +16,6 @@ fails ends the attempt, and `recovery.py` makes the next one: Ray Train itself r
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 import time
@@ -242,9 +241,8 @@ def _trainer(context: RunContext, workers: WorkerGroups, channel: SftChannel) ->
     config = context.config
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     resources = dict(context.plan.roles["policy"][0].resources)
-    threads = config.placement.threads_per_actor or os.cpu_count() or 1
     environment = {
-        **learner_environment(config, workers.device, threads),
+        **learner_environment(config, "policy", workers.device),
         **workers.monitor.mark("policy", ANY_RANK),
     }
     return TorchTrainer(

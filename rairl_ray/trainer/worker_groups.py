@@ -172,18 +172,22 @@ def start_worker_groups(prepared: Prepared, plan: PlacementPlan, monitor: Proces
     """
     config = prepared.config
     device: Literal["cpu", "cuda"] = "cuda" if plan.device == "gpu" else "cpu"
-    threads = config.placement.threads_per_actor or os.cpu_count() or 1
     if not config.algorithm.needs.rollouts:
         plan = rollouts_only(plan)
     monitor.groups.append(monitor.lent or reserve(plan, config.timeouts.placement_seconds))
-    learners = learner_environment(config, device, threads)
     pad_ids = (prepared.policy_renderer.pad_id, prepared.reader.renderer.pad_id)
     roles: dict[str, tuple[type[RankActor], Mapping[str, str], tuple[object, ...]]] = {
         "rollout": (
-            RolloutActor, rollout_environment(config, device, threads), (prepared.policy_path, device)
+            RolloutActor, rollout_environment(config, device), (prepared.policy_path, device)
         ),
-        "policy": (PolicyActor, learners, (prepared.policy_path, pad_ids[0], device)),
-        "discriminator": (DiscriminatorActor, learners, (prepared.discriminator_path, pad_ids[1], device)),
+        "policy": (
+            PolicyActor, learner_environment(config, "policy", device),
+            (prepared.policy_path, pad_ids[0], device),
+        ),
+        "discriminator": (
+            DiscriminatorActor, learner_environment(config, "discriminator", device),
+            (prepared.discriminator_path, pad_ids[1], device),
+        ),
     }  # fmt: skip
     created = {
         role: create_processes(role, roles[role][0], plan, monitor, roles[role][1], (config, *roles[role][2]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 import ray
@@ -11,7 +10,7 @@ from rairl_ray.actors.chunks import Pool
 from rairl_ray.actors.placement import resolve_device
 from rairl_ray.actors.rollout_actor import rollout_environment
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.engines.environment import compute_environment
+from rairl_ray.engines.environment import compute_environment, threads_of
 from rairl_ray.errors import PlacementError
 
 
@@ -26,7 +25,7 @@ def torch_device(config: RunConfig) -> Literal["cpu", "cuda"]:
 def engine_pool(config: RunConfig) -> Pool:
     """Rollout engines: at most `rollout.replicas`, each with `rollout.tensor_parallel` whole GPUs."""
     device = torch_device(config)
-    environment = rollout_environment(config, device, _threads(config))
+    environment = rollout_environment(config, device)
     timeouts = config.timeouts
     return _pool(
         config, "rollout.replicas", config.rollout.most_replicas, float(config.rollout.tensor_parallel),
@@ -36,17 +35,13 @@ def engine_pool(config: RunConfig) -> Pool:
 
 def reward_pool(config: RunConfig) -> Pool:
     """Saved reward models: `learner.discriminator_replicas` (or `replicas`) of them, a GPU each."""
-    environment = compute_environment(torch_device(config), _threads(config))
+    environment = compute_environment(torch_device(config), threads_of(config, "reward"))
     timeouts = config.timeouts
     return _pool(
         config, "learner.discriminator_replicas",
         config.learner.discriminator_replicas or config.learner.replicas, 1.0, environment,
         timeouts.start_seconds + timeouts.score_seconds,
     )  # fmt: skip
-
-
-def _threads(config: RunConfig) -> int:
-    return config.placement.threads_per_actor or os.cpu_count() or 1
 
 
 def _pool(
