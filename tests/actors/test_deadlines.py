@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import ray
 
+from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import (
     ActorGroup,
     GroupFailure,
@@ -153,6 +154,7 @@ def failing_context(
         plan=None,
         resumed=False,
         stop=StopRequest(),
+        lent=None,
         event=said.append,
         display=SimpleNamespace(phase=lambda *_: None),
     )
@@ -210,6 +212,18 @@ def test_a_stop_request_ends_the_backoff_at_once(monkeypatch: pytest.MonkeyPatch
     assert not attempts(context, body)
     assert time.monotonic() - started < 60
     assert "--resume run" in said[-1]
+
+
+def test_a_run_in_a_lent_placement_group_stops_where_its_nodes_are_drained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def body(_tries: recovery.Recovery) -> bool:
+        raise Drained(["f" * 8], 3)
+
+    context, said = failing_context(monkeypatch, retries=1)
+    context.lent = object()
+    assert not attempts(context, body)
+    assert "cannot move" in said[-1] and "--resume run" in said[-1]
 
 
 def test_errors_of_the_user_are_not_tried_again_and_a_shrunken_cluster_says_what_failed_before(
