@@ -7,13 +7,14 @@ set -euo pipefail
 usage() {
   cat <<'HELP'
 usage: cluster/local.sh up [N] [options]     a head and N workers (default 2)
-       cluster/local.sh kill I [options]     end worker I as a power cut would: all its processes, at once
-       cluster/local.sh add [options]        start the first worker that was killed, or one more
+       cluster/local.sh kill I [options]     end worker I as a power cut would: all its processes, at once (0: the head)
+       cluster/local.sh add [options]        start the head, or else the first worker, that was killed, or one more
        cluster/local.sh status [options]     nodes, resources and processes; exit code 1 when nothing is up
        cluster/local.sh down [options]       end what `up` started and remove its folder, logs included
 
   --cpus C            CPUs of each worker, as Ray counts them (default: this machine's cores / N, at least 1)
   --gpus G            GPUs of each worker (default 0); each worker sees only its own
+  --redis             keep what the head knows in a Redis of its own, from which it comes back after `kill 0`
   --labels K=V[,K=V]  labels of worker 1; again for worker 2, and so on (default: none)
   --port P            the head's port (default 6379); nodes take P+20 ... P+20+10*(N+1)
   --dashboard-port P  dashboard and job submission (default 8265)
@@ -25,11 +26,12 @@ fail() { echo "local.sh: error: $1" >&2; exit 2; }
 whole() { [[ $2 =~ ^[0-9]{1,6}$ ]] || fail "$1 is '$2'; give a whole number"; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-verb=${1:-} number=2 cpus="" gpus=0 labels="" port=6379 dashboard=8265 folder=/tmp/rairl-cluster-$UID
+verb=${1:-} number=2 cpus="" gpus=0 labels="" redis=no port=6379 dashboard=8265 folder=/tmp/rairl-cluster-$UID
 [ $# -eq 0 ] || shift
 while [ $# -gt 0 ]; do
   case $1 in
     -h | --help) usage; exit 0 ;;
+    --redis) redis=yes; shift ;;
     --cpus | --gpus | --labels | --port | --dashboard-port | --dir)
       [ $# -ge 2 ] || fail "$1 lacks its value; see cluster/local.sh --help"
       case $1 in --dir | --labels) ;; *) whole "$1" "$2" ;; esac
@@ -72,6 +74,7 @@ known() {
       cpus) cpus=$value ;;
       gpus) gpus=$value ;;
       labels) labels=$value ;;
+      redis) redis=$value ;;
       mark) mark=$value ;;
     esac
   done <"$state"
@@ -123,7 +126,7 @@ nodes_ports() { # the ports of node $1: agent (http, grpc), runtime environments
 }
 
 ports_in_use() { # of all that the cluster needs
-  local ports="$port $((port + 1)) $dashboard" i
+  local ports="$port $((port + 1)) $((port + 2)) $dashboard" i
   for ((i = 0; i <= workers; i++)); do ports+=" $(nodes_ports "$i")"; done
   # shellcheck disable=SC2086  # one word a port
   "$bin/python" - $ports <<'PY'
@@ -150,6 +153,11 @@ check() {
   [ ! -e "$folder" ] || [ -O "$folder" ] || fail "$folder belongs to somebody else; choose another --dir"
   [ ! -f "$state" ] || fail "a cluster of $folder is up or half up; 'cluster/local.sh down' ends it"
   [ ! -e "$folder" ] || rmdir "$folder" 2>/dev/null || fail "$folder exists and is not empty; choose another --dir"
+  local tool
+  [ "$redis" = no ] || for tool in redis-server openssl; do
+    command -v "$tool" >/dev/null \
+      || fail "--redis: no $tool here; install it (Debian: apt-get install $tool) or leave --redis out"
+  done
   local have=0 used
   [ "$gpus" -eq 0 ] || have=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
   [ $((gpus * workers)) -le "$have" ] \
@@ -188,6 +196,34 @@ start_node() { # start_node I ARGUMENTS...: node I of the cluster, with its own 
   }
 }
 
+# Redis outlives the head and belongs to this cluster: its mark, on loopback, nothing on disk but what stands here. It
+# answers who holds the key in its folder; Ray would show a password to everybody, in the head's command line. Its
+# own title would be written over its environment, and the mark with it.
+start_redis() {
+  local tls=$folder/redis deadline=$((SECONDS + 20))
+  mkdir "$tls"
+  openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj /CN=127.0.0.1 \
+    -keyout "$tls/key" -out "$tls/cert" >"$tls/log" 2>&1 || { echo "$tls/log"; return 1; }
+  printf '%s\n' "bind 127.0.0.1" "port 0" "tls-port $((port + 2))" "tls-auth-clients yes" "tls-cert-file $tls/cert" \
+    "tls-key-file $tls/key" "tls-ca-cert-file $tls/cert" "dir $tls" "logfile $tls/log" 'save ""' \
+    "set-proc-title no" >"$tls/conf"
+  RAIRL_LOCAL_CLUSTER=$mark setsid redis-server "$tls/conf" >>"$tls/log" 2>&1 </dev/null &
+  until answers $((port + 2)); do
+    [ $SECONDS -lt $deadline ] || { echo "$tls/log"; return 1; }
+    sleep 0.1
+  done
+}
+
+start_head() {
+  if [ "$redis" = yes ]; then # exported for the subshell alone that calls this, as its output is the name of a log
+    export RAY_REDIS_ADDRESS=rediss://127.0.0.1:$((port + 2)) RAY_REDIS_CA_CERT=$folder/redis/cert \
+      RAY_REDIS_CLIENT_CERT=$folder/redis/cert RAY_REDIS_CLIENT_KEY=$folder/redis/key
+  fi
+  CUDA_VISIBLE_DEVICES="" start_node 0 --head --port "$port" --num-cpus 0 --num-gpus 0 \
+    --ray-client-server-port $((port + 1)) \
+    --include-dashboard true --dashboard-host 127.0.0.1 --dashboard-port "$dashboard"
+}
+
 start_worker() { # start_worker I
   local each
   read -ra each <<<"$labels"
@@ -197,25 +233,25 @@ start_worker() { # start_worker I
 
 why() { grep -v '^[[:space:]]*$' "$1" | tail -1 || true; }
 
-given_up() { # given_up I LOG: the end of an `up` of which node I did not start
+given_up() { # given_up WHAT LOG: the end of an `up` of which a node, or Redis, did not start
   local said
   said=$(why "$2")
   end_processes
   mv "$2" "$folder.log"
   rm -rf "${folder:?}"
-  fail "node $1 did not start (${said:-no answer in 180 s}); its output is in $folder.log"
+  fail "$1 did not start (${said:-no answer in 180 s}); its output is in $folder.log"
 }
 
 environment() { # what the nodes of this cluster are started with
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token RAY_USAGE_STATS_ENABLED=0
   export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
-  unset RAY_ADDRESS RAY_AUTH_TOKEN
+  unset RAY_ADDRESS RAY_AUTH_TOKEN RAY_REDIS_ADDRESS
   store=$(($(awk '/^MemTotal/ {print $2}' /proc/meminfo) * 1024 * 3 / 10 / (workers + 1)))
 }
 
 write_state() {
   printf '%s\n' "port=$port" "dashboard=$dashboard" "workers=$workers" "mark=$mark" "cpus=$cpus" "gpus=$gpus" \
-    "labels=$labels" >"$state"
+    "labels=$labels" "redis=$redis" >"$state"
 }
 
 up() {
@@ -232,12 +268,11 @@ up() {
     "RAY_AUTH_TOKEN_PATH=$token" RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 >"$folder/env"
   environment
   trap 'end_processes; rm -rf "${folder:?}"; exit 130' INT TERM
-  log=$(CUDA_VISIBLE_DEVICES="" start_node 0 --head --port "$port" --num-cpus 0 --num-gpus 0 \
-    --ray-client-server-port $((port + 1)) \
-    --include-dashboard true --dashboard-host 127.0.0.1 --dashboard-port "$dashboard") || given_up 0 "$log"
+  [ "$redis" = no ] || log=$(start_redis) || given_up Redis "$log"
+  log=$(start_head) || given_up "node 0" "$log"
   echo "head: $(address), takes no work"
   for ((i = 1; i <= workers; i++)); do
-    log=$(start_worker "$i") || given_up "$i" "$log"
+    log=$(start_worker "$i") || given_up "node $i" "$log"
     echo "worker $i of $workers: $cpus CPUs, $gpus GPUs"
   done
   trap - INT TERM
@@ -287,24 +322,33 @@ down() {
 
 ours() { known || fail "no cluster of this script in $folder; 'cluster/local.sh up' starts one"; }
 
-kill_worker() {
+name_of() { [ "$1" -eq 0 ] && echo "the head" || echo "worker $1"; }
+
+kill_node() {
   ours
-  [[ $number -ge 1 && $number -le $workers ]] || fail "kill $number: the workers are 1 to $workers"
+  [[ $number -le $workers ]] || fail "kill $number: the workers are 1 to $workers, the head is 0"
+  [[ $number -ge 1 || $redis = yes ]] \
+    || fail "kill 0: this head's cluster would end with it ('down' does that); 'up --redis' makes one that comes back"
   local found
   found=$(node_processes "$number")
-  [ -n "${found// /}" ] || fail "kill $number: worker $number does not run"
+  [ -n "${found// /}" ] || fail "kill $number: $(name_of "$number") does not run"
   # shellcheck disable=SC2086  # one word a process
   kill -KILL $found 2>/dev/null || true
   mv "$folder/$number" "$folder/$number-killed-$(date +%s)"
-  echo "local.sh: worker $number is gone; 'cluster/local.sh add' starts it again"
+  echo "local.sh: $(name_of "$number") is gone; 'cluster/local.sh add' starts it again"
 }
 
-add_worker() {
+add_node() {
   ours
   local i=1 log had=$workers
-  while [ "$i" -le "$had" ] && [ -d "$folder/$i" ]; do i=$((i + 1)); done
   umask 077
   environment
+  if [ ! -d "$folder/0" ]; then
+    log=$(start_head) || fail "the head did not start ($(why "$log")); its output is in $log"
+    echo "head: $(address), takes no work"
+    return
+  fi
+  while [ "$i" -le "$had" ] && [ -d "$folder/$i" ]; do i=$((i + 1)); done
   log=$(start_worker "$i") || fail "worker $i did not start ($(why "$log")); its output is in $log"
   workers=$((i > had ? i : had))
   write_state
@@ -313,7 +357,7 @@ add_worker() {
 
 case $verb in
   up | down | status) "$verb" ;;
-  kill | add) "${verb}_worker" ;;
+  kill | add) "${verb}_node" ;;
   -h | --help | help) usage ;;
   *) fail "unknown verb '${verb}'; up, down, status, kill or add (see --help)" ;;
 esac

@@ -260,3 +260,24 @@ def test_ports_in_use_are_named_before_anything_starts(place: tuple[Path, list[s
 def test_bad_input_is_one_line(arguments: list[str], named: str) -> None:
     result = local(*arguments)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and named in result.stderr, result.stderr
+
+
+def test_a_head_without_redis_is_not_killed(place: tuple[Path, list[str]]) -> None:
+    folder, options = place
+    folder.mkdir()
+    (folder / "state").write_text(f"port={options[3]}\nworkers=1\nredis=no\nmark={folder}:none\n")
+    result = local("kill", "0", *options)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "cluster would end with it" in result.stderr and "up --redis" in result.stderr
+    assert "the workers are 1 to 1, the head is 0" in local("kill", "2", *options).stderr
+
+
+def test_redis_is_asked_for_where_there_is_none(
+    place: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bash", "dirname", "realpath"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = local("up", "1", "--redis", *place[1])
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "--redis: no redis-server here" in result.stderr and not place[0].exists()

@@ -1,0 +1,152 @@
+"""The head of a cluster dies alone and comes back, its knowledge kept in Redis: what goes on meanwhile."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+
+from rairl_ray.runfolder import RunFolder
+from rairl_ray.trainer.run import train
+from tests.faults import configuration, events, steps
+from tests.inprocess import differing, moved, rows_in
+from tests.local_cluster import SeparateNodes, separate_nodes
+from tests.runs import ROOT
+
+STEPS = 20
+AWAY_AFTER = 3
+"""The step with whose row the head is killed."""
+SECONDS = 240.0
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self").exists(), reason="cluster/local.sh needs Linux's /proc"),
+    pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server"),
+    pytest.mark.slow,
+    pytest.mark.cluster,
+]
+
+
+def drive(output: Path, address: str, home: str, resume: bool) -> int:
+    """Train, as a driver on the node with this folder: on one machine Ray would always choose the head."""
+    ray.init = functools.partial(ray.init, _temp_dir=home)
+    config = configuration(
+        output,
+        "learner.replicas=1",
+        "placement.cpus_per_actor=0.33",
+        f"trainer.steps={STEPS}",
+        f"cluster.address={address}",
+    )
+    return train(config, resume=config.name if resume else None)
+
+
+class Run:
+    """One run under way; its driver lives on this node."""
+
+    def __init__(self, nodes: SeparateNodes, output: Path, node: int) -> None:
+        self.nodes, self.output, self.node, self.folder = nodes, output, node, output / "demo" / "airl"
+        output.mkdir()
+        self.start()
+
+    def start(self, resume: bool = False) -> None:
+        home = str(self.nodes.folder / str(self.node))
+        code = "import sys\nfrom pathlib import Path\nfrom tests.jobs.test_head_restart import drive\n"
+        code += f"sys.exit(drive(Path({str(self.output)!r}), {self.nodes.address!r}, {home!r}, {resume}))"
+        with open(self.output / "driver.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code], cwd=ROOT, env=self.nodes.environment, stdout=log, stderr=log
+            )
+
+    def reached(self, step: int) -> None:
+        self.wait(lambda: self.folder.is_dir() and step in steps(self.folder))
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        until = time.monotonic() + SECONDS
+        while not ready():
+            assert self.process.poll() is None and time.monotonic() < until, self.said()
+            time.sleep(0.05)
+
+    def finish(self) -> None:
+        assert self.process.wait(SECONDS) == 0, self.said()
+
+    def said(self) -> str:
+        log = RunFolder(self.folder).events
+        return (self.output / "driver.log").read_text()[-4000:] + (log.read_text() if log.exists() else "")
+
+
+def test_the_head_alone_dies_and_comes_back(tmp_path: Path) -> None:
+    with separate_nodes(2, "--cpus", "1", "--redis") as nodes:
+        redis_is_closed(nodes)
+        calm = Run(nodes, tmp_path / "calm", 1)
+        calm.finish()
+        with_the_driver_elsewhere(Run(nodes, tmp_path / "elsewhere", 1))
+        with_the_driver_on_it(Run(nodes, tmp_path / "on-it", 0))
+    assert not nodes.processes() and not nodes.folder.exists()
+    rows = rows_in(RunFolder(calm.folder))
+    assert moved(rows) and not events(calm.folder, "")
+    for name in ("elsewhere", "on-it"):
+        folder = tmp_path / name / "demo" / "airl"
+        assert steps(folder) == list(range(1, STEPS + 1))
+        assert differing(rows, rows_in(RunFolder(folder))) == []
+
+
+def redis_is_closed(nodes: SeparateNodes) -> None:
+    """Redis listens on loopback alone, and answers nobody without the key in its folder."""
+    [redis] = [process for process in nodes.processes() if process.name() == "redis-server"]
+    assert {c.laddr.ip for c in redis.net_connections("tcp") if c.status == "LISTEN"} == {"127.0.0.1"}
+    own = nodes.folder / "redis"
+    assert (own / "key").stat().st_mode & 0o777 == 0o600
+
+    def answer(key: bool) -> bytes:
+        context = ssl.create_default_context(cafile=own / "cert")
+        context.check_hostname = False
+        if key:
+            context.load_cert_chain(own / "cert", own / "key")
+        host, _, port = nodes.address.partition(":")
+        try:
+            with context.wrap_socket(socket.create_connection((host, int(port) + 2), timeout=10)) as client:
+                client.sendall(b"PING\r\n")
+                return client.recv(64)
+        except OSError:
+            return b""
+
+    assert answer(key=True) == b"+PONG\r\n" and answer(key=False) == b""
+
+
+def with_the_driver_elsewhere(run: Run) -> None:
+    """Driver and actors outlive the head: the run stands still for a while and is not begun again."""
+    run.reached(AWAY_AFTER)
+    session = (run.nodes.folder / "0" / "session_latest").resolve().name
+    run.nodes.call("kill", "0")
+    killed, before = time.monotonic(), len(steps(run.folder))
+    run.nodes.call("add")
+    assert (run.nodes.folder / "0" / "session_latest").resolve().name == session
+    away, after = time.monotonic() - killed, len(steps(run.folder))
+    run.finish()
+    print(f"the head was away for {away:.1f} s, in which the run went from step {before} to {after} of {STEPS}")
+    assert after < STEPS, "nothing was left to do when the head was back"
+    assert not events(run.folder, ""), run.said()
+
+
+def with_the_driver_on_it(run: Run) -> None:
+    """The driver ends, as its node did; the cluster stands, and the run is resumed there."""
+    run.reached(AWAY_AFTER)
+    run.nodes.call("kill", "0")
+    killed = time.monotonic()
+    run.nodes.call("add")
+    back = time.monotonic() - killed
+    assert run.process.wait(SECONDS) != 0, run.said()
+    ended = time.monotonic() - killed
+    print(f"the head was back after {back:.1f} s, the driver seen to have ended after {ended:.1f} s")
+    run.start(resume=True)
+    run.finish()
+    print(run.said())
+    assert events(run.folder, "^resumed from "), run.said()
