@@ -18,7 +18,7 @@ from rairl_ray import metrics as names
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import load_sweep
 from rairl_ray.sweep.ledger import PARENT
-from rairl_ray.sweep.points import sweep_folder, trial_folder
+from rairl_ray.sweep.points import newest_folder, sweep_folder, trial_folder
 from rairl_ray.sweep.stopping import trial_ids
 from tests.inprocess import differing, rows_in
 from tests.local_cluster import SeparateNodes, separate_nodes
@@ -84,7 +84,7 @@ class Chaos:
 
     def steps(self) -> int:
         """Policy steps of all trials so far."""
-        found = (RunFolder(trial_folder(self.file, name)).read_metrics() for name in trial_ids(self.file))
+        found = (RunFolder(newest_folder(self.file, name)).read_metrics() for name in trial_ids(self.file))
         return sum(max((int(row["step"]) for row in rows), default=0) for rows in found)
 
     def strike(self, place: str, driver: subprocess.Popen[bytes]) -> bool:
