@@ -1,7 +1,7 @@
 # make demo   install (once) and run the main job: SFT warm start, R-AIRL, evaluation, result table
 # make test   everything that a laptop can test;  make test-slow: the long end-to-end cases
 # make test-matrix  every role stopped in every phase: an hour
-# make cluster-test  local clusters, jobs and Slurm (where it is installed), ten minutes
+# make cluster-test  clusters on this machine taken apart, jobs and Slurm (where it is installed), half an hour
 # make mutants  ten minutes of small faults that tests must notice (docs/mutants.md)
 # make bench  short versions of the benchmarks, one JSON file each in build/bench (docs/performance.md)
 # make lint   ruff and mypy

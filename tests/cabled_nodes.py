@@ -81,20 +81,7 @@ class CabledNodes:
         ip("-n", self.hub, "link", "set", "hub", "up")
         for i, space in enumerate((self.home, self.far), 1):
             port = ("-n", self.hub, "link", "set", f"port{i}")
-            ip(
-                "-n",
-                self.hub,
-                "link",
-                "add",
-                f"port{i}",
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "wire",
-                "netns",
-                space,
-            )
+            ip(*f"-n {self.hub} link add port{i} type veth peer name wire netns {space}".split())
             ip(*port, "master", "hub")
             ip(*port, "up")
             ip("-n", space, "addr", "add", f"{self.net}.{i}/24", "dev", "wire")
