@@ -45,7 +45,7 @@ def test_a_group_that_does_not_fit_is_refused_and_stays(tmp_path: Path) -> None:
     for words, why in (
         (("sft", tmp_path), "algorithm.type=sft: Ray Train places"),
         (("grpo", tmp_path, "rollout.replicas={min: 1, max: 2}"), "rollout.replicas"),
-        (("grpo", tmp_path, "warm_start=experiments/demo/sft.yaml"), "warm_start=experiments/demo/sft.yaml"),
+        (("grpo", tmp_path, "warm_start=experiments/demo/sft.yaml"), "sft.yaml: train that first"),
     ):
         with pytest.raises(PlacementError, match=why) as refused:
             run_of(config_of(*words), placement_group=small)
