@@ -349,12 +349,8 @@ def test_an_empty_file_is_a_config_without_a_model(tmp_path: Path) -> None:
 
 
 def test_a_former_name_is_answered_with_the_present_one() -> None:
-    for key in (
-        "policy.clip_norm",
-        "discriminator.warmup_share",
-        "policy.importance_cap",
-        "trainer.failure_retries",
-    ):
+    keys = "policy.clip_norm discriminator.warmup_share policy.importance_cap trainer.failure_retries"
+    for key in keys.split():
         section, _, name = key.partition(".")
         present = f"{section}.{RENAMED[name]}"
         assert present in known_keys() and nearest_key(key) == present
