@@ -28,10 +28,6 @@ def learner_environment(
     return compute_environment(device, threads_of(config, role))
 
 
-def discriminator_replicas(config: RunConfig) -> int:
-    return config.learner.discriminator_replicas or config.learner.replicas
-
-
 class LearnerActor(RankActor, ABC):
     """One data-parallel rank with a DeepSpeed engine; subclasses know the loss."""
 

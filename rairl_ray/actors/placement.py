@@ -174,7 +174,7 @@ def _needs(config: RunConfig, role: str, device: str) -> tuple[int, dict[str, fl
     ranks = {
         "rollout": config.rollout.least_replicas if config.algorithm.needs.rollouts else 1,
         "policy": learner.replicas,
-        "discriminator": learner.discriminator_replicas or learner.replicas,
+        "discriminator": learner.discriminator_ranks,
     }[role]
     resources = {"CPU": float(placement.cpus_per_actor)}
     if device == "gpu":

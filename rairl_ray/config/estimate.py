@@ -307,7 +307,7 @@ def _served_parameters(config: RunConfig, model: Model, shape: Shape) -> int:
 
 def _learner_memory(config: RunConfig, role: Role, model: Model) -> Memory:
     shape, learner = shape_of(model), config.learner
-    ranks = learner.replicas if role == "policy" else learner.discriminator_replicas or learner.replicas
+    ranks = learner.replicas if role == "policy" else learner.discriminator_ranks
     parts: dict[str, int | None] = dict.fromkeys(
         ("weights", "gradients", "optimizer", "reference", "activations (rough)")
     )

@@ -214,7 +214,7 @@ def ranks(config: RunConfig) -> Problems:
     if config.discriminator.warmup_steps:
         warm = config.discriminator.warmup_prompts_per_step or prompts
         updates.append(("a warm-up update", warm * config.discriminator.warmup_samples_per_prompt, warm))
-    replicas = learner.discriminator_replicas or learner.replicas
+    replicas = learner.discriminator_ranks
     for what, negatives, own_experts in updates:
         experts = config.discriminator.demonstrations_per_update or own_experts
         total = negatives + experts * (1 + config.discriminator.perturbations.count)

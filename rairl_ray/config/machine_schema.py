@@ -89,6 +89,11 @@ class Learner(Section):
     under `lora.dropout` other values are dropped, and a shared prompt's are the same for all its traces."""
     offload: Literal["none", "cpu"] = "none"
 
+    @property
+    def discriminator_ranks(self) -> int:
+        """Ranks of the discriminator learner: its own number, or the policy's."""
+        return self.discriminator_replicas or self.replicas
+
 
 class Trainer(Section):
     steps: PositiveInt = 100

@@ -88,7 +88,7 @@ def predict(config: RunConfig, gpus: float, policy: Model | None = None) -> Pred
         one_policy += _forward_seconds(shape, row.tokens, assumed) / learner.replicas
     score = discriminator = warm_up = 0.0
     if config.algorithm.needs.discriminator and scoring is not None:
-        ranks = learner.discriminator_replicas or learner.replicas
+        ranks = learner.discriminator_ranks
         reference = config.discriminator.head_needs.reference
         score = _forward_seconds(scoring, row.tokens, assumed) / ranks
         update = _train_seconds(scoring, reader, row.labelled_tokens, assumed) / ranks

@@ -27,7 +27,7 @@ def threads_of(config: RunConfig, role: ComputingRole) -> int:
     if role in ("rollout", "reward"):
         return threads
     learner = config.learner
-    return max(1, threads // max(learner.replicas, learner.discriminator_replicas or learner.replicas))
+    return max(1, threads // max(learner.replicas, learner.discriminator_ranks))
 
 
 def compute_environment(device: str, threads: int) -> dict[str, str]:

@@ -39,7 +39,7 @@ def reward_pool(config: RunConfig) -> Pool:
     timeouts = config.timeouts
     return _pool(
         config, "learner.discriminator_replicas",
-        config.learner.discriminator_replicas or config.learner.replicas, 1.0, environment,
+        config.learner.discriminator_ranks, 1.0, environment,
         timeouts.start_seconds + timeouts.score_seconds,
     )  # fmt: skip
 
