@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -15,14 +13,13 @@ from rairl_ray.actors.process_monitor import MARK
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.trainer.run import train
 from tests.cabled_nodes import CabledNodes, cabled_nodes, refused
+from tests.driven import DrivenRun
 from tests.faults import configuration, events, steps
 from tests.inprocess import differing, moved, rows_in
-from tests.runs import ROOT
 
 STEPS = 20
 CUT_AFTER = 3
 """The step with whose row the cable is pulled."""
-SECONDS = 300.0
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1500)]
 
@@ -34,34 +31,17 @@ def drive(output: Path, address: str) -> int:
     return train(configuration(output, *one_each, *apart, f"cluster.address={address}"))
 
 
-class Run:
-    """One run under way, its driver on the head's side of the cable."""
+class Run(DrivenRun):
+    """Its driver lives on the head's side of the cable."""
+
+    seconds = 300.0
 
     def __init__(self, nodes: CabledNodes, output: Path) -> None:
-        self.nodes, self.output, self.folder = nodes, output, output / "demo" / "airl"
-        output.mkdir()
-        code = "import sys\nfrom pathlib import Path\nfrom tests.actors.test_cut_cable import drive\n"
-        code += f"sys.exit(drive(Path({str(output)!r}), {nodes.address!r}))"
-        with open(output / "driver.log", "wb") as log:
-            self.process = subprocess.Popen(
-                nodes.command(nodes.home, sys.executable, "-c", code),
-                cwd=ROOT,
-                env=nodes.environment,
-                stdout=log,
-                stderr=log,
-            )
-
-    def reached(self, step: int) -> None:
-        self.wait(lambda: self.folder.is_dir() and step in steps(self.folder))
-
-    def wait(self, ready: Callable[[], bool]) -> None:
-        until = time.monotonic() + SECONDS
-        while not ready():
-            assert self.process.poll() is None and time.monotonic() < until, self.said()
-            time.sleep(0.05)
-
-    def finish(self) -> None:
-        assert self.process.wait(SECONDS) == 0, self.said()
+        super().__init__(output)
+        self.nodes = nodes
+        call = f"drive(Path({str(output)!r}), {nodes.address!r})"
+        python = nodes.command(nodes.home, sys.executable)
+        self.call(python, "tests.actors.test_cut_cable", call, nodes.environment)
 
     def roles(self, space: str) -> set[str]:
         """Roles that have a process on this side of the cable."""
@@ -73,10 +53,6 @@ class Run:
                 continue
             found.add(mark.split("/")[1])
         return found - {""}
-
-    def said(self) -> str:
-        log = RunFolder(self.folder).events
-        return (self.output / "driver.log").read_text()[-4000:] + (log.read_text() if log.exists() else "")
 
 
 @pytest.mark.skipif(bool(refused()), reason=refused())

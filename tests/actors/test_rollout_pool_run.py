@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -18,10 +17,10 @@ from rairl_ray.files import read_json_lines
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.trainer.rl_trainer import RLTrainer
 from rairl_ray.trainer.run import train
+from tests.driven import DrivenRun
 from tests.faults import configuration, events, steps
 from tests.inprocess import differing, moved, rows_in
 from tests.local_cluster import SeparateNodes, separate_nodes
-from tests.runs import ROOT
 
 STEPS = 6
 SERVING = {2: 2, 3: 1, 4: 2, 5: 2, 6: 2}
@@ -60,56 +59,33 @@ def drive(output: Path, address: str, replicas: str, serving: Mapping[int, int])
     return train(configuration(output, *one_each, *asked))
 
 
-def driver(
-    nodes: SeparateNodes, output: Path, replicas: str, serving: Mapping[int, int]
-) -> subprocess.Popen[bytes]:
-    """`drive` in a process of its own: a process has one token of a cluster."""
-    output.mkdir()
-    call = f"drive(Path({str(output)!r}), {nodes.address!r}, {replicas!r}, {dict(serving)!r})"
-    code = "import sys\nfrom pathlib import Path\nfrom tests.actors.test_rollout_pool_run import drive\n"
-    code += f"sys.exit({call})"
-    with open(output / "driver.log", "wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, env=nodes.environment, stdout=log, stderr=log
-        )
+class Course(DrivenRun):
+    """A run with so many replicas, whose steps begin when the test says so."""
 
-
-class Course:
-    """The run under way, as the test sees it from outside."""
-
-    def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
-        self.process, self.output, self.folder = process, output, output / "demo" / "airl"
+    def __init__(self, nodes: SeparateNodes, output: Path, replicas: str, serving: Mapping[int, int]) -> None:
+        super().__init__(output)
+        call = f"drive(Path({str(output)!r}), {nodes.address!r}, {replicas!r}, {dict(serving)!r})"
+        self.call([sys.executable], "tests.actors.test_rollout_pool_run", call, nodes.environment)
 
     def before(self, step: int) -> None:
-        self._wait((self.output / f"before-{step}").exists)
+        self.wait((self.output / f"before-{step}").exists)
 
     def begin(self, step: int) -> None:
         (self.output / f"begin-{step}").touch()
 
     def joined(self, rank: int) -> str:
         """The first digits of the id of the node that this replica joined from."""
-        self._wait(lambda: bool(events(self.folder, f"^replica {rank} joined ")))
+        self.wait(lambda: bool(events(self.folder, f"^replica {rank} joined ")))
         [(_, text)] = events(self.folder, f"^replica {rank} joined ")
         found = re.search(r"\(([0-9a-f]{8})\)", text)
         assert found is not None, text
         return found[1]
 
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        until = time.monotonic() + SECONDS
-        while not ready():
-            assert self.process.poll() is None and time.monotonic() < until, self.said()
-            time.sleep(0.1)
-
-    def said(self) -> str:
-        log = RunFolder(self.folder).events
-        return (self.output / "driver.log").read_text()[-4000:] + (log.read_text() if log.exists() else "")
-
 
 def test_replicas_follow_the_nodes_and_the_numbers_are_those_of_one_replica(tmp_path: Path) -> None:
     with separate_nodes(1, "--cpus", "1") as nodes:
-        fixed = driver(nodes, tmp_path / "fixed", "1", {})
-        assert fixed.wait(SECONDS) == 0, (tmp_path / "fixed" / "driver.log").read_text()[-4000:]
-        course = Course(driver(nodes, tmp_path / "pool", "{min: 1, max: 2}", SERVING), tmp_path / "pool")
+        Course(nodes, tmp_path / "fixed", "1", {}).finish()
+        course = Course(nodes, tmp_path / "pool", "{min: 1, max: 2}", SERVING)
         course.begin(1)
         course.before(2)
         nodes.call("add")  # worker 2
@@ -130,7 +106,7 @@ def test_replicas_follow_the_nodes_and_the_numbers_are_those_of_one_replica(tmp_
         course.begin(5)
         course.joined(4)  # in the bundle that the first replica has left
         course.begin(6)
-        assert course.process.wait(SECONDS) == 0, course.said()
+        course.finish()
         print(course.said())
     assert_same(tmp_path)
 

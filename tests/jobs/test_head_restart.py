@@ -6,10 +6,8 @@ import functools
 import shutil
 import socket
 import ssl
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,15 +15,14 @@ import ray
 
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.trainer.run import train
+from tests.driven import DrivenRun
 from tests.faults import configuration, events, steps
 from tests.inprocess import differing, moved, rows_in
 from tests.local_cluster import SeparateNodes, separate_nodes
-from tests.runs import ROOT
 
 STEPS = 20
 AWAY_AFTER = 3
 """The step with whose row the head is killed."""
-SECONDS = 240.0
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self").exists(), reason="cluster/local.sh needs Linux's /proc"),
@@ -48,38 +45,17 @@ def drive(output: Path, address: str, home: str, resume: bool) -> int:
     return train(config, resume=config.name if resume else None)
 
 
-class Run:
-    """One run under way; its driver lives on this node."""
+class Run(DrivenRun):
+    """Its driver lives on this node."""
 
     def __init__(self, nodes: SeparateNodes, output: Path, node: int) -> None:
-        self.nodes, self.output, self.node, self.folder = nodes, output, node, output / "demo" / "airl"
-        output.mkdir()
+        super().__init__(output)
+        self.nodes, self.home = nodes, str(nodes.folder / str(node))
         self.start()
 
     def start(self, resume: bool = False) -> None:
-        home = str(self.nodes.folder / str(self.node))
-        code = "import sys\nfrom pathlib import Path\nfrom tests.jobs.test_head_restart import drive\n"
-        code += f"sys.exit(drive(Path({str(self.output)!r}), {self.nodes.address!r}, {home!r}, {resume}))"
-        with open(self.output / "driver.log", "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code], cwd=ROOT, env=self.nodes.environment, stdout=log, stderr=log
-            )
-
-    def reached(self, step: int) -> None:
-        self.wait(lambda: self.folder.is_dir() and step in steps(self.folder))
-
-    def wait(self, ready: Callable[[], bool]) -> None:
-        until = time.monotonic() + SECONDS
-        while not ready():
-            assert self.process.poll() is None and time.monotonic() < until, self.said()
-            time.sleep(0.05)
-
-    def finish(self) -> None:
-        assert self.process.wait(SECONDS) == 0, self.said()
-
-    def said(self) -> str:
-        log = RunFolder(self.folder).events
-        return (self.output / "driver.log").read_text()[-4000:] + (log.read_text() if log.exists() else "")
+        call = f"drive(Path({str(self.output)!r}), {self.nodes.address!r}, {self.home!r}, {resume})"
+        self.call([sys.executable], "tests.jobs.test_head_restart", call, self.nodes.environment)
 
 
 def test_the_head_alone_dies_and_comes_back(tmp_path: Path) -> None:
@@ -143,7 +119,7 @@ def with_the_driver_on_it(run: Run) -> None:
     killed = time.monotonic()
     run.nodes.call("add")
     back = time.monotonic() - killed
-    assert run.process.wait(SECONDS) != 0, run.said()
+    assert run.process.wait(run.seconds) != 0, run.said()
     ended = time.monotonic() - killed
     print(f"the head was back after {back:.1f} s, the driver seen to have ended after {ended:.1f} s")
     run.start(resume=True)
