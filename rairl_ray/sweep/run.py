@@ -1,8 +1,7 @@
 """`launch.py sweep`: Ray Tune over the trials of a sweep file, resumable, with a table at its end.
 
-A resume gives Tune the trials that are neither finished nor stopped early. A scheduler compares them among
-themselves: its reports are not restored. Optuna draws further points after them (`search.py`), and a
-population goes on as its members' folders stand (`population.py`).
+A resume gives Tune the trials that are neither finished nor stopped early. What a scheduler (`schedulers.py`),
+Optuna (`search.py`) and a population (`population.py`) know of all trials comes from their folders.
 """
 
 from __future__ import annotations

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rairl_ray.actors.placement import PlacementPlan
 from rairl_ray.display import Display
@@ -16,7 +19,7 @@ from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep import budget, supervise
 from rairl_ray.sweep.budget import GpuMeter
 from rairl_ray.sweep.file import SweepFile, load_sweep
-from rairl_ray.sweep.points import Trial, sweep_folder, trials
+from rairl_ray.sweep.points import Trial, sweep_folder, trial_folder, trials
 from rairl_ray.sweep.result import trial_state
 from rairl_ray.sweep.run import Halt, Progress
 from rairl_ray.sweep.schedulers import scheduler_of
@@ -96,9 +99,58 @@ def test_median_stops_whose_best_is_below_the_median_of_means(tmp_path: Path) ->
     assert run.report(last, 2, math.nan) == "CONTINUE", "an evaluation without the metric decides nothing"
     assert run.report(last, 3, 0.59) == "CONTINUE", "nobody else has come as far"
     for item in others:
-        run.report(item, 3, 0.6)
+        for number in (3, 4):
+            run.report(item, number, 0.6)
         run.end(item, 0.0)
-    assert run.report(last, 3, 0.59) == "STOP" and run.stopped == [last]
+    assert run.report(last, 3, 0.59) == "CONTINUE", "made again after a failure: decided already"
+    assert run.report(last, 4, 0.59) == "STOP" and run.stopped == [last]
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"type": "asha", "grace": 1, "reduction": 2, "longest": 4},
+        {"type": "hyperband", "grace": 1, "reduction": 2, "longest": 8, "brackets": 3},
+        {"type": "median", "grace": 1, "min_samples": 2},
+    ],
+    ids=lambda kind: kind["type"],
+)
+def test_a_resume_decides_as_the_uninterrupted_sweep(kind: dict[str, Any], data: st.DataObject) -> None:
+    """Reports of trials that run side by side, a kill at some moment, and rows that are made again after it."""
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        calm, killed = (Compared(made(place / which), seeds=4, **kind) for which in ("calm", "killed"))
+        values = st.floats(0, 1, width=16)
+        order = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=40), "whose report")
+        moment, lost = data.draw(st.integers(0, len(order)), "kill"), data.draw(st.integers(0, 2), "rows lost")
+        heard: dict[str, list[float]] = {item.id: [] for item in calm.planned}
+        stopped: set[str] = set()
+        for turn, which in enumerate(order):
+            if turn == moment:
+                killed = Compared(place / "killed", seeds=4, **kind)
+                for item in killed.planned:  # from the checkpoint on, the same reports again
+                    first = max(0, len(heard[item.id]) - lost)
+                    for number, value in enumerate(heard[item.id][first:], first + 1):
+                        assert item.id in stopped or killed.report(item, number, value) == "CONTINUE"
+            item = calm.planned[which]
+            if item.id in stopped:
+                continue
+            heard[item.id].append(data.draw(values, "value"))
+            number, value = len(heard[item.id]), heard[item.id][-1]
+            action = calm.report(item, number, value)
+            row = RunFolder(trial_folder(killed.file, item.id))
+            row.create()
+            row.append_metrics(number, {METRIC: value})
+            assert killed.report(item, number, value) == action
+            stopped |= {item.id} if action == "STOP" else set()
+        assert [item.id for item in calm.stopped] == [item.id for item in killed.stopped]
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_reports_are_counted_over_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
