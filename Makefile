@@ -4,6 +4,7 @@
 # make cluster-test  clusters on this machine taken apart, jobs and Slurm (where it is installed), half an hour
 # make mutants  ten minutes of small faults that tests must notice (docs/mutants.md)
 # make bench  short versions of the benchmarks, one JSON file each in build/bench (docs/performance.md)
+# make bench-quick  the fastest of them, two minutes: CI shows which ratios fell against benchmarks/kept.json
 # make lint   ruff and mypy
 # make audit  known weaknesses of the locked packages (pip-audit, asks PyPI)
 
@@ -16,7 +17,7 @@ TWO := -n 2 --dist worksteal --durations=20
 # GSM8K=FOLDER: where train.jsonl and test.jsonl are; without it the data come from the hub
 BENCH := build/bench
 
-.PHONY: audit bench install demo test test-slow test-matrix cluster-test gpu-test mutants lint format clean
+.PHONY: audit bench bench-quick install demo test test-slow test-matrix cluster-test gpu-test mutants lint format clean
 
 install:
 	@PYTHON=$(PYTHON) bash requirements/install.sh
@@ -53,7 +54,15 @@ bench: install
 	$(BIN)/python -m benchmarks.evaluate_throughput --prompts 64 --rounds 2 --json $(BENCH)/evaluate_throughput.json
 	$(BIN)/python -m benchmarks.lines_memory --rows 10000 100000 --json $(BENCH)/lines_memory.json
 	$(BIN)/python -m benchmarks.sweep_scale --nodes 4 --trials 12 24 --finished 50 100 --json $(BENCH)/sweep_scale.json
+	$(BIN)/python -m benchmarks.mlflow_load --trials 100 --json $(BENCH)/mlflow_load.json
 	$(BIN)/python -m benchmarks.against_trl --steps 2 $(if $(GSM8K),--data $(GSM8K)) --json $(BENCH)/against_trl.json
+	$(BIN)/python -m benchmarks.compare $(BENCH)
+
+bench-quick: install
+	@mkdir -p $(BENCH)
+	$(BIN)/python -m benchmarks.learner_bare --layers 4 --rounds 5 --json $(BENCH)/learner_bare_quick.json
+	$(BIN)/python -m benchmarks.rollout_throughput --models demo --rounds 3 --json $(BENCH)/rollout_quick.json
+	$(BIN)/python -m benchmarks.compare $(BENCH)
 
 audit: install
 	$(PYTHON) -m venv .venv-audit

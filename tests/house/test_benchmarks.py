@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.compare import compared, results
 from benchmarks.growth import exponents, slope, table
 from benchmarks.learner_bare import Bare, operations
+from benchmarks.mlflow_load import blocks, last_over_first
 from benchmarks.shared import SIZES, Traces, make_model
 from benchmarks.step_shares import shares
 from rairl_ray.config.estimate import shape_of
@@ -68,3 +70,33 @@ def test_shares_of_a_runs_steps(tmp_path: Path) -> None:
         shares(tmp_path, skip=3)
     with pytest.raises(UserError, match="has no metrics"):
         shares(tmp_path / "elsewhere", skip=0)
+
+
+def test_blocks_of_a_load_on_mlflow() -> None:
+    """Trials by the time of their end, whatever their order; a question belongs to the block of its time."""
+    rows = [(float(end), end / 10, 20 + end, f"id{end}") for end in (4, 1, 3, 2)]
+    asked = [(0.5, 1.0, 10.0), (1.9, 3.0, 10.0), (3.5, 8.0, 20.0), (9.0, 99.0, 99.0)]
+    first, last = blocks(rows, asked, 2)
+    assert first["trials"] == 2 and last["trials"] == 4
+    assert first["trial_seconds"] == {"median": pytest.approx(0.15), "min": 0.1, "max": 0.2}
+    assert first["search_seconds"]["median"] == 2.0 and last["search_seconds"]["median"] == 8.0
+    ratios = last_over_first([first, last])
+    assert ratios["search_seconds"] == 4.0 and ratios["run_seconds"] == 2.0
+    assert ratios["requests"] == pytest.approx(23.5 / 21.5) and "trials" not in ratios
+
+
+def test_a_ratio_that_fell_is_shown(tmp_path: Path) -> None:
+    spread = {"median": 0.8, "min": 0.1, "max": 2.0}
+    result = {"roles": {"policy": {"bare_over_ours": spread, "seconds": spread}}, "ratio_median": 2.0}
+    (tmp_path / "learner.json").write_text(json.dumps(result))
+    (tmp_path / "sync.json").write_text(json.dumps({"sync_over_copy": spread, "last_over_first": {"run": 3.0}}))
+    now = results(tmp_path)
+    policy, copied = "learner:roles.policy.bare_over_ours", "sync:sync_over_copy"
+    assert now == {policy: 0.8, "learner:ratio": 2.0, copied: 0.8, "sync:last_over_first.run": 3.0}
+    kept = {policy: 0.9, "learner:ratio": 1.9, copied: 0.7}
+    assert list(compared(now, kept, 0.1)) == [
+        f"FELL  {policy}: 0.9 -> 0.8 (-11%)",
+        "held  learner:ratio: 1.9 -> 2 (+5%)",
+        f"FELL  {copied}: 0.7 -> 0.8 (+14%)",
+        "new   sync:last_over_first.run: 3",
+    ]
