@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from rairl_ray.errors import brief
 from rairl_ray.tracking.spool import Record, Spool
 
 RUN_KEY_TAG = "rairl.run_key"
@@ -297,16 +298,6 @@ def metric_name(name: str) -> str:
 def is_server(uri: str) -> bool:
     """Whether the address is a server's that keeps artifacts itself, not a database's."""
     return urlsplit(uri).scheme not in ("sqlite", "postgresql", "mysql", "mssql", "file", "")
-
-
-def redact(text: str) -> str:
-    """`text` without user names and passwords in addresses."""
-    return re.sub(r"://[^@/\s]+@", "://***@", text)
-
-
-def brief(error: Exception) -> str:
-    """One short line without secrets."""
-    return (redact(str(error)).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _make_database(uri: str) -> None:

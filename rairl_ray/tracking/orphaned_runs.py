@@ -8,13 +8,12 @@ this host, and there is no such process now.
 from __future__ import annotations
 
 import os
-import socket
 import threading
-import uuid
 from pathlib import Path
 from typing import Any
 
 from rairl_ray.config.load import read_saved
+from rairl_ray.provenance import may_be_alive
 from rairl_ray.tracking.unsent import find, pointers, saved_cursor, settle, unfinished
 from rairl_ray.tracking.uploader import Uploader, server_names, tracking_uri
 
@@ -71,7 +70,7 @@ class OrphanedRuns:
             try:
                 last = _unfinished_start(uploader)
                 if last is not None:
-                    if alive(last):
+                    if may_be_alive(last):
                         return True
                     uploader.spool.put({"kind": "finish", "status": "KILLED", "session": last["session"]})
                 if not uploader.once():
@@ -80,38 +79,6 @@ class OrphanedRuns:
                 uploader.spool.close()
         settle(self._output, folder)
         return True
-
-
-def identity() -> dict[str, Any]:
-    """What a `start` record says about the process that writes it."""
-    pid = os.getpid()
-    return {"session": uuid.uuid4().hex, "host": socket.gethostname(), "pid": pid, "born": _born(pid)}
-
-
-def alive(start: dict[str, Any]) -> bool:
-    """Whether the process of a `start` record may still be there; True for what cannot be known here."""
-    if start["host"] != socket.gethostname():
-        return True
-    if start["born"] is not None:
-        return _born(start["pid"]) == start["born"]
-    try:
-        os.kill(start["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _born(pid: int) -> str | None:
-    """When a process started, so that another one with its number is not taken for it; None if unknown."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
-    # The name, in parentheses, may hold anything. The 22nd field is the start in clock ticks since boot.
-    return f"{boot} {stat.rpartition(')')[2].split()[19]}"
 
 
 def _open(output: Path, folder: Path) -> Uploader | None:

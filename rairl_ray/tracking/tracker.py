@@ -15,7 +15,6 @@ import functools
 import json
 import logging
 import math
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -24,10 +23,13 @@ from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec
 
 import yaml
 
+from rairl_ray.config.key_names import leaves
 from rairl_ray.config.schema import RunConfig
+from rairl_ray.errors import brief, redact
 from rairl_ray.metrics import MEASURES_MACHINE
-from rairl_ray.tracking.mlflow_run import brief, import_mlflow, metric_name, redact
-from rairl_ray.tracking.orphaned_runs import OrphanedRuns, identity
+from rairl_ray.provenance import git_state, process_identity
+from rairl_ray.tracking.mlflow_run import import_mlflow, metric_name
+from rairl_ray.tracking.orphaned_runs import OrphanedRuns
 from rairl_ray.tracking.unsent import settle
 from rairl_ray.tracking.uploader import Uploader, tracking_uri
 
@@ -114,7 +116,7 @@ class Tracker:
         if uri is None:
             return
         import_mlflow()
-        process = identity()
+        process = process_identity()
         self._session, self._flush_seconds = process["session"], config.tracking.flush_seconds
         uploader = Uploader(
             uri, output, folder, warn=self._warn_once, on_failure=self._failed, resume_run_id=resume_run_id
@@ -127,7 +129,7 @@ class Tracker:
         # The pointer needs the record's session, and is there before MLflow can hear of the run.
         self._output = output
         self._settle(uploader)
-        put({"kind": "params", "params": _flatten(told.values), "tags": tags})
+        put({"kind": "params", "params": _parameters(told.values), "tags": tags})
         text = redact(yaml.safe_dump(told.values, sort_keys=False))
         put({"kind": "text", "name": told.file, "text": text})
         self._orphaned_runs = OrphanedRuns(output, folder)
@@ -242,32 +244,7 @@ def _close(first: float, again: float) -> bool:
     return math.isclose(first, again, rel_tol=1e-5, abs_tol=1e-6) or (math.isnan(first) and math.isnan(again))
 
 
-def git_state() -> dict[str, str]:
-    """Commit of this code and whether it was edited since; "unknown" where it is no git checkout."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        # Fails for a copy that lies, untracked, in somebody else's checkout: that commit is not ours.
-        git("ls-files", "--error-unmatch", here.name)
-        return {
-            "git.commit": git("rev-parse", "HEAD"),
-            "git.dirty": str(bool(git("status", "--porcelain"))).lower(),
-        }
-    except (OSError, subprocess.SubprocessError):
-        return {"git.commit": "unknown", "git.dirty": "unknown"}
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def _parameters(values: dict[str, Any]) -> dict[str, str]:
     """Nested configuration -> dotted parameter names and texts within MLflow's limits."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            flat[metric_name(prefix + key)] = redact(text)[:PARAM_LENGTH]
-    return flat
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves(values)}
+    return {metric_name(key): redact(text)[:PARAM_LENGTH] for key, text in texts.items()}

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from rairl_ray.provenance import git_state
 from rairl_ray.tracking.mlflow_run import metric_name
-from rairl_ray.tracking.tracker import DIFFERS_TAG, Tracker, git_state
+from rairl_ray.tracking.tracker import DIFFERS_TAG, Tracker
 from rairl_ray.tracking.unsent import CURSOR, SPOOL
 from tests.mlflow_server import free_port
 from tests.tracked import config, empty_database, eventually, history, run_folder, runs, sqlite, table

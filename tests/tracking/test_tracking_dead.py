@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from rairl_ray.tracking.orphaned_runs import alive, identity
+from rairl_ray.provenance import may_be_alive, process_identity
 from rairl_ray.tracking.tracker import Tracker
 from rairl_ray.tracking.unsent import CURSOR, SPOOL
 from rairl_ray.tracking.uploader import Uploader
@@ -120,12 +120,12 @@ def test_the_runs_of_the_living_and_of_others_are_left_alone(tmp_path: Path) -> 
 
 
 def test_who_is_alive() -> None:
-    me = identity()
-    assert alive(me)
-    assert alive({**me, "host": "elsewhere", "pid": 1 << 30})
-    assert not alive({**me, "pid": 1 << 30})
-    assert not alive({**me, "born": "another boot 1"})  # a later process with our number
-    assert not alive({**me, "pid": 1 << 30, "born": None}) and alive({**me, "born": None})
+    me = process_identity()
+    assert may_be_alive(me)
+    assert may_be_alive({**me, "host": "elsewhere", "pid": 1 << 30})
+    assert not may_be_alive({**me, "pid": 1 << 30})
+    assert not may_be_alive({**me, "born": "another boot 1"})  # a later process with our number
+    assert not may_be_alive({**me, "pid": 1 << 30, "born": None}) and may_be_alive({**me, "born": None})
 
 
 def test_a_folder_that_is_moved_while_its_rest_is_sent_does_not_reach_the_one_in_its_place(
@@ -142,7 +142,7 @@ def test_a_folder_that_is_moved_while_its_rest_is_sent_does_not_reach_the_one_in
         on_failure=lambda error: None,
     )
     assert old.spool.own()
-    old.spool.put({"kind": "start", "experiment": "rairl", "run_name": "old", **identity()})
+    old.spool.put({"kind": "start", "experiment": "rairl", "run_name": "old", **process_identity()})
     assert old.once()
     folder.rename(tmp_path / "t~1")
     tracker = Tracker(warn=pytest.fail)

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from rairl_ray.provenance import process_identity
 from rairl_ray.tracking import orphaned_runs, unsent
-from rairl_ray.tracking.orphaned_runs import OrphanedRuns, identity
+from rairl_ray.tracking.orphaned_runs import OrphanedRuns
 from rairl_ray.tracking.tracker import Tracker
 from rairl_ray.tracking.unsent import CURSOR, SPOOL, find, pointers, settle, unfinished
 from tests.tracked import config, empty_database, run_folder, runs, sqlite
 
-DEAD = {"host": identity()["host"], "born": "another boot 1", "pid": 1}
+DEAD = {"host": process_identity()["host"], "born": "another boot 1", "pid": 1}
 """What a `start` record says of a driver that is no more."""
 
 
@@ -212,7 +213,7 @@ def test_a_moved_output_folder_has_its_pointers_and_its_runs_in_mlflow(output: P
     finished(output, "other")
     assert cut._uploader is not None
     cut._uploader.drain(0, 0)
-    spool, born = output / "cut" / SPOOL, str(identity()["born"])
+    spool, born = output / "cut" / SPOOL, str(process_identity()["born"])
     spool.write_text(spool.read_text().replace(born, "x" * len(born)))  # its process is dead
     moved = tmp_path / "elsewhere" / "runs"
     moved.parent.mkdir()
