@@ -5,7 +5,7 @@
 
 Every call writes a line to the run folder and returns; only the queues' threads talk to MLflow. What a run
 could not send waits in its folder: `--resume` sends it, and so does the next run in the same output folder,
-which finds it by a pointer (unsent.py) and also closes the runs of killed drivers (orphaned_runs.py).
+which finds it by a pointer and also closes the runs of killed drivers (unsent.py).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from rairl_ray.errors import brief, redact
 from rairl_ray.metrics import MEASURES_MACHINE
 from rairl_ray.provenance import git_state, process_identity
 from rairl_ray.tracking.mlflow_run import import_mlflow, metric_name
-from rairl_ray.tracking.orphaned_runs import OrphanedRuns
-from rairl_ray.tracking.unsent import settle
+from rairl_ray.tracking.spool import read_records
+from rairl_ray.tracking.unsent import UnsentRuns, settle
 from rairl_ray.tracking.uploader import Uploader, tracking_uri
 
 P = ParamSpec("P")
@@ -75,7 +75,7 @@ class Tracker:
         self._warned: set[str] = set()
         self._warning = threading.Lock()
         self._uploader: Uploader | None = None
-        self._orphaned_runs: OrphanedRuns | None = None
+        self._unsent_runs: UnsentRuns | None = None
         self._started = False
         self._session = ""
         self._flush_seconds = 0.0
@@ -91,8 +91,7 @@ class Tracker:
     def id_within(self, seconds: float) -> str | None:
         """The run's id, waiting so many seconds for it; None without one."""
         if (uploader := self._uploader) is not None:
-            with uploader.spool.changed:
-                uploader.spool.changed.wait_for(uploader.run.exists, seconds)
+            uploader.spool.wait_for(uploader.run.exists, seconds)
         return self.run_id
 
     @_harmless
@@ -132,7 +131,7 @@ class Tracker:
         put({"kind": "params", "params": _parameters(told.values), "tags": tags})
         text = redact(yaml.safe_dump(told.values, sort_keys=False))
         put({"kind": "text", "name": told.file, "text": text})
-        self._orphaned_runs = OrphanedRuns(output, folder)
+        self._unsent_runs = UnsentRuns(output, folder)
         self._uploader = uploader
         if not resumed:
             self._release()
@@ -158,7 +157,7 @@ class Tracker:
     def go_back_to(self, step: int) -> None:
         """Say that a resume or a retry goes on from `step`: later ones, and its evaluation, are made again."""
         if self._uploader is not None:
-            for record, _ in self._uploader.spool.records("metrics"):
+            for record, _ in read_records(self._uploader.spool.path, "metrics"):
                 if record is not None and record["step"] >= step:
                     for name, value in record["metrics"].items():
                         self._earlier.setdefault((name, record["step"]), value)
@@ -196,8 +195,8 @@ class Tracker:
         uploader.run.before_finish = lambda position: uploader.rows.wait(position, self._flush_seconds / 2)
         position = self._put({"kind": "finish", "status": status, "session": self._session})
         self._release()
-        if self._orphaned_runs is not None:
-            self._orphaned_runs.stop()
+        if self._unsent_runs is not None:
+            self._unsent_runs.stop()
         if not uploader.drain(position, deadline - time.monotonic()):
             rest = uploader.spool.path
             self._warn_once(
@@ -222,8 +221,8 @@ class Tracker:
         self._started = True
         for queue in self._uploader.queues:
             queue.start()
-        if self._orphaned_runs is not None:
-            self._orphaned_runs.start()
+        if self._unsent_runs is not None:
+            self._unsent_runs.thread.start()
 
     def _failed(self, error: Exception) -> None:
         if self._uploader is not None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from rairl_ray.provenance import git_state
 from rairl_ray.tracking.mlflow_run import metric_name
+from rairl_ray.tracking.spool import CURSOR, SPOOL
 from rairl_ray.tracking.tracker import DIFFERS_TAG, Tracker
-from rairl_ray.tracking.unsent import CURSOR, SPOOL
 from tests.mlflow_server import free_port
 from tests.tracked import config, empty_database, eventually, history, run_folder, runs, sqlite, table
 
@@ -66,14 +66,14 @@ def test_rows_that_wait_go_in_few_requests(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[int] = []
-    real = MlflowClient.log_batch
+    real = SqlAlchemyStore.log_batch
 
-    def counted(self: MlflowClient, run_id: str, metrics: Any = (), params: Any = (), tags: Any = ()) -> Any:
+    def counted(self: SqlAlchemyStore, run_id: str, metrics: Any, params: Any, tags: Any) -> Any:
         batches.append(len(metrics))
         assert len(params) <= 100 and len(metrics) <= 1000
         return real(self, run_id, metrics=metrics, params=params, tags=tags)
 
-    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    monkeypatch.setattr(SqlAlchemyStore, "log_batch", counted)
     tracker = Tracker(warn=pytest.fail)
     tracker.start(config(tmp_path), folder, resumed=True)  # sends nothing yet
     for step in range(40):

@@ -14,8 +14,8 @@ import pytest
 from mlflow import MlflowClient
 
 from rairl_ray.provenance import may_be_alive, process_identity
+from rairl_ray.tracking.spool import CURSOR, SPOOL
 from rairl_ray.tracking.tracker import Tracker
-from rairl_ray.tracking.unsent import CURSOR, SPOOL
 from rairl_ray.tracking.uploader import Uploader
 from tests.mlflow_server import free_port, proxy, server
 from tests.tracked import config, empty_database, eventually, history, run_folder, runs, sqlite
@@ -104,9 +104,9 @@ def test_the_runs_of_the_living_and_of_others_are_left_alone(tmp_path: Path) -> 
     def another(name: str) -> None:
         tracker = Tracker(warn=pytest.fail)
         tracker.start(config(tmp_path, name=name), run_folder(config(tmp_path, name=name)))
-        assert tracker._orphaned_runs is not None
-        tracker._orphaned_runs.thread.join(60)
-        assert not tracker._orphaned_runs.thread.is_alive()
+        assert tracker._unsent_runs is not None
+        tracker._unsent_runs.thread.join(60)
+        assert not tracker._unsent_runs.thread.is_alive()
         tracker.finish("FINISHED")
 
     try:

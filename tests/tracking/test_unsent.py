@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from rairl_ray.provenance import process_identity
-from rairl_ray.tracking import orphaned_runs, unsent
-from rairl_ray.tracking.orphaned_runs import OrphanedRuns
+from rairl_ray.tracking import unsent
+from rairl_ray.tracking.spool import CURSOR, SPOOL, unfinished
 from rairl_ray.tracking.tracker import Tracker
-from rairl_ray.tracking.unsent import CURSOR, SPOOL, find, pointers, settle, unfinished
+from rairl_ray.tracking.unsent import UnsentRuns, find, pointers, settle
 from tests.tracked import config, empty_database, run_folder, runs, sqlite
 
 DEAD = {"host": process_identity()["host"], "born": "another boot 1", "pid": 1}
@@ -24,7 +24,7 @@ DEAD = {"host": process_identity()["host"], "born": "another boot 1", "pid": 1}
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(orphaned_runs, "EVERY_SECONDS", 1.0)  # SQLite may be locked for a moment
+    monkeypatch.setattr(unsent, "EVERY_SECONDS", 1.0)  # SQLite may be locked for a moment
     made = tmp_path / "runs"
     made.mkdir()
     (made / "mlflow.db").write_bytes(empty_database())
@@ -43,9 +43,9 @@ def finished(output: Path, name: str = "t", **options: Any) -> Tracker:
 
 
 def wait(tracker: Tracker) -> None:
-    assert tracker._orphaned_runs is not None
-    tracker._orphaned_runs.thread.join(60)
-    assert not tracker._orphaned_runs.thread.is_alive()
+    assert tracker._unsent_runs is not None
+    tracker._unsent_runs.thread.join(60)
+    assert not tracker._unsent_runs.thread.is_alive()
 
 
 def dead(output: Path, name: str = "dead", pointer: bool = True) -> Path:
@@ -178,18 +178,18 @@ def test_the_pointer_of_a_folder_that_is_gone_goes_and_that_of_one_that_cannot_b
     shutil.rmtree(dead(output, "deep/er/away").parents[1])
     hidden = dead(output, "hidden")
     [kept] = [pointer for pointer in pointers(output) if pointer.read_text() == "hidden"]
-    real = unsent._run
+    real = unsent.first_session
 
     def refused(folder: Path) -> str | None:
         if folder == hidden:
             raise PermissionError(13, "no")
         return real(folder)
 
-    monkeypatch.setattr(unsent, "_run", refused)
-    others = OrphanedRuns(output, output / "own")
-    assert [others._finish(pointer) for pointer in pointers(output)] == [True, True, False]
+    monkeypatch.setattr(unsent, "first_session", refused)
+    others = UnsentRuns(output, output / "own")
+    assert [others.finish(pointer) for pointer in pointers(output)] == [True, True, False]
     assert pointers(output) == [kept]
-    monkeypatch.setattr(unsent, "_run", real)
+    monkeypatch.setattr(unsent, "first_session", real)
     finished(output)
     assert statuses(output) == ["FINISHED", "KILLED"] and pointers(output) == []
 
@@ -232,7 +232,7 @@ def test_a_pointer_that_cannot_be_written_costs_nothing_but_itself(output: Path)
     (output / f".unsent-{os.getuid()}").write_text("in the way")
     tracker = finished(output)
     assert statuses(output) == ["FINISHED"] and not unfinished(output / "t")
-    assert tracker._orphaned_runs is not None and pointers(output) == []
+    assert tracker._unsent_runs is not None and pointers(output) == []
 
 
 def test_a_driver_that_ended_after_the_next_one_began_does_not_speak_for_it(output: Path) -> None:
