@@ -69,16 +69,16 @@ class MlflowRun:
         self._uri, self._output, self._spool, self._warn = uri, output, spool, warn
         self._connected: Any = None
         self._refused_names: set[str] = set()
-        self._attempts: Counter[int] = Counter()
+        self._attempts: Counter[str] = Counter()
         self.before_finish: Callable[[int], None] = lambda position: None  # before a terminal state is set
 
     def exists(self) -> bool:
         """Whether a server gave this run an id."""
         return self._spool.cursor["run_id"] is not None
 
-    def apply(self, batch: list[Record]) -> None:
-        """Do what a record says, or any number of records `metrics`."""
-        record, position = batch[0]
+    def apply(self, batch: list[Record], position: int) -> None:
+        """Do what a record says, or several records `metrics`; `position` is the end of the last or later."""
+        record = batch[0]
         try:
             match record["kind"]:
                 case "start":
@@ -90,7 +90,7 @@ class MlflowRun:
                 case "metrics":
                     self._log_metrics(batch)
                 case _:
-                    self._log_file(record, position)
+                    self._log_file(record)
         except Exception as error:
             # A server that came back without its database gets the whole history in a new run.
             if self.exists() and _status(error) == 404 and self._is_gone():
@@ -117,7 +117,7 @@ class MlflowRun:
             self._connected = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
         return self._connected
 
-    def _open(self, record: dict[str, Any]) -> None:
+    def _open(self, record: Record) -> None:
         key = self._key
         if not self.exists():
             self._spool.advance(key, {"run_id": self._find_or_create(record)})
@@ -125,7 +125,7 @@ class MlflowRun:
         self._spool.advance(key, {"session": record["session"], "closed": False})
         self._bin_twins()
 
-    def _close(self, record: dict[str, Any], position: int) -> None:
+    def _close(self, record: Record, position: int) -> None:
         if record["session"] != self._spool.cursor["session"]:
             return
         self.before_finish(position)
@@ -133,7 +133,7 @@ class MlflowRun:
         self._bin_twins()
         self._spool.advance(self._key, {"closed": True})
 
-    def _find_or_create(self, record: dict[str, Any]) -> str:
+    def _find_or_create(self, record: Record) -> str:
         experiment = self._experiment(record["experiment"])
         if found := self._with_key(experiment):
             return found[0]
@@ -183,13 +183,13 @@ class MlflowRun:
 
         metrics = [
             Metric(name, value, record["time_ms"], record["step"])
-            for record, _ in batch
+            for record in batch
             for name, value in record["metrics"].items()
             if name not in self._refused_names
         ]
         self._send("metrics", metrics)
 
-    def _log_params(self, record: dict[str, Any]) -> None:
+    def _log_params(self, record: Record) -> None:
         from mlflow.entities import Param, RunTag
 
         # MLflow refuses another value for a parameter: after a resume config.yaml has the newest ones.
@@ -218,8 +218,9 @@ class MlflowRun:
 
     # --- files ---------------------------------------------------------------------------------------
 
-    def _log_file(self, record: dict[str, Any], position: int) -> None:
+    def _log_file(self, record: Record) -> None:
         """One that cannot be sent holds up nothing for ever."""
+        name = record["path" if record["kind"] == "artifact" else "name"]
         try:
             if record["kind"] == "text":
                 self._client().log_text(self._run_id, record["text"], record["name"])
@@ -228,16 +229,16 @@ class MlflowRun:
             else:
                 self._log_artifact(record)
         except Exception as error:
-            name = record.get("name") or record.get("path")
             if _status(error) != 400 and not isinstance(error, FileNotFoundError):
                 # Raises where the server is down: then the attempt counts for nothing.
                 self._client().get_run(self._run_id)
-                self._attempts[position] += 1
-                if self._attempts[position] < FILE_ATTEMPTS:
+                self._attempts[name] += 1
+                if self._attempts[name] < FILE_ATTEMPTS:
                     raise
+                del self._attempts[name]
             self._warn(f"file {name}", f"MLflow does not get {name}: {brief(error)}")
 
-    def _log_table(self, record: dict[str, Any]) -> None:
+    def _log_table(self, record: Record) -> None:
         # As MlflowClient.log_table, which would append to a table that exists; this replaces it.
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
@@ -249,7 +250,7 @@ class MlflowRun:
         if entry not in tables and len(tag) <= TAG_LENGTH:
             client.set_tag(self._run_id, MLFLOW_LOGGED_ARTIFACTS, tag)
 
-    def _log_artifact(self, record: dict[str, Any]) -> None:
+    def _log_artifact(self, record: Record) -> None:
         # Relative to the run folder, which may have been moved since.
         path = self._spool.path.parent / record["path"]
         if not (self._spool.in_place() and path.is_file()):
@@ -257,9 +258,9 @@ class MlflowRun:
         self._client().log_artifact(self._run_id, str(path), record["place"])
 
 
-def joins(batch: list[Record], record: dict[str, Any]) -> bool:
+def joins(batch: list[Record], record: Record) -> bool:
     """Whether a record's metrics still go into one request with those of `batch`."""
-    rows = [*(row for row, _ in batch), record]
+    rows = [*batch, record]
     fits = sum(len(row.get("metrics", ())) for row in rows) <= METRICS_AT_ONCE
     return fits and all(row["kind"] == "metrics" for row in rows)
 
@@ -274,8 +275,7 @@ def metric_name(name: str) -> str:
 def _make_database(uri: str) -> None:
     """Make a new sqlite database beside its place and move it there.
 
-    MLflow makes the tables in dozens of steps, unguarded: a kill in between, or another process that does
-    the same, leaves a file that no MLflow can open any more.
+    MLflow makes the tables in dozens of steps: a kill in between leaves a file that no MLflow can open.
     """
     from mlflow import MlflowClient
 

@@ -22,8 +22,8 @@ from rairl_ray.files import append_line, write_atomic
 SPOOL = "tracking_spool.jsonl"
 CURSOR = "tracking_cursor.json"
 
-Record = tuple[dict[str, Any], int]
-"""A record and its position: the offset in bytes of its end."""
+Record = dict[str, Any]
+"""A line: its `kind`, what that kind says, and its time `time_ms`."""
 
 
 class Spool:
@@ -36,15 +36,17 @@ class Spool:
     def __init__(self, folder: Path, servers: list[str], run_id: str | None = None) -> None:
         """`servers` names the receiver, today's name first; `run_id` is the run's where the cursor is lost."""
         self.path, self._servers, self._known_id = folder / SPOOL, servers, run_id
-        self.cursor = self._read_cursor()
         self.owned = self.ended = False
+        self.elsewhere = False
+        """Whether what was sent so far went to another server."""
+        self.cursor = self._read_cursor()
         self.changed, self.changes = threading.Condition(), 0
         """Notified, and counted, when there is a new record, a queue came further or failed, or it ended."""
         self._writing, self._changing = threading.Lock(), threading.Lock()
         self._lock_file: IO[str] | None = None
 
-    def put(self, record: dict[str, Any]) -> int:
-        """Append a record, its `kind` first, with its time; returns its position.
+    def put(self, record: Record) -> int:
+        """Append a record with its time; returns its position, the offset in bytes of its end.
 
         Raises OSError for a full disk, TypeError for what JSON has not.
         """
@@ -69,6 +71,10 @@ class Spool:
         """Wait until a condition holds that only changes of this spool make true, so many seconds at most."""
         with self.changed:
             self.changed.wait_for(condition, seconds)
+
+    def wait_for_change(self, seen: int) -> None:
+        """Wait until there was a change after the first `seen`."""
+        self.wait_for(lambda: self.changes != seen)
 
     def advance(self, key: str, changes: dict[str, Any], save: bool = True) -> bool:
         """Change the cursor; False, and no change, if `key` is no longer its key or after the end."""
@@ -139,8 +145,10 @@ class Spool:
         if not saved:
             # Everything may have arrived, and does no harm twice.
             return fresh | {"run_id": self._known_id}
-        ours = saved.get("server") in self._servers and saved.keys() == fresh.keys()
-        return saved | {"server": self._servers[0]} if ours else fresh
+        self.elsewhere = saved.get("server") not in self._servers
+        if self.elsewhere or saved.keys() != fresh.keys():
+            return fresh
+        return saved | {"server": self._servers[0]}
 
     def _fresh(self) -> dict[str, Any]:
         return {
@@ -149,7 +157,7 @@ class Spool:
         }  # fmt: skip
 
 
-def read_records(path: Path, *kinds: str, start: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:
+def read_records(path: Path, *kinds: str, start: int = 0) -> Iterator[tuple[Record | None, int]]:
     """Whole lines behind the offset `start` with their positions; None for other kinds and torn lines."""
     if not path.exists():
         return

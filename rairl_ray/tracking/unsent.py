@@ -16,13 +16,12 @@ import contextlib
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 from rairl_ray.config.load import read_saved
 from rairl_ray.files import write_atomic
 from rairl_ray.provenance import may_be_alive
-from rairl_ray.tracking.spool import first_session, read_records, saved_cursor, unfinished
-from rairl_ray.tracking.uploader import Uploader, server_names, tracking_uri
+from rairl_ray.tracking.spool import Record, first_session, read_records, unfinished
+from rairl_ray.tracking.uploader import Uploader, tracking_uri
 
 EVERY_SECONDS = 60.0
 """Between two attempts at folders whose server did not answer."""
@@ -74,6 +73,11 @@ class UnsentRuns:
         self._uploader: Uploader | None = None
         self.thread = threading.Thread(target=self._loop, name="tracking-unsent-runs", daemon=True)
 
+    def settle_own(self) -> None:
+        """See to the pointer of our own run; without one, what is left of it waits for `--resume` alone."""
+        with contextlib.suppress(OSError):
+            settle(self._output, self._own)
+
     def stop(self) -> None:
         """End after the request that runs now; the rest stays where it is."""
         self._stopped.set()
@@ -93,52 +97,35 @@ class UnsentRuns:
             if folder is None:
                 pointer.unlink(missing_ok=True)
             elif folder != self._own and folder.stat().st_uid == os.getuid():
-                return self._send(folder)
+                if unfinished(folder) and not self._send(folder):
+                    return False
+                settle(self._output, folder)
             return True
         except Exception:
             # A dead server, a disk, a folder that is just being removed: next time.
             return False
 
     def _send(self, folder: Path) -> bool:
-        if unfinished(folder):
-            self._uploader = uploader = _open(self._output, folder)
-            if uploader is None:
+        """Whether all of it is sent, or it is not ours to touch."""
+        uri = tracking_uri(read_saved(folder / "config.yaml"), self._output)
+        if uri is None:
+            return True
+        self._uploader = Uploader(uri, self._output, folder, warn=lambda topic, text: None)
+        with contextlib.closing(self._uploader.spool) as spool:
+            # Asked only now, because whoever stops us closes the spool that he sees.
+            if self._stopped.is_set() or spool.elsewhere or not spool.own(strict=True):
                 return True
-            # Only now: whoever stops us closes the spool that he sees.
-            if self._stopped.is_set():
-                uploader.spool.close()
-            try:
-                last = _unfinished_start(uploader.spool.path)
-                if last is not None:
-                    if may_be_alive(last):
-                        return True
-                    uploader.spool.put({"kind": "finish", "status": "KILLED", "session": last["session"]})
-                if not uploader.once():
-                    return False
-            finally:
-                uploader.spool.close()
-        settle(self._output, folder)
-        return True
+            last = _unfinished_start(spool.path)
+            if last is not None:
+                if may_be_alive(last):
+                    return True
+                spool.put({"kind": "finish", "status": "KILLED", "session": last["session"]})
+            return self._uploader.once()
 
 
-def _open(output: Path, folder: Path) -> Uploader | None:
-    """The folder's spool with its lock held; None where it is not ours to touch."""
-    uri = tracking_uri(read_saved(folder / "config.yaml"), output)
-    if uri is None:
-        return None
-    names = server_names(uri, output)
-    if saved_cursor(folder).get("server", names[0]) not in names:
-        return None
-    uploader = Uploader(uri, output, folder, warn=lambda topic, text: None, on_failure=lambda error: None)
-    return uploader if uploader.spool.own(strict=True) else None
-
-
-def _unfinished_start(spool: Path) -> dict[str, Any] | None:
+def _unfinished_start(spool: Path) -> Record | None:
     """The last `start` record, if its process did not say how it ended."""
-    last = None
-    for record, _ in read_records(spool, "start", "finish"):
-        if record is not None and record["kind"] == "start":
-            last = record
-        elif record is not None and last is not None and record["session"] == last["session"]:
-            last = None
-    return last
+    records = [record for record, _ in read_records(spool, "start", "finish") if record is not None]
+    starts = [record for record in records if record["kind"] == "start"]
+    ended = {record["session"] for record in records if record["kind"] == "finish"}
+    return starts[-1] if starts and starts[-1]["session"] not in ended else None

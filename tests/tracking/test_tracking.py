@@ -74,10 +74,13 @@ def test_rows_that_wait_go_in_few_requests(
         return real(self, run_id, metrics=metrics, params=params, tags=tags)
 
     monkeypatch.setattr(SqlAlchemyStore, "log_batch", counted)
-    tracker = Tracker(warn=pytest.fail)
-    tracker.start(config(tmp_path), folder, resumed=True)  # sends nothing yet
+    first = Tracker(warn=lambda text: None)
+    first.start(config(tmp_path, "sqlite:////proc/nowhere/mlflow.db", flush=0), folder)
     for step in range(40):
-        tracker._put({"kind": "metrics", "step": step, "metrics": {f"m{i}": float(step) for i in range(60)}})
+        first.log({f"m{i}": float(step) for i in range(60)}, step)
+    first.finish("FAILED")
+    tracker = Tracker(warn=pytest.fail)
+    tracker.start(config(tmp_path), folder)
     tracker.finish("FINISHED")
     sizes = [size for size in batches if size]
     assert sum(sizes) == 40 * 60 and len(sizes) == 3
@@ -92,7 +95,7 @@ def test_a_resume_goes_on_in_the_same_run_where_nothing_is_made_again(tmp_path: 
     first.finish("KILLED")
 
     second = Tracker(warn=pytest.fail)
-    second.start(config(tmp_path, trainer={"steps": 200}), folder, resumed=True, resume_run_id=first.run_id)
+    second.start(config(tmp_path, trainer={"steps": 200}), folder, resume_run_id=first.run_id)
     second.go_back_to(5)
     client = sqlite(tmp_path)
     eventually(lambda: client.get_run(str(first.run_id)).info.status == "RUNNING")
@@ -109,7 +112,7 @@ def test_steps_made_again_stay_in_the_same_run_as_measured_first(tmp_path: Path,
     ids = []
     for back, last in ((None, 5), (2, 7), (3, 4), (1, 8)):  # ten resumes would be no different
         tracker = Tracker(warn=pytest.fail)
-        tracker.start(config(tmp_path), folder, resumed=back is not None)
+        tracker.start(config(tmp_path), folder)
         if back is not None:
             tracker.go_back_to(back)
         for step in range((back or 0) + 1, last + 1):
@@ -159,7 +162,7 @@ def test_carrying_everything_twice_has_the_effect_of_once(tmp_path: Path, folder
         cursor |= {"run_id": None} if lost == "offsets and id" else {}
         (folder / CURSOR).write_text(json.dumps(cursor))
     second = Tracker(warn=pytest.fail)
-    second.start(config(tmp_path), folder, resumed=True, resume_run_id=first.run_id)
+    second.start(config(tmp_path), folder, resume_run_id=first.run_id)
     second.go_back_to(1)
     second.log({"a": 2.0}, 2)
     second.finish("FINISHED")
@@ -252,7 +255,7 @@ def test_a_folder_that_was_moved_still_finds_its_artifacts(tmp_path: Path, folde
     (folder / "final").mkdir(parents=True)
     (folder / "final" / "model").write_text("new")
     again = Tracker(warn=pytest.fail)
-    again.start(config(tmp_path), tmp_path / "t~1", resumed=True)
+    again.start(config(tmp_path), tmp_path / "t~1")
     again.finish("FINISHED")
     client = sqlite(tmp_path)
     assert Path(client.download_artifacts(str(again.run_id), "final/model")).read_text() == "old"

@@ -139,7 +139,6 @@ def test_a_folder_that_is_moved_while_its_rest_is_sent_does_not_reach_the_one_in
         tmp_path,
         folder,
         warn=lambda topic, text: None,
-        on_failure=lambda error: None,
     )
     assert old.spool.own()
     old.spool.put({"kind": "start", "experiment": "rairl", "run_name": "old", **process_identity()})
@@ -167,7 +166,7 @@ def test_a_resume_waits_for_whoever_still_sends_and_takes_over(tmp_path: Path) -
     client = sqlite(tmp_path)
     [first_id] = arrived(client)
     second = Tracker(warn=pytest.fail)
-    second.start(config(tmp_path), folder, resumed=True)
+    second.start(config(tmp_path), folder)
     second.go_back_to(0)
     second.log({"a": -1.0}, 1)
     time.sleep(1.5)
@@ -195,7 +194,7 @@ def test_killed_in_the_middle_of_a_flush_and_resumed_from_an_earlier_step(tmp_pa
         back = last // 2
         line.delay_seconds = 0.0
         second = Tracker(warn=pytest.fail)
-        second.start(config(tmp_path, line.uri), folder, resumed=True)
+        second.start(config(tmp_path, line.uri), folder)
         second.go_back_to(back)
         for step in range(back + 1, last + 1):
             second.log({"a": step + 1000.0, "b": float(step)}, step)

@@ -88,7 +88,7 @@ def test_a_run_has_a_pointer_until_it_is_sent_and_closed(output: Path) -> None:
     tracker.finish("FINISHED")
     assert pointers(output) == [] and not unfinished(folder)
     again = Tracker(warn=pytest.fail)
-    again.start(run_config, folder, resumed=True)
+    again.start(run_config, folder)
     assert pointers(output) == [pointer]
     again.go_back_to(0)
     again.finish("FINISHED")
@@ -154,7 +154,7 @@ def test_a_crash_before_the_pointer_or_after_the_end_does_no_harm(output: Path) 
     assert pointers(output) == [] and (after / SPOOL).read_bytes() == before
     assert statuses(output) == ["FINISHED"] and unfinished(without)
     resumed = Tracker(warn=pytest.fail)
-    resumed.start(config(output, name="without"), without, resumed=True)
+    resumed.start(config(output, name="without"), without)
     resumed.go_back_to(1)
     resumed.finish("FINISHED")
     assert statuses(output) == ["FINISHED", "FINISHED"]
@@ -212,7 +212,7 @@ def test_a_moved_output_folder_has_its_pointers_and_its_runs_in_mlflow(output: P
     assert cut.id_within(60)
     finished(output, "other")
     assert cut._uploader is not None
-    cut._uploader.drain(0, 0)
+    cut._uploader.spool.close()
     spool, born = output / "cut" / SPOOL, str(process_identity()["born"])
     spool.write_text(spool.read_text().replace(born, "x" * len(born)))  # its process is dead
     moved = tmp_path / "elsewhere" / "runs"
@@ -222,7 +222,7 @@ def test_a_moved_output_folder_has_its_pointers_and_its_runs_in_mlflow(output: P
     assert runs(sqlite(moved))[str(cut.run_id)] == "KILLED", "the same run, not a second one"
     assert len(runs(sqlite(moved))) == 3 and pointers(moved) == []
     again = Tracker(warn=lambda text: None)
-    again.start(config(moved, name="third"), moved / "third", resumed=True)
+    again.start(config(moved, name="third"), moved / "third")
     again.go_back_to(1)
     again.finish("FINISHED")
     assert again.run_id == third.run_id
