@@ -17,7 +17,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +24,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rairl_ray.errors import brief
+from rairl_ray.metrics import legal_name
 from rairl_ray.tracking.spool import Record, Spool
 
 RUN_KEY_TAG = "rairl.run_key"
-TAG_LENGTH, KEY_LENGTH = 8000, 250  # MLflow's limits
+TAG_LENGTH = 8000
+"""MLflow's limit."""
 METRICS_AT_ONCE = 1000
 """In one request: as many as MLflow takes."""
 FILE_ATTEMPTS = 3
@@ -196,7 +197,7 @@ class MlflowRun:
         has = self._client().get_run(self._run_id).data.params
         params = [Param(name, value) for name, value in record["params"].items() if name not in has]
         self._send("params", params)
-        tags = [RunTag(metric_name(name), value[:TAG_LENGTH]) for name, value in record["tags"].items()]
+        tags = [RunTag(legal_name(name), value[:TAG_LENGTH]) for name, value in record["tags"].items()]
         self._send("tags", tags)
 
     def _send(self, what: str, items: list[Any]) -> None:
@@ -263,13 +264,6 @@ def joins(batch: list[Record], record: Record) -> bool:
     rows = [*batch, record]
     fits = sum(len(row.get("metrics", ())) for row in rows) <= METRICS_AT_ONCE
     return fits and all(row["kind"] == "metrics" for row in rows)
-
-
-def metric_name(name: str) -> str:
-    """`name` with everything replaced that MLflow refuses in names of metrics, parameters and tags."""
-    legal = re.sub(r"[^\w./: -]", "_", name, flags=re.ASCII)
-    parts = [part for part in legal.split("/") if part not in ("", ".", "..")]
-    return "/".join(parts)[:KEY_LENGTH].rstrip("/") or "_"
 
 
 def _make_database(uri: str) -> None:

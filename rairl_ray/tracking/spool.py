@@ -46,7 +46,7 @@ class Spool:
         self._lock_file: IO[str] | None = None
 
     def put(self, record: Record) -> int:
-        """Append a record with its time; returns its position, the offset in bytes of its end.
+        """Append a record, its `kind` first, with its time; returns the offset in bytes of its end.
 
         Raises OSError for a full disk, TypeError for what JSON has not.
         """

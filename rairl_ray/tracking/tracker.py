@@ -25,9 +25,9 @@ import yaml
 from rairl_ray.config.key_names import leaves
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import brief, redact
-from rairl_ray.metrics import MEASURES_MACHINE
+from rairl_ray.metrics import MEASURES_MACHINE, legal_name
 from rairl_ray.provenance import git_state, process_identity
-from rairl_ray.tracking.mlflow_run import import_mlflow, metric_name
+from rairl_ray.tracking.mlflow_run import import_mlflow
 from rairl_ray.tracking.spool import read_records
 from rairl_ray.tracking.unsent import UnsentRuns
 from rairl_ray.tracking.uploader import Uploader, tracking_uri
@@ -133,7 +133,7 @@ class Tracker:
         """All metrics of a step. Of one that is made again, MLflow keeps what was measured first."""
         fresh = {}
         for given, number in metrics.items():
-            name, value = metric_name(given), float(number)
+            name, value = legal_name(given), float(number)
             first = self._earlier.get((name, step))
             if first is None:
                 fresh[name] = value
@@ -159,7 +159,7 @@ class Tracker:
         """Rows of JSON values as the table artifact NAME.json, replacing an earlier one of that name."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         data = [[row.get(column) for column in columns] for row in rows]
-        self._put({"kind": "table", "name": f"{metric_name(name)}.json", "columns": columns, "data": data})
+        self._put({"kind": "table", "name": f"{legal_name(name)}.json", "columns": columns, "data": data})
 
     @_harmless
     def log_text(self, name: str, text: str) -> None:
@@ -210,4 +210,4 @@ def _close(first: float, again: float) -> bool:
 def _parameters(values: dict[str, Any]) -> dict[str, str]:
     """Nested configuration -> dotted parameter names and texts within MLflow's limits."""
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves(values)}
-    return {metric_name(key): redact(text)[:PARAM_LENGTH] for key, text in texts.items()}
+    return {legal_name(key): redact(text)[:PARAM_LENGTH] for key, text in texts.items()}

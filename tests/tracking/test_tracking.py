@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+from rairl_ray.metrics import legal_name
 from rairl_ray.provenance import git_state
-from rairl_ray.tracking.mlflow_run import metric_name
 from rairl_ray.tracking.spool import CURSOR, SPOOL
 from rairl_ray.tracking.tracker import DIFFERS_TAG, Tracker
 from tests.mlflow_server import free_port
@@ -272,8 +272,8 @@ def test_no_password_reaches_the_run_folder(tmp_path: Path, folder: Path) -> Non
 
 
 def test_names_and_git() -> None:
-    assert metric_name("eval/pass@1") == "eval/pass_1" and metric_name("a b.c-d:e/f") == "a b.c-d:e/f"
-    assert metric_name("/../a//b/") == "a/b" and metric_name("..") == "_" and len(metric_name("é" * 300)) == 250
+    assert legal_name("eval/pass@1") == "eval/pass_1" and legal_name("a b.c-d:e/f") == "a b.c-d:e/f"
+    assert legal_name("/../a//b/") == "a/b" and legal_name("..") == "_" and len(legal_name("é" * 300)) == 250
     assert set(git_state()) == {"git.commit", "git.dirty"}
 
 
