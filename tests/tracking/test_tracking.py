@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,26 @@ def test_carrying_everything_twice_has_the_effect_of_once(tmp_path: Path, folder
     assert history(client, first.run_id, "a") == [(1, 1.0), (2, 2.0)]
     assert [len(history(client, first.run_id, name)) for name in ("nan", "inf")] == [1, 1]
     assert list(table(client, first.run_id, "rollouts.json")["text"]) == ["a"]
+
+
+def test_a_database_that_lost_the_run_gets_the_whole_history(tmp_path: Path, folder: Path) -> None:
+    warnings: list[str] = []
+    tracker = Tracker(warn=warnings.append)
+    tracker.start(config(tmp_path), folder)
+    tracker.log({"a": 1.0}, 1)
+    tracker.log_table([{"text": "a"}], "rollouts")
+    client = sqlite(tmp_path)
+    first = eventually(lambda: tracker.run_id)
+    eventually(lambda: history(client, first, "a"))
+    with sqlite3.connect(tmp_path / "mlflow.db", timeout=60) as database:
+        for name in ("metrics", "latest_metrics", "params", "tags", "runs"):
+            database.execute(f"DELETE FROM {name}")
+    tracker.log({"a": 2.0}, 2)
+    tracker.finish("FINISHED")
+    assert tracker.run_id != first and runs(client) == {str(tracker.run_id): "FINISHED"}
+    assert history(client, tracker.run_id, "a") == [(1, 1.0), (2, 2.0)]
+    assert list(table(client, tracker.run_id, "rollouts.json")["text"]) == ["a"]
+    assert warnings == ["MLflow has lost the run; its history is sent again"]
 
 
 def test_none_switches_tracking_off(tmp_path: Path) -> None:
