@@ -252,3 +252,18 @@ def test_a_folder_of_another_user_is_left_alone(output: Path, monkeypatch: pytes
     finished(output)
     assert statuses(output) == ["FINISHED"] and (folder / SPOOL).read_bytes() == before
     assert [pointer.read_text() for pointer in pointers(output)] == ["dead"]
+
+
+def test_a_run_that_was_sent_to_another_server_is_left_to_its_resume(output: Path) -> None:
+    folder = dead(output)
+    cursor = {
+        "server": "another",
+        "closed": False,
+        **{f"{name}_offset": 0 for name in ("status", "rows", "files")},
+    }
+    (folder / CURSOR).write_text(json.dumps(cursor))
+    before = (folder / SPOOL).read_bytes()
+    finished(output)
+    assert statuses(output) == ["FINISHED"] and (folder / SPOOL).read_bytes() == before
+    assert [pointer.read_text() for pointer in pointers(output)] == ["dead"]
+    assert json.loads((folder / CURSOR).read_text()) == cursor
