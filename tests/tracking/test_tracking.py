@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from rairl_ray.metrics import legal_name
 from rairl_ray.provenance import git_state
-from rairl_ray.tracking.spool import CURSOR, SPOOL
+from rairl_ray.tracking.spool import CURSOR, SPOOL, Spool
 from rairl_ray.tracking.tracker import DIFFERS_TAG, Tracker
+from rairl_ray.tracking.uploader import KINDS
 from tests.mlflow_server import free_port
 from tests.tracked import config, empty_database, eventually, history, run_folder, runs, sqlite, table
 
@@ -194,6 +196,35 @@ def test_a_database_that_lost_the_run_gets_the_whole_history(tmp_path: Path, fol
     assert warnings == ["MLflow has lost the run; its history is sent again"]
 
 
+def test_whoever_still_sends_to_a_lost_run_does_not_move_the_cursor(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, ["server"])
+    assert spool.own()
+    old = spool.cursor["key"]
+    assert spool.advance(old, {"run_id": "lost", "rows_offset": 5})
+    spool.restart(old)
+    assert not spool.advance(old, {"rows_offset": 7})
+    assert (spool.cursor["run_id"], spool.cursor["rows_offset"]) == (None, 0)
+    assert spool.advance(spool.cursor["key"], {"rows_offset": 3})
+
+
+def test_the_end_of_an_earlier_driver_does_not_close_the_run_and_idle_queues_rest(
+    tmp_path: Path, folder: Path
+) -> None:
+    """Whoever closes a dead driver's run may write that down just after a resume began."""
+    tracker = Tracker(warn=pytest.fail)
+    tracker.start(config(tmp_path), folder)
+    tracker._put({"kind": "finish", "status": "KILLED", "session": "of an earlier driver"})
+    assert tracker._uploader is not None
+    spool = tracker._uploader.spool
+    eventually(lambda: all(spool.cursor[f"{queue}_offset"] == spool.size() for queue in KINDS))
+    time.sleep(0.2)
+    changes = spool.changes
+    time.sleep(0.5)
+    assert spool.changes == changes
+    assert runs(sqlite(tmp_path)) == {str(tracker.run_id): "RUNNING"}
+    tracker.finish("FINISHED")
+
+
 def test_none_switches_tracking_off(tmp_path: Path) -> None:
     tracker = Tracker(warn=pytest.fail)
     tracker.start(config(tmp_path, "none"), tmp_path)
@@ -300,6 +331,7 @@ def test_names_and_git() -> None:
 
 QUIET_RUN = """
 import sys
+import time
 from pathlib import Path
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.tracking.tracker import Tracker

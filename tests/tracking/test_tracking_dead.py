@@ -148,14 +148,15 @@ def test_a_folder_that_is_moved_while_its_rest_is_sent_does_not_reach_the_one_in
     tracker.start(run_config, run_folder(run_config))
     eventually(lambda: tracker.run_id)
     cursor = json.loads((folder / CURSOR).read_text())
-    assert not old.spool.advance(old.spool.cursor["key"], {"closed": True})
-    old.once()
-    old.spool.close()
     tracker.log({"a": 1.0}, 1)
+    assert not old.once()
+    assert not old.spool.advance(old.spool.cursor["key"], {"closed": True})
+    old.spool.close()
     tracker.finish("FINISHED")
     assert cursor["run_id"] == tracker.run_id == json.loads((folder / CURSOR).read_text())["run_id"]
     client = sqlite(tmp_path)
     assert history(client, old.spool.cursor["run_id"], "a") == []
+    assert not client.get_run(old.spool.cursor["run_id"]).data.params
     assert runs(client)[str(tracker.run_id)] == "FINISHED"
 
 
