@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from rairl_ray.provenance import may_be_alive, process_identity
-from rairl_ray.tracking.spool import CURSOR, SPOOL
+from rairl_ray.tracking.spool import CURSOR, SPOOL, saved_cursor
 from rairl_ray.tracking.tracker import Tracker
 from rairl_ray.tracking.uploader import Uploader
 from tests.mlflow_server import free_port, proxy, server
@@ -146,8 +146,7 @@ def test_a_folder_that_is_moved_while_its_rest_is_sent_does_not_reach_the_one_in
     folder.rename(tmp_path / "t~1")
     tracker = Tracker(warn=pytest.fail)
     tracker.start(run_config, run_folder(run_config))
-    eventually(lambda: tracker.run_id)
-    cursor = json.loads((folder / CURSOR).read_text())
+    cursor = eventually(lambda: (saved := saved_cursor(folder)).get("run_id") and saved)
     tracker.log({"a": 1.0}, 1)
     assert not old.once()
     assert not old.spool.advance(old.spool.cursor["key"], {"closed": True})
