@@ -79,7 +79,7 @@ class MlflowRun:
 
     def apply(self, batch: list[Record], position: int) -> None:
         """Do what a record says, or several records `metrics`; `position` is the end of the last or later."""
-        record = batch[0]
+        record, key = batch[0], self._key
         try:
             match record["kind"]:
                 case "start":
@@ -97,7 +97,7 @@ class MlflowRun:
             if self.exists() and _status(error) == 404 and self._is_gone():
                 self._warn("gone", "MLflow has lost the run; its history is sent again")
                 self._attempts.clear()
-                self._spool.restart(self._key)
+                self._spool.restart(key)
             raise
 
     # --- the run -------------------------------------------------------------------------------------
