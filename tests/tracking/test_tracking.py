@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sqlite3
 import subprocess
 import sys
 import time
@@ -13,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from rairl_ray.metrics import legal_name
 from rairl_ray.provenance import git_state
-from rairl_ray.tracking.mlflow_run import MlflowRun
-from rairl_ray.tracking.spool import CURSOR, SPOOL, Spool
+from rairl_ray.tracking.spool import CURSOR, SPOOL
 from rairl_ray.tracking.tracker import DIFFERS_TAG, Tracker
-from rairl_ray.tracking.uploader import KINDS, Uploader
+from rairl_ray.tracking.uploader import KINDS
 from tests.mlflow_server import free_port
 from tests.tracked import config, empty_database, eventually, history, run_folder, runs, sqlite, table
 
@@ -176,65 +173,6 @@ def test_carrying_everything_twice_has_the_effect_of_once(tmp_path: Path, folder
     assert history(client, first.run_id, "a") == [(1, 1.0), (2, 2.0)]
     assert [len(history(client, first.run_id, name)) for name in ("nan", "inf")] == [1, 1]
     assert list(table(client, first.run_id, "rollouts.json")["text"]) == ["a"]
-
-
-def lose_runs(output: Path) -> None:
-    with sqlite3.connect(output / "mlflow.db", timeout=60) as database:
-        for name in ("metrics", "latest_metrics", "params", "tags", "runs"):
-            database.execute(f"DELETE FROM {name}")
-
-
-def test_a_database_that_lost_the_run_gets_the_whole_history(tmp_path: Path, folder: Path) -> None:
-    warnings: list[str] = []
-    tracker = Tracker(warn=warnings.append)
-    tracker.start(config(tmp_path), folder)
-    tracker.log({"a": 1.0}, 1)
-    tracker.log_table([{"text": "a"}], "rollouts")
-    client = sqlite(tmp_path)
-    first = eventually(lambda: tracker.run_id)
-    eventually(lambda: history(client, first, "a"))
-    lose_runs(tmp_path)
-    tracker.log({"a": 2.0}, 2)
-    tracker.finish("FINISHED")
-    assert tracker.run_id != first and runs(client) == {str(tracker.run_id): "FINISHED"}
-    assert history(client, tracker.run_id, "a") == [(1, 1.0), (2, 2.0)]
-    assert list(table(client, tracker.run_id, "rollouts.json")["text"]) == ["a"]
-    assert warnings == ["MLflow has lost the run; its history is sent again"]
-
-
-def test_two_queues_that_both_see_a_lost_run_begin_one_new_run(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uploader = Uploader(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path, folder, lambda topic, text: None)
-    spool = uploader.spool
-    assert spool.own()
-    spool.put({"kind": "start", "experiment": "rairl", "run_name": "t", "session": "s"})
-    assert uploader.once()
-    lose_runs(tmp_path)
-    spool.put({"kind": "metrics", "step": 1, "metrics": {"a": 1.0}})
-    is_gone, keys = MlflowRun._is_gone, []
-
-    def another_queue_was_first(run: MlflowRun) -> bool:
-        gone = is_gone(run)
-        spool.restart(spool.cursor["key"])
-        keys.append(spool.cursor["key"])
-        return gone
-
-    monkeypatch.setattr(MlflowRun, "_is_gone", another_queue_was_first)
-    with pytest.raises(MlflowException, match="not found"):
-        uploader.once()
-    assert keys == [spool.cursor["key"]]
-
-
-def test_whoever_still_sends_to_a_lost_run_does_not_move_the_cursor(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, ["server"])
-    assert spool.own()
-    old = spool.cursor["key"]
-    assert spool.advance(old, {"run_id": "lost", "rows_offset": 5})
-    spool.restart(old)
-    assert not spool.advance(old, {"rows_offset": 7})
-    assert (spool.cursor["run_id"], spool.cursor["rows_offset"]) == (None, 0)
-    assert spool.advance(spool.cursor["key"], {"rows_offset": 3})
 
 
 def test_the_end_of_an_earlier_driver_does_not_close_the_run_and_idle_queues_rest(
