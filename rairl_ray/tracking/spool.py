@@ -116,9 +116,10 @@ class Spool:
 
     def in_place(self) -> bool:
         """False, and the end, once the folder was moved whose lock we have: another one may have its name."""
-        if self._lock_file is not None:
+        file = self._lock_file  # `close` may take it at any moment
+        if file is not None:
             try:
-                here = os.path.samestat(os.fstat(self._lock_file.fileno()), os.stat(self._lock_file.name))
+                here = os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
             except (OSError, ValueError):
                 here = False
             self.ended = self.ended or not here
