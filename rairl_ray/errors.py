@@ -1,6 +1,8 @@
-"""Errors a user can act on. The command line prints them as one line and exits with code 2."""
+"""Errors a user can act on, printed as one line with exit code 2; and how any error is said in one line."""
 
 from __future__ import annotations
+
+import re
 
 
 class UserError(ValueError):
@@ -29,3 +31,13 @@ class PlacementError(UserError):
 
 class RunFailure(RuntimeError):
     """A run that failed on its machines: one paragraph with role, rank, node, phase and last step."""
+
+
+def redact(text: str) -> str:
+    """`text` without user names and passwords in addresses."""
+    return re.sub(r"://[^@/\s]+@", "://***@", text)
+
+
+def brief(error: Exception) -> str:
+    """One short line about any error, without secrets."""
+    return (redact(str(error)).splitlines() or [type(error).__name__])[0][:200]

@@ -5,6 +5,7 @@ Names are the same for airl, grpo and sft, and legal in MLflow: letters, digits,
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +109,16 @@ TIME_STEP = "time/step"
 
 MEASURES_MACHINE = ("time/", ROLLOUT_TOKENS_PER_SECOND, ROLLOUT_REPLICAS, "checkpoint/")
 """Beginnings of names that measure the machine and differ each time."""
+
+LONGEST_NAME = 250
+"""MLflow's limit."""
+
+
+def legal_name(name: str) -> str:
+    """`name` with everything replaced that MLflow refuses in names of metrics, parameters and tags."""
+    legal = re.sub(r"[^\w./: -]", "_", name, flags=re.ASCII)
+    parts = [part for part in legal.split("/") if part not in ("", ".", "..")]
+    return "/".join(parts)[:LONGEST_NAME].rstrip("/") or "_"
 
 
 class PhaseTimer:

@@ -8,7 +8,6 @@ file serves airl, grpo and sft, and an ablation stays a diff of one line.
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from rairl_ray.config.machine_rules import MACHINE_RULES
 from rairl_ray.config.method_rules import METHOD_RULES
 from rairl_ray.config.schema import Model, RunConfig
-from rairl_ray.errors import ConfigError
+from rairl_ray.errors import ConfigError, redact
 
 RULES = (*MACHINE_RULES, *METHOD_RULES)
 
@@ -58,7 +57,7 @@ def value_of(config: RunConfig, key: str) -> Any:
 def show(value: Any) -> str:
     """A value as a user would write it, on one line of at most 60 characters, without the password of a URL."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    text = re.sub(r"://[^/@\s]+@", "://***@", " ".join(text.split()))
+    text = redact(" ".join(text.split()))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -16,23 +16,22 @@ import contextlib
 import fcntl
 import json
 import logging
-import math
 import os
-import re
-import threading
-import uuid
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from rairl_ray.errors import brief
+from rairl_ray.metrics import legal_name
 from rairl_ray.tracking.spool import Record, Spool
 
 RUN_KEY_TAG = "rairl.run_key"
-# MLflow's limits
-PER_BATCH = {"params": 100, "tags": 100, "metrics": 1000}
-TAG_LENGTH, KEY_LENGTH = 8000, 250
-LARGEST = 1.7976931348623157e308  # MLflow's own stand-in for infinity
+TAG_LENGTH = 8000
+"""MLflow's limit."""
+METRICS_AT_ONCE = 1000
+"""In one request: as many as MLflow takes."""
 FILE_ATTEMPTS = 3
 """A file that a living server does not take so many times is left out."""
 
@@ -69,59 +68,37 @@ class MlflowRun:
 
     def __init__(self, uri: str, output: Path, spool: Spool, warn: Warn) -> None:
         self._uri, self._output, self._spool, self._warn = uri, output, spool, warn
-        self._connecting = threading.Lock()
         self._connected: Any = None
         self._refused_names: set[str] = set()
-        self._attempts: dict[int, int] = {}
+        self._attempts: Counter[str] = Counter()
         self.before_finish: Callable[[int], None] = lambda position: None  # before a terminal state is set
 
     def exists(self) -> bool:
         """Whether a server gave this run an id."""
         return self._spool.cursor["run_id"] is not None
 
-    # --- what the queues apply ------------------------------------------------------------------------
-
-    def apply_status(self, batch: list[Record]) -> None:
-        """Records `start` and `finish`."""
-        [(record, position)] = batch
-        with self._unless_gone():
-            if record["kind"] == "start":
-                self._open(record)
-            elif record["session"] == self._spool.cursor["session"]:
-                self.before_finish(position)
-                self._client().set_terminated(self._run_id, record["status"], record["time_ms"])
-                self._bin_twins()
-                self._spool.advance(self._key, {"closed": True})
-
-    def apply_rows(self, batch: list[Record]) -> None:
-        """Records `params`, and any number of `metrics`."""
-        record, _ = batch[0]
-        with self._unless_gone():
-            if record["kind"] == "params":
-                self._log_params(record)
-            else:
-                self._log_metrics(batch)
-
-    def apply_file(self, batch: list[Record]) -> None:
-        """Records `text`, `table` and `artifact`. One that cannot be sent holds up nothing for ever."""
-        [(record, position)] = batch
+    def apply(self, batch: list[Record], position: int) -> None:
+        """Do what a record says, or several records `metrics`; `position` is the end of the last or later."""
+        record, key = batch[0], self._key
         try:
-            with self._unless_gone():
-                if record["kind"] == "text":
-                    self._client().log_text(self._run_id, record["text"], record["name"])
-                elif record["kind"] == "table":
-                    self._log_table(record)
-                else:
-                    self._log_artifact(record)
+            match record["kind"]:
+                case "start":
+                    self._open(record)
+                case "finish":
+                    self._close(record, position)
+                case "params":
+                    self._log_params(record)
+                case "metrics":
+                    self._log_metrics(batch)
+                case _:
+                    self._log_file(record)
         except Exception as error:
-            name = record.get("name") or record.get("path")
-            if not _refused(error) and not isinstance(error, FileNotFoundError):
-                # Raises where the server is down: then the attempt counts for nothing.
-                self._client().get_run(self._run_id)
-                self._attempts[position] = self._attempts.get(position, 0) + 1
-                if self._attempts[position] < FILE_ATTEMPTS:
-                    raise
-            self._warn(f"file {name}", f"MLflow does not get {name}: {brief(error)}")
+            # A server that came back without its database gets the whole history in a new run.
+            if self.exists() and _status(error) == 404 and self._is_gone():
+                self._warn("gone", "MLflow has lost the run; its history is sent again")
+                self._attempts.clear()
+                self._spool.restart(key)
+            raise
 
     # --- the run -------------------------------------------------------------------------------------
 
@@ -136,21 +113,28 @@ class MlflowRun:
     def _client(self) -> Any:
         from mlflow import MlflowClient
 
-        with self._connecting:
-            if self._connected is None:
-                _make_database(self._uri)
-                self._connected = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
-            return self._connected
+        if self._connected is None:
+            _make_database(self._uri)
+            self._connected = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+        return self._connected
 
-    def _open(self, record: dict[str, Any]) -> None:
-        key, client = self._key, self._client()
+    def _open(self, record: Record) -> None:
+        key = self._key
         if not self.exists():
             self._spool.advance(key, {"run_id": self._find_or_create(record)})
-        client.update_run(self._run_id, status="RUNNING")
+        self._client().update_run(self._run_id, status="RUNNING")
         self._spool.advance(key, {"session": record["session"], "closed": False})
         self._bin_twins()
 
-    def _find_or_create(self, record: dict[str, Any]) -> str:
+    def _close(self, record: Record, position: int) -> None:
+        if record["session"] != self._spool.cursor["session"]:
+            return
+        self.before_finish(position)
+        self._client().set_terminated(self._run_id, record["status"], record["time_ms"])
+        self._bin_twins()
+        self._spool.advance(self._key, {"closed": True})
+
+    def _find_or_create(self, record: Record) -> str:
         experiment = self._experiment(record["experiment"])
         if found := self._with_key(experiment):
             return found[0]
@@ -165,13 +149,11 @@ class MlflowRun:
     def _bin_twins(self) -> None:
         """Move to MLflow's trash what a request made that arrived after we gave it up and made another run."""
         client = self._client()
-        for run_id in self._with_key(client.get_run(self._run_id).info.experiment_id):
-            if run_id == self._run_id:
-                continue
+        found = self._with_key(client.get_run(self._run_id).info.experiment_id)
+        for run_id in (twin for twin in found if twin != self._run_id):
             try:
-                if client.get_run(run_id).info.lifecycle_stage == "active":
-                    client.set_terminated(run_id, "KILLED")
-                    client.delete_run(run_id)
+                client.set_terminated(run_id, "KILLED")
+                client.delete_run(run_id)
             except Exception as error:
                 # An answer that asking again does not change.
                 if _status(error) not in (400, 401, 403, 404):
@@ -180,29 +162,13 @@ class MlflowRun:
 
     def _experiment(self, name: str) -> str:
         client = self._client()
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            place = None if is_server(self._uri) else (self._output / "mlartifacts").as_uri()
-            try:
-                return client.create_experiment(name, artifact_location=place)
-            except Exception:
-                # Another process may have made it in the meantime.
-                found = client.get_experiment_by_name(name)
-                if found is None:
-                    raise
-        return found.experiment_id
-
-    @contextlib.contextmanager
-    def _unless_gone(self) -> Iterator[None]:
-        """A server that came back without its database gets the whole history in a new run."""
-        try:
-            yield
-        except Exception as error:
-            if self.exists() and _status(error) == 404 and self._is_gone():
-                self._warn("gone", "MLflow has lost the run; its history is sent again")
-                self._attempts.clear()
-                self._spool.restart(self._key, {"key": uuid.uuid4().hex, "run_id": None, "closed": False})
-            raise
+        if found := client.get_experiment_by_name(name):
+            return found.experiment_id
+        # A server keeps artifacts itself, a database does not.
+        database = urlsplit(self._uri).scheme in ("sqlite", "postgresql", "mysql", "mssql", "file", "")
+        place = (self._output / "mlartifacts").as_uri() if database else None
+        # Raises where another process makes it in the meantime; the next attempt finds that one.
+        return client.create_experiment(name, artifact_location=place)
 
     def _is_gone(self) -> bool:
         try:
@@ -217,37 +183,30 @@ class MlflowRun:
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(name, _bounded(value), record["time_ms"], record["step"])
-            for record, _ in batch
+            Metric(name, value, record["time_ms"], record["step"])
+            for record in batch
             for name, value in record["metrics"].items()
             if name not in self._refused_names
         ]
         self._send("metrics", metrics)
 
-    def _log_params(self, record: dict[str, Any]) -> None:
+    def _log_params(self, record: Record) -> None:
         from mlflow.entities import Param, RunTag
 
         # MLflow refuses another value for a parameter: after a resume config.yaml has the newest ones.
         has = self._client().get_run(self._run_id).data.params
         params = [Param(name, value) for name, value in record["params"].items() if name not in has]
         self._send("params", params)
-        tags = [RunTag(metric_name(name), value[:TAG_LENGTH]) for name, value in record["tags"].items()]
+        tags = [RunTag(legal_name(name), value[:TAG_LENGTH]) for name, value in record["tags"].items()]
         self._send("tags", tags)
 
     def _send(self, what: str, items: list[Any]) -> None:
-        """Log them in as few requests as MLflow allows; what it will never take is left out, one by one."""
-        if len(items) > PER_BATCH[what]:
-            self._send(what, items[: PER_BATCH[what]])
-            self._send(what, items[PER_BATCH[what] :])
-            return
-        if not items:
-            return
-        run_id = self._run_id
+        """Log them; what MLflow will never take is found by halves and left out."""
         try:
-            self._client().log_batch(run_id, **{what: items})
+            self._client().log_batch(self._run_id, **{what: items})
         except Exception as error:
             # A run that somebody deleted refuses everything: then its rows wait, it may be restored.
-            if not _refused(error) or self._client().get_run(run_id).info.lifecycle_stage != "active":
+            if _status(error) != 400 or self._client().get_run(self._run_id).info.lifecycle_stage != "active":
                 raise
             if len(items) > 1:
                 self._send(what, items[: len(items) // 2])
@@ -260,7 +219,27 @@ class MlflowRun:
 
     # --- files ---------------------------------------------------------------------------------------
 
-    def _log_table(self, record: dict[str, Any]) -> None:
+    def _log_file(self, record: Record) -> None:
+        """One that cannot be sent holds up nothing for ever."""
+        name = record["path" if record["kind"] == "artifact" else "name"]
+        try:
+            if record["kind"] == "text":
+                self._client().log_text(self._run_id, record["text"], record["name"])
+            elif record["kind"] == "table":
+                self._log_table(record)
+            else:
+                self._log_artifact(record)
+        except Exception as error:
+            if _status(error) != 400 and not isinstance(error, FileNotFoundError):
+                # Raises where the server is down: then the attempt counts for nothing.
+                self._client().get_run(self._run_id)
+                self._attempts[name] += 1
+                if self._attempts[name] < FILE_ATTEMPTS:
+                    raise
+                del self._attempts[name]
+            self._warn(f"file {name}", f"MLflow does not get {name}: {brief(error)}")
+
+    def _log_table(self, record: Record) -> None:
         # As MlflowClient.log_table, which would append to a table that exists; this replaces it.
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
@@ -272,7 +251,7 @@ class MlflowRun:
         if entry not in tables and len(tag) <= TAG_LENGTH:
             client.set_tag(self._run_id, MLFLOW_LOGGED_ARTIFACTS, tag)
 
-    def _log_artifact(self, record: dict[str, Any]) -> None:
+    def _log_artifact(self, record: Record) -> None:
         # Relative to the run folder, which may have been moved since.
         path = self._spool.path.parent / record["path"]
         if not (self._spool.in_place() and path.is_file()):
@@ -280,40 +259,17 @@ class MlflowRun:
         self._client().log_artifact(self._run_id, str(path), record["place"])
 
 
-def joins(batch: list[Record], record: dict[str, Any]) -> bool:
+def joins(batch: list[Record], record: Record) -> bool:
     """Whether a record's metrics still go into one request with those of `batch`."""
-    rows = [*(row for row, _ in batch), record]
-    fits = sum(len(row.get("metrics", ())) for row in rows) <= PER_BATCH["metrics"]
+    rows = [*batch, record]
+    fits = sum(len(row.get("metrics", ())) for row in rows) <= METRICS_AT_ONCE
     return fits and all(row["kind"] == "metrics" for row in rows)
-
-
-def metric_name(name: str) -> str:
-    """`name` with everything replaced that MLflow refuses in names of metrics, parameters and tags."""
-    legal = re.sub(r"[^\w./: -]", "_", name, flags=re.ASCII)
-    parts = [part for part in legal.split("/") if part not in ("", ".", "..")]
-    return "/".join(parts)[:KEY_LENGTH].rstrip("/") or "_"
-
-
-def is_server(uri: str) -> bool:
-    """Whether the address is a server's that keeps artifacts itself, not a database's."""
-    return urlsplit(uri).scheme not in ("sqlite", "postgresql", "mysql", "mssql", "file", "")
-
-
-def redact(text: str) -> str:
-    """`text` without user names and passwords in addresses."""
-    return re.sub(r"://[^@/\s]+@", "://***@", text)
-
-
-def brief(error: Exception) -> str:
-    """One short line without secrets."""
-    return (redact(str(error)).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _make_database(uri: str) -> None:
     """Make a new sqlite database beside its place and move it there.
 
-    MLflow makes the tables in dozens of steps, unguarded: a kill in between, or another process that does
-    the same, leaves a file that no MLflow can open any more.
+    MLflow makes the tables in dozens of steps: a kill in between leaves a file that no MLflow can open.
     """
     from mlflow import MlflowClient
 
@@ -337,11 +293,3 @@ def _make_database(uri: str) -> None:
 def _status(error: Exception) -> int | None:
     code = getattr(error, "get_http_status_code", None)
     return code() if code else None
-
-
-def _refused(error: Exception) -> bool:
-    return _status(error) == 400
-
-
-def _bounded(value: float) -> float:
-    return value if math.isnan(value) else max(-LARGEST, min(LARGEST, value))

@@ -5,7 +5,7 @@
 
 Every call writes a line to the run folder and returns; only the queues' threads talk to MLflow. What a run
 could not send waits in its folder: `--resume` sends it, and so does the next run in the same output folder,
-which finds it by a pointer (unsent.py) and also closes the runs of killed drivers (orphaned_runs.py).
+which finds it by a pointer and also closes the runs of killed drivers (unsent.py).
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import functools
 import json
 import logging
 import math
-import subprocess
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec
 
 import yaml
 
+from rairl_ray.config.key_names import leaves
 from rairl_ray.config.schema import RunConfig
-from rairl_ray.metrics import MEASURES_MACHINE
-from rairl_ray.tracking.mlflow_run import brief, import_mlflow, metric_name, redact
-from rairl_ray.tracking.orphaned_runs import OrphanedRuns, identity
-from rairl_ray.tracking.unsent import settle
+from rairl_ray.errors import brief, redact
+from rairl_ray.metrics import MEASURES_MACHINE, legal_name
+from rairl_ray.provenance import git_state, process_identity
+from rairl_ray.tracking.mlflow_run import import_mlflow
+from rairl_ray.tracking.spool import read_records
+from rairl_ray.tracking.unsent import UnsentRuns
 from rairl_ray.tracking.uploader import Uploader, tracking_uri
 
 P = ParamSpec("P")
@@ -73,11 +74,9 @@ class Tracker:
         self._warned: set[str] = set()
         self._warning = threading.Lock()
         self._uploader: Uploader | None = None
-        self._orphaned_runs: OrphanedRuns | None = None
-        self._started = False
+        self._unsent_runs: UnsentRuns | None = None
         self._session = ""
         self._flush_seconds = 0.0
-        self._output = Path()
         self._earlier: dict[tuple[str, float], float] = {}
         self._differs = False
 
@@ -89,8 +88,7 @@ class Tracker:
     def id_within(self, seconds: float) -> str | None:
         """The run's id, waiting so many seconds for it; None without one."""
         if (uploader := self._uploader) is not None:
-            with uploader.spool.changed:
-                uploader.spool.changed.wait_for(uploader.run.exists, seconds)
+            uploader.spool.wait_for(uploader.run.exists, seconds)
         return self.run_id
 
     @_harmless
@@ -98,14 +96,12 @@ class Tracker:
         self,
         config: RunConfig,
         run_folder: str | Path,
-        resumed: bool = False,
         resume_run_id: str | None = None,
         tags: dict[str, str] | None = None,
         told: Told | None = None,
     ) -> None:
         """Open a new MLflow run, or go on with the one of this run folder, without waiting for it.
 
-        A resumed run sends nothing before it has said what it goes back to (`go_back_to`).
         `resume_run_id` is needed only where the run folder lost its cursor. `tags` takes what others know.
         `told` stands for the configuration where it is not what the run is about.
         """
@@ -114,33 +110,30 @@ class Tracker:
         if uri is None:
             return
         import_mlflow()
-        process = identity()
+        process = process_identity()
         self._session, self._flush_seconds = process["session"], config.tracking.flush_seconds
-        uploader = Uploader(
-            uri, output, folder, warn=self._warn_once, on_failure=self._failed, resume_run_id=resume_run_id
-        )
+        uploader = Uploader(uri, output, folder, self._warn_once, resume_run_id)
         uploader.spool.own()
         told = told or Told(config.name, "config.yaml", config.model_dump(mode="json"))
         experiment, tags = config.tracking.experiment, {**git_state(), **config.tracking.tags, **(tags or {})}
         put = uploader.spool.put
         put({"kind": "start", "experiment": experiment, "run_name": told.name, **process})
         # The pointer needs the record's session, and is there before MLflow can hear of the run.
-        self._output = output
-        self._settle(uploader)
-        put({"kind": "params", "params": _flatten(told.values), "tags": tags})
+        self._unsent_runs = UnsentRuns(output, folder)
+        self._unsent_runs.settle_own()
+        put({"kind": "params", "params": _parameters(told.values), "tags": tags})
         text = redact(yaml.safe_dump(told.values, sort_keys=False))
         put({"kind": "text", "name": told.file, "text": text})
-        self._orphaned_runs = OrphanedRuns(output, folder)
         self._uploader = uploader
-        if not resumed:
-            self._release()
+        uploader.start()
+        self._unsent_runs.thread.start()
 
     @_harmless
     def log(self, metrics: dict[str, float], step: int) -> None:
         """All metrics of a step. Of one that is made again, MLflow keeps what was measured first."""
         fresh = {}
         for given, number in metrics.items():
-            name, value = metric_name(given), float(number)
+            name, value = legal_name(given), float(number)
             first = self._earlier.get((name, step))
             if first is None:
                 fresh[name] = value
@@ -150,24 +143,23 @@ class Tracker:
                 self._put({"kind": "params", "params": {}, "tags": {DIFFERS_TAG: text}})
         if fresh:
             self._put({"kind": "metrics", "step": step, "metrics": fresh})
-        self._release()
 
     @_harmless
     def go_back_to(self, step: int) -> None:
         """Say that a resume or a retry goes on from `step`: later ones, and its evaluation, are made again."""
-        if self._uploader is not None:
-            for record, _ in self._uploader.spool.records("metrics"):
-                if record is not None and record["step"] >= step:
-                    for name, value in record["metrics"].items():
-                        self._earlier.setdefault((name, record["step"]), value)
-        self._release()
+        if self._uploader is None:
+            return
+        for record, _ in read_records(self._uploader.spool.path, "metrics"):
+            if record is not None and record["step"] >= step:
+                for name, value in record["metrics"].items():
+                    self._earlier.setdefault((name, record["step"]), value)
 
     @_harmless
     def log_table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Rows of JSON values as the table artifact NAME.json, replacing an earlier one of that name."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         data = [[row.get(column) for column in columns] for row in rows]
-        self._put({"kind": "table", "name": f"{metric_name(name)}.json", "columns": columns, "data": data})
+        self._put({"kind": "table", "name": f"{legal_name(name)}.json", "columns": columns, "data": data})
 
     @_harmless
     def log_text(self, name: str, text: str) -> None:
@@ -187,53 +179,26 @@ class Tracker:
     @_harmless
     def finish(self, status: Status) -> None:
         """Set the run's terminal status, and wait `tracking.flush_seconds` at most for what is left to send."""
-        uploader, deadline = self._uploader, time.monotonic() + self._flush_seconds
-        if uploader is None:
+        if self._uploader is None or self._unsent_runs is None:
             return
-        # Rows first, so that whoever sees the terminal status sees the whole run; but not at its cost.
-        uploader.run.before_finish = lambda position: uploader.rows.wait(position, self._flush_seconds / 2)
-        position = self._put({"kind": "finish", "status": status, "session": self._session})
-        self._release()
-        if self._orphaned_runs is not None:
-            self._orphaned_runs.stop()
-        if not uploader.drain(position, deadline - time.monotonic()):
-            rest = uploader.spool.path
+        self._unsent_runs.stop()
+        if not self._uploader.finish(status, self._session, self._flush_seconds):
+            rest = self._uploader.spool.path
             self._warn_once(
                 "rest",
                 f"MLflow has not received everything in {self._flush_seconds:g} s (tracking.flush_seconds); "
                 f"the rest waits in {rest} and is sent by --resume or by the next run in this output folder",
             )
-        self._settle(uploader)
+        self._unsent_runs.settle_own()
 
-    def _settle(self, uploader: Uploader) -> None:
-        """Without a pointer, what may be left waits for `--resume` alone."""
-        with contextlib.suppress(OSError):
-            settle(self._output, uploader.spool.path.parent)
-
-    def _put(self, record: dict[str, Any]) -> int:
-        return self._uploader.spool.put(record) if self._uploader is not None else 0
-
-    def _release(self) -> None:
-        """Begin to send."""
-        if self._uploader is None or self._started:
-            return
-        self._started = True
-        for queue in self._uploader.queues:
-            queue.start()
-        if self._orphaned_runs is not None:
-            self._orphaned_runs.start()
-
-    def _failed(self, error: Exception) -> None:
+    def _put(self, record: dict[str, Any]) -> None:
         if self._uploader is not None:
-            place = self._uploader.spool.path
-            self._warn_once("down", f"MLflow is out of reach, metrics wait in {place}: {brief(error)}")
+            self._uploader.spool.put(record)
 
     def _warn_once(self, topic: str, text: str) -> None:
-        with self._warning:
-            fresh = topic not in self._warned
-            self._warned.add(topic)
-        if fresh:
-            with contextlib.suppress(Exception):
+        with self._warning, contextlib.suppress(Exception):
+            if topic not in self._warned:
+                self._warned.add(topic)
                 self._warn(text)
 
 
@@ -242,32 +207,7 @@ def _close(first: float, again: float) -> bool:
     return math.isclose(first, again, rel_tol=1e-5, abs_tol=1e-6) or (math.isnan(first) and math.isnan(again))
 
 
-def git_state() -> dict[str, str]:
-    """Commit of this code and whether it was edited since; "unknown" where it is no git checkout."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        # Fails for a copy that lies, untracked, in somebody else's checkout: that commit is not ours.
-        git("ls-files", "--error-unmatch", here.name)
-        return {
-            "git.commit": git("rev-parse", "HEAD"),
-            "git.dirty": str(bool(git("status", "--porcelain"))).lower(),
-        }
-    except (OSError, subprocess.SubprocessError):
-        return {"git.commit": "unknown", "git.dirty": "unknown"}
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def _parameters(values: dict[str, Any]) -> dict[str, str]:
     """Nested configuration -> dotted parameter names and texts within MLflow's limits."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            flat[metric_name(prefix + key)] = redact(text)[:PARAM_LENGTH]
-    return flat
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves(values)}
+    return {legal_name(key): redact(text)[:PARAM_LENGTH] for key, text in texts.items()}

@@ -162,7 +162,6 @@ def _context(
     tracker.start(
         config,
         folder.root,
-        resumed,
         resume_run_id=saved.get("mlflow_run_id"),
         tags={
             "rairl.config_hash": config_hash(config),

@@ -22,8 +22,9 @@ from rairl_ray.display import Display
 from rairl_ray.errors import ResumeError
 from rairl_ray.evaluation.rows import EvalRow, write_rows
 from rairl_ray.files import name_beside
+from rairl_ray.provenance import git_state
 from rairl_ray.runfolder import RunFolder, Summary, write_summary
-from rairl_ray.tracking.tracker import Tracker, git_state
+from rairl_ray.tracking.tracker import Tracker
 from rairl_ray.trainer.prepare import Prepared
 from rairl_ray.types import RewardedTrace, RolloutGroup
 

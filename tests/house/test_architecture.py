@@ -14,7 +14,7 @@ PACKAGE = "rairl_ray"
 # A room imports rooms of lower layers only. Rooms of one layer may know each other, without a circle,
 # except those in STRANGERS.
 LAYERS = {
-    "types": 1, "metrics": 1, "errors": 1, "keys": 1, "files": 1, "imports": 1,
+    "types": 1, "metrics": 1, "errors": 1, "keys": 1, "files": 1, "imports": 1, "provenance": 1,
     "config": 2,
     "data": 3, "algorithms": 3,
     "engines": 4,

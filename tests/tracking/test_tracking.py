@@ -7,15 +7,18 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-from rairl_ray.tracking.mlflow_run import metric_name
-from rairl_ray.tracking.tracker import DIFFERS_TAG, Tracker, git_state
-from rairl_ray.tracking.unsent import CURSOR, SPOOL
+from rairl_ray.metrics import legal_name
+from rairl_ray.provenance import git_state
+from rairl_ray.tracking.spool import CURSOR, SPOOL
+from rairl_ray.tracking.tracker import DIFFERS_TAG, Tracker
+from rairl_ray.tracking.uploader import KINDS
 from tests.mlflow_server import free_port
 from tests.tracked import config, empty_database, eventually, history, run_folder, runs, sqlite, table
 
@@ -53,7 +56,7 @@ def test_a_whole_run(tmp_path: Path, folder: Path) -> None:
     assert {k: run.data.tags[k] for k in git_state()}
     assert history(client, run_id, "policy/loss") == [(0, 0.0), (1, 0.5), (2, 1.0)]
     assert len(history(client, run_id, "eval/pass_1")) == 3
-    assert [step for step, _ in history(client, run_id, "reward/mean")] == [0, 1, 2]
+    assert history(client, run_id, "reward/mean") == [(step, -sys.float_info.max) for step in range(3)]
     assert all(math.isnan(value) for _, value in history(client, run_id, "policy/kl"))
     assert list(table(client, run_id, "rollouts/step-000002.json")["text"]) == ["a", "ü"]
     places = (None, "report", "report/deep")
@@ -65,18 +68,21 @@ def test_rows_that_wait_go_in_few_requests(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[int] = []
-    real = MlflowClient.log_batch
+    real = SqlAlchemyStore.log_batch
 
-    def counted(self: MlflowClient, run_id: str, metrics: Any = (), params: Any = (), tags: Any = ()) -> Any:
+    def counted(self: SqlAlchemyStore, run_id: str, metrics: Any, params: Any, tags: Any) -> Any:
         batches.append(len(metrics))
         assert len(params) <= 100 and len(metrics) <= 1000
         return real(self, run_id, metrics=metrics, params=params, tags=tags)
 
-    monkeypatch.setattr(MlflowClient, "log_batch", counted)
-    tracker = Tracker(warn=pytest.fail)
-    tracker.start(config(tmp_path), folder, resumed=True)  # sends nothing yet
+    monkeypatch.setattr(SqlAlchemyStore, "log_batch", counted)
+    first = Tracker(warn=lambda text: None)
+    first.start(config(tmp_path, "sqlite:////proc/nowhere/mlflow.db", flush=0), folder)
     for step in range(40):
-        tracker._put({"kind": "metrics", "step": step, "metrics": {f"m{i}": float(step) for i in range(60)}})
+        first.log({f"m{i}": float(step) for i in range(60)}, step)
+    first.finish("FAILED")
+    tracker = Tracker(warn=pytest.fail)
+    tracker.start(config(tmp_path), folder)
     tracker.finish("FINISHED")
     sizes = [size for size in batches if size]
     assert sum(sizes) == 40 * 60 and len(sizes) == 3
@@ -91,7 +97,7 @@ def test_a_resume_goes_on_in_the_same_run_where_nothing_is_made_again(tmp_path: 
     first.finish("KILLED")
 
     second = Tracker(warn=pytest.fail)
-    second.start(config(tmp_path, trainer={"steps": 200}), folder, resumed=True, resume_run_id=first.run_id)
+    second.start(config(tmp_path, trainer={"steps": 200}), folder, resume_run_id=first.run_id)
     second.go_back_to(5)
     client = sqlite(tmp_path)
     eventually(lambda: client.get_run(str(first.run_id)).info.status == "RUNNING")
@@ -108,7 +114,7 @@ def test_steps_made_again_stay_in_the_same_run_as_measured_first(tmp_path: Path,
     ids = []
     for back, last in ((None, 5), (2, 7), (3, 4), (1, 8)):  # ten resumes would be no different
         tracker = Tracker(warn=pytest.fail)
-        tracker.start(config(tmp_path), folder, resumed=back is not None)
+        tracker.start(config(tmp_path), folder)
         if back is not None:
             tracker.go_back_to(back)
         for step in range((back or 0) + 1, last + 1):
@@ -158,7 +164,7 @@ def test_carrying_everything_twice_has_the_effect_of_once(tmp_path: Path, folder
         cursor |= {"run_id": None} if lost == "offsets and id" else {}
         (folder / CURSOR).write_text(json.dumps(cursor))
     second = Tracker(warn=pytest.fail)
-    second.start(config(tmp_path), folder, resumed=True, resume_run_id=first.run_id)
+    second.start(config(tmp_path), folder, resume_run_id=first.run_id)
     second.go_back_to(1)
     second.log({"a": 2.0}, 2)
     second.finish("FINISHED")
@@ -167,6 +173,24 @@ def test_carrying_everything_twice_has_the_effect_of_once(tmp_path: Path, folder
     assert history(client, first.run_id, "a") == [(1, 1.0), (2, 2.0)]
     assert [len(history(client, first.run_id, name)) for name in ("nan", "inf")] == [1, 1]
     assert list(table(client, first.run_id, "rollouts.json")["text"]) == ["a"]
+
+
+def test_the_end_of_an_earlier_driver_does_not_close_the_run_and_idle_queues_rest(
+    tmp_path: Path, folder: Path
+) -> None:
+    """Whoever closes a dead driver's run may write that down just after a resume began."""
+    tracker = Tracker(warn=pytest.fail)
+    tracker.start(config(tmp_path), folder)
+    tracker._put({"kind": "finish", "status": "KILLED", "session": "of an earlier driver"})
+    assert tracker._uploader is not None
+    spool = tracker._uploader.spool
+    eventually(lambda: all(spool.cursor[f"{queue}_offset"] == spool.size() for queue in KINDS))
+    time.sleep(0.2)
+    changes = spool.changes
+    time.sleep(0.5)
+    assert spool.changes == changes
+    assert runs(sqlite(tmp_path)) == {str(tracker.run_id): "RUNNING"}
+    tracker.finish("FINISHED")
 
 
 def test_none_switches_tracking_off(tmp_path: Path) -> None:
@@ -251,7 +275,7 @@ def test_a_folder_that_was_moved_still_finds_its_artifacts(tmp_path: Path, folde
     (folder / "final").mkdir(parents=True)
     (folder / "final" / "model").write_text("new")
     again = Tracker(warn=pytest.fail)
-    again.start(config(tmp_path), tmp_path / "t~1", resumed=True)
+    again.start(config(tmp_path), tmp_path / "t~1")
     again.finish("FINISHED")
     client = sqlite(tmp_path)
     assert Path(client.download_artifacts(str(again.run_id), "final/model")).read_text() == "old"
@@ -268,13 +292,14 @@ def test_no_password_reaches_the_run_folder(tmp_path: Path, folder: Path) -> Non
 
 
 def test_names_and_git() -> None:
-    assert metric_name("eval/pass@1") == "eval/pass_1" and metric_name("a b.c-d:e/f") == "a b.c-d:e/f"
-    assert metric_name("/../a//b/") == "a/b" and metric_name("..") == "_" and len(metric_name("é" * 300)) == 250
+    assert legal_name("eval/pass@1") == "eval/pass_1" and legal_name("a b.c-d:e/f") == "a b.c-d:e/f"
+    assert legal_name("/../a//b/") == "a/b" and legal_name("..") == "_" and len(legal_name("é" * 300)) == 250
     assert set(git_state()) == {"git.commit", "git.dirty"}
 
 
 QUIET_RUN = """
 import sys
+import time
 from pathlib import Path
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.tracking.tracker import Tracker

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from rairl_ray.tracking.orphaned_runs import alive, identity
+from rairl_ray.provenance import may_be_alive, process_identity
+from rairl_ray.tracking.spool import CURSOR, SPOOL, saved_cursor
 from rairl_ray.tracking.tracker import Tracker
-from rairl_ray.tracking.unsent import CURSOR, SPOOL
 from rairl_ray.tracking.uploader import Uploader
 from tests.mlflow_server import free_port, proxy, server
 from tests.tracked import config, empty_database, eventually, history, run_folder, runs, sqlite
@@ -104,9 +104,9 @@ def test_the_runs_of_the_living_and_of_others_are_left_alone(tmp_path: Path) -> 
     def another(name: str) -> None:
         tracker = Tracker(warn=pytest.fail)
         tracker.start(config(tmp_path, name=name), run_folder(config(tmp_path, name=name)))
-        assert tracker._orphaned_runs is not None
-        tracker._orphaned_runs.thread.join(60)
-        assert not tracker._orphaned_runs.thread.is_alive()
+        assert tracker._unsent_runs is not None
+        tracker._unsent_runs.thread.join(60)
+        assert not tracker._unsent_runs.thread.is_alive()
         tracker.finish("FINISHED")
 
     try:
@@ -120,12 +120,12 @@ def test_the_runs_of_the_living_and_of_others_are_left_alone(tmp_path: Path) -> 
 
 
 def test_who_is_alive() -> None:
-    me = identity()
-    assert alive(me)
-    assert alive({**me, "host": "elsewhere", "pid": 1 << 30})
-    assert not alive({**me, "pid": 1 << 30})
-    assert not alive({**me, "born": "another boot 1"})  # a later process with our number
-    assert not alive({**me, "pid": 1 << 30, "born": None}) and alive({**me, "born": None})
+    me = process_identity()
+    assert may_be_alive(me)
+    assert may_be_alive({**me, "host": "elsewhere", "pid": 1 << 30})
+    assert not may_be_alive({**me, "pid": 1 << 30})
+    assert not may_be_alive({**me, "born": "another boot 1"})  # a later process with our number
+    assert not may_be_alive({**me, "pid": 1 << 30, "born": None}) and may_be_alive({**me, "born": None})
 
 
 def test_a_folder_that_is_moved_while_its_rest_is_sent_does_not_reach_the_one_in_its_place(
@@ -139,24 +139,23 @@ def test_a_folder_that_is_moved_while_its_rest_is_sent_does_not_reach_the_one_in
         tmp_path,
         folder,
         warn=lambda topic, text: None,
-        on_failure=lambda error: None,
     )
     assert old.spool.own()
-    old.spool.put({"kind": "start", "experiment": "rairl", "run_name": "old", **identity()})
+    old.spool.put({"kind": "start", "experiment": "rairl", "run_name": "old", **process_identity()})
     assert old.once()
     folder.rename(tmp_path / "t~1")
     tracker = Tracker(warn=pytest.fail)
     tracker.start(run_config, run_folder(run_config))
-    eventually(lambda: tracker.run_id)
-    cursor = json.loads((folder / CURSOR).read_text())
-    assert not old.spool.advance(old.spool.cursor["key"], {"closed": True})
-    old.once()
-    old.spool.close()
+    cursor = eventually(lambda: (saved := saved_cursor(folder)).get("run_id") and saved)
     tracker.log({"a": 1.0}, 1)
+    assert not old.once()
+    assert not old.spool.advance(old.spool.cursor["key"], {"closed": True})
+    old.spool.close()
     tracker.finish("FINISHED")
     assert cursor["run_id"] == tracker.run_id == json.loads((folder / CURSOR).read_text())["run_id"]
     client = sqlite(tmp_path)
     assert history(client, old.spool.cursor["run_id"], "a") == []
+    assert not client.get_run(old.spool.cursor["run_id"]).data.params
     assert runs(client)[str(tracker.run_id)] == "FINISHED"
 
 
@@ -167,7 +166,7 @@ def test_a_resume_waits_for_whoever_still_sends_and_takes_over(tmp_path: Path) -
     client = sqlite(tmp_path)
     [first_id] = arrived(client)
     second = Tracker(warn=pytest.fail)
-    second.start(config(tmp_path), folder, resumed=True)
+    second.start(config(tmp_path), folder)
     second.go_back_to(0)
     second.log({"a": -1.0}, 1)
     time.sleep(1.5)
@@ -195,7 +194,7 @@ def test_killed_in_the_middle_of_a_flush_and_resumed_from_an_earlier_step(tmp_pa
         back = last // 2
         line.delay_seconds = 0.0
         second = Tracker(warn=pytest.fail)
-        second.start(config(tmp_path, line.uri), folder, resumed=True)
+        second.start(config(tmp_path, line.uri), folder)
         second.go_back_to(back)
         for step in range(back + 1, last + 1):
             second.log({"a": step + 1000.0, "b": float(step)}, step)

@@ -48,7 +48,7 @@ def test_a_server_that_is_down_then_up_then_down(tmp_path: Path) -> None:
     second = Tracker(warn=warnings.append)
     with server(tmp_path, port):
         # Up at the next start: the history arrives, then the new steps.
-        second.start(config(tmp_path, uri), folder, resumed=True)
+        second.start(config(tmp_path, uri), folder)
         second.go_back_to(20)
         second.log({"a": 21.0}, 21)
         second.log_table([{"text": "a"}], "rollouts")

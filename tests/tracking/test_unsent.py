@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 
-from rairl_ray.tracking import orphaned_runs, unsent
-from rairl_ray.tracking.orphaned_runs import OrphanedRuns, identity
+from rairl_ray.provenance import process_identity
+from rairl_ray.tracking import unsent
+from rairl_ray.tracking.spool import CURSOR, SPOOL, unfinished
 from rairl_ray.tracking.tracker import Tracker
-from rairl_ray.tracking.unsent import CURSOR, SPOOL, find, pointers, settle, unfinished
+from rairl_ray.tracking.unsent import UnsentRuns, find, pointers, settle
 from tests.tracked import config, empty_database, run_folder, runs, sqlite
 
-DEAD = {"host": identity()["host"], "born": "another boot 1", "pid": 1}
+DEAD = {"host": process_identity()["host"], "born": "another boot 1", "pid": 1}
 """What a `start` record says of a driver that is no more."""
 
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(orphaned_runs, "EVERY_SECONDS", 1.0)  # SQLite may be locked for a moment
+    monkeypatch.setattr(unsent, "EVERY_SECONDS", 1.0)  # SQLite may be locked for a moment
     made = tmp_path / "runs"
     made.mkdir()
     (made / "mlflow.db").write_bytes(empty_database())
@@ -42,9 +43,9 @@ def finished(output: Path, name: str = "t", **options: Any) -> Tracker:
 
 
 def wait(tracker: Tracker) -> None:
-    assert tracker._orphaned_runs is not None
-    tracker._orphaned_runs.thread.join(60)
-    assert not tracker._orphaned_runs.thread.is_alive()
+    assert tracker._unsent_runs is not None
+    tracker._unsent_runs.thread.join(60)
+    assert not tracker._unsent_runs.thread.is_alive()
 
 
 def dead(output: Path, name: str = "dead", pointer: bool = True) -> Path:
@@ -87,7 +88,7 @@ def test_a_run_has_a_pointer_until_it_is_sent_and_closed(output: Path) -> None:
     tracker.finish("FINISHED")
     assert pointers(output) == [] and not unfinished(folder)
     again = Tracker(warn=pytest.fail)
-    again.start(run_config, folder, resumed=True)
+    again.start(run_config, folder)
     assert pointers(output) == [pointer]
     again.go_back_to(0)
     again.finish("FINISHED")
@@ -153,7 +154,7 @@ def test_a_crash_before_the_pointer_or_after_the_end_does_no_harm(output: Path) 
     assert pointers(output) == [] and (after / SPOOL).read_bytes() == before
     assert statuses(output) == ["FINISHED"] and unfinished(without)
     resumed = Tracker(warn=pytest.fail)
-    resumed.start(config(output, name="without"), without, resumed=True)
+    resumed.start(config(output, name="without"), without)
     resumed.go_back_to(1)
     resumed.finish("FINISHED")
     assert statuses(output) == ["FINISHED", "FINISHED"]
@@ -177,18 +178,18 @@ def test_the_pointer_of_a_folder_that_is_gone_goes_and_that_of_one_that_cannot_b
     shutil.rmtree(dead(output, "deep/er/away").parents[1])
     hidden = dead(output, "hidden")
     [kept] = [pointer for pointer in pointers(output) if pointer.read_text() == "hidden"]
-    real = unsent._run
+    real = unsent.first_session
 
     def refused(folder: Path) -> str | None:
         if folder == hidden:
             raise PermissionError(13, "no")
         return real(folder)
 
-    monkeypatch.setattr(unsent, "_run", refused)
-    others = OrphanedRuns(output, output / "own")
-    assert [others._finish(pointer) for pointer in pointers(output)] == [True, True, False]
+    monkeypatch.setattr(unsent, "first_session", refused)
+    others = UnsentRuns(output, output / "own")
+    assert [others.finish(pointer) for pointer in pointers(output)] == [True, True, False]
     assert pointers(output) == [kept]
-    monkeypatch.setattr(unsent, "_run", real)
+    monkeypatch.setattr(unsent, "first_session", real)
     finished(output)
     assert statuses(output) == ["FINISHED", "KILLED"] and pointers(output) == []
 
@@ -211,8 +212,8 @@ def test_a_moved_output_folder_has_its_pointers_and_its_runs_in_mlflow(output: P
     assert cut.id_within(60)
     finished(output, "other")
     assert cut._uploader is not None
-    cut._uploader.drain(0, 0)
-    spool, born = output / "cut" / SPOOL, str(identity()["born"])
+    cut._uploader.spool.close()
+    spool, born = output / "cut" / SPOOL, str(process_identity()["born"])
     spool.write_text(spool.read_text().replace(born, "x" * len(born)))  # its process is dead
     moved = tmp_path / "elsewhere" / "runs"
     moved.parent.mkdir()
@@ -221,7 +222,7 @@ def test_a_moved_output_folder_has_its_pointers_and_its_runs_in_mlflow(output: P
     assert runs(sqlite(moved))[str(cut.run_id)] == "KILLED", "the same run, not a second one"
     assert len(runs(sqlite(moved))) == 3 and pointers(moved) == []
     again = Tracker(warn=lambda text: None)
-    again.start(config(moved, name="third"), moved / "third", resumed=True)
+    again.start(config(moved, name="third"), moved / "third")
     again.go_back_to(1)
     again.finish("FINISHED")
     assert again.run_id == third.run_id
@@ -231,7 +232,7 @@ def test_a_pointer_that_cannot_be_written_costs_nothing_but_itself(output: Path)
     (output / f".unsent-{os.getuid()}").write_text("in the way")
     tracker = finished(output)
     assert statuses(output) == ["FINISHED"] and not unfinished(output / "t")
-    assert tracker._orphaned_runs is not None and pointers(output) == []
+    assert tracker._unsent_runs is not None and pointers(output) == []
 
 
 def test_a_driver_that_ended_after_the_next_one_began_does_not_speak_for_it(output: Path) -> None:
@@ -251,3 +252,18 @@ def test_a_folder_of_another_user_is_left_alone(output: Path, monkeypatch: pytes
     finished(output)
     assert statuses(output) == ["FINISHED"] and (folder / SPOOL).read_bytes() == before
     assert [pointer.read_text() for pointer in pointers(output)] == ["dead"]
+
+
+def test_a_run_that_was_sent_to_another_server_is_left_to_its_resume(output: Path) -> None:
+    folder = dead(output)
+    cursor = {
+        "server": "another",
+        "closed": False,
+        **{f"{name}_offset": 0 for name in ("status", "rows", "files")},
+    }
+    (folder / CURSOR).write_text(json.dumps(cursor))
+    before = (folder / SPOOL).read_bytes()
+    finished(output)
+    assert statuses(output) == ["FINISHED"] and (folder / SPOOL).read_bytes() == before
+    assert [pointer.read_text() for pointer in pointers(output)] == ["dead"]
+    assert json.loads((folder / CURSOR).read_text()) == cursor
