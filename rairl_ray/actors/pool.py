@@ -7,7 +7,7 @@
                            else: a failure of the group  <───────────────────────┘
 
 `grow` and `leave_drained` are called between two steps and wait for nothing but the sync of a replica that is
-ready. Samples do not depend on any of it: each request has its own seed, and what a lost replica was asked is
+ready; while the cluster's head is away nobody joins or leaves. Samples do not depend on any of it: each request has its own seed, and what a lost replica was asked is
 asked again.
 """
 
@@ -27,8 +27,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from rairl_ray.actors.draining import draining_nodes
+from rairl_ray.actors.draining import draining_nodes, notices
 from rairl_ray.actors.group import GroupFailure, in_one_line, pause_after
+from rairl_ray.actors.head import HeadAway, ask
 from rairl_ray.actors.joining import free_nodes
 from rairl_ray.actors.placement import Node, PlacementPlan, Slot, side_by_side
 from rairl_ray.actors.process_monitor import LOST_NODE, SILENT_NODE, ActorProcess
@@ -123,14 +124,17 @@ class RolloutPool:
         """Take in the replicas that are ready, and begin to open others where there is room."""
         if len(self._workers) == self._most and not self._owed:
             return
-        alive = free_nodes()
+        try:
+            alive, going = ask(lambda: (free_nodes(), notices()))
+        except HeadAway:
+            return
         self._pay(alive)
         for opening in list(self._openings):
             self._look_at(opening, alive)
         missing = self._most - len(self._workers) - len(self._openings)
         if missing <= 0 or time.monotonic() < self._pause_ends:
             return
-        avoided = draining_nodes() | self._shunned.keys()
+        avoided = going | self._shunned.keys()
         free = {node: what for node, what in alive.items() if node not in avoided}
         vacant = [place for place in self._vacant() if place.node_id in free]
         bundle, selector = self._plan.spare_bundle, self._plan.selectors.get("rollout", {})
