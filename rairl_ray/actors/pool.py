@@ -7,8 +7,8 @@
                            else: a failure of the group  <───────────────────────┘
 
 `grow` and `leave_drained` are called between two steps and wait for nothing but the sync of a replica that is
-ready; while the cluster's head is away nobody joins or leaves. Samples do not depend on any of it: each request has its own seed, and what a lost replica was asked is
-asked again.
+ready; while the cluster's head is away nobody joins or leaves. Samples do not depend on any of it: each request
+has its own seed, and what a lost replica was asked is asked again.
 """
 
 from __future__ import annotations
