@@ -18,12 +18,16 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rairl_ray.actors.head import Stranded, check_own, insist
 from rairl_ray.actors.placement import PlacementPlan, Slot
 from rairl_ray.actors.process_monitor import FAULTS, ActorProcess, ProcessMonitor
 from rairl_ray.errors import PlacementError, RunFailure, UserError
 
 LOOK_SECONDS = 0.5
 """Between two looks at whether a wait is still wanted."""
+
+PLACEMENT_LOOK_SECONDS = 5.0
+"""Between two looks at whether a wait for bundles can still end well."""
 
 LONGEST_PAUSE_SECONDS = 300.0
 
@@ -235,8 +239,14 @@ def attribute_failure(
     Args:
         started: `time.monotonic()` at which the wait began that failed.
         own: nobody but the suspect can be the culprit, so nobody else is looked at.
+
+    Raises:
+        Stranded: this driver's own node, or the head, is the culprit.
     """
-    states = monitor.states(suspect if own else None) if monitor is not None else {}
+    try:
+        states = monitor.states(suspect if own else None) if monitor is not None else {}
+    except Stranded as error:
+        raise Stranded(f"{error}; first seen as: {text}") from None
     told = ", ".join(f"{role} rank {rank} {state}" for (role, rank), state in sorted(states.items()))
     # A fault among the suspect's own ranks explains a failure before one elsewhere.
     faulty = sorted(
@@ -331,22 +341,32 @@ def reserve(plan: PlacementPlan, deadline_seconds: float) -> PlacementGroup:
 
     Raises:
         PlacementError: Ray refuses the labels, or does not grant the bundles within the deadline.
+        Stranded: nothing will be granted to this driver.
     """
     labels = list(plan.labels)
+    selectors = labels if any(labels) else None
+    until = time.monotonic() + deadline_seconds
     try:
-        group = placement_group(
-            list(plan.bundles), strategy=plan.strategy, bundle_label_selector=labels if any(labels) else None
+        group = insist(
+            lambda: placement_group(list(plan.bundles), strategy=plan.strategy, bundle_label_selector=selectors)
         )
     except ValueError as error:  # GB200 for one role alone, say
         raise PlacementError(f"placement.labels: Ray refuses {labels}: {in_one_line(str(error))}") from None
-    if not group.wait(timeout_seconds=deadline_seconds):
-        remove_placement_group(group)
+    while not insist(lambda: group.wait(timeout_seconds=_slice(until))):
+        if time.monotonic() < until:
+            check_own()
+            continue
+        insist(lambda: remove_placement_group(group))
         asked = f" with labels {labels}" if any(labels) else ""
         raise PlacementError(
             f"placement: the cluster did not grant {list(plan.bundles)}{asked} within {deadline_seconds:g} s; "
-            f"it has {ray.available_resources()} free: wait for other jobs or ask for less"
+            f"it has {insist(ray.available_resources)} free: wait for other jobs or ask for less"
         )
     return group
+
+
+def _slice(until: float) -> float:
+    return min(PLACEMENT_LOOK_SECONDS, max(0.0, until - time.monotonic()))
 
 
 def pause_after(failures: int, first: float) -> float:
