@@ -343,12 +343,12 @@ def reserve(plan: PlacementPlan, deadline_seconds: float) -> PlacementGroup:
         PlacementError: Ray refuses the labels, or does not grant the bundles within the deadline.
         Stranded: nothing will be granted to this driver.
     """
-    labels = list(plan.labels)
+    sizes, labels = list(plan.bundles), list(plan.labels)
     selectors = labels if any(labels) else None
     until = time.monotonic() + deadline_seconds
     try:
         group = insist(
-            lambda: placement_group(list(plan.bundles), strategy=plan.strategy, bundle_label_selector=selectors)
+            lambda: placement_group(sizes, strategy=plan.rays_strategy, bundle_label_selector=selectors)
         )
     except ValueError as error:  # GB200 for one role alone, say
         raise PlacementError(f"placement.labels: Ray refuses {labels}: {in_one_line(str(error))}") from None
@@ -359,7 +359,7 @@ def reserve(plan: PlacementPlan, deadline_seconds: float) -> PlacementGroup:
         insist(lambda: remove_placement_group(group))
         asked = f" with labels {labels}" if any(labels) else ""
         raise PlacementError(
-            f"placement: the cluster did not grant {list(plan.bundles)}{asked} within {deadline_seconds:g} s; "
+            f"placement: the cluster did not grant {sizes}{asked} within {deadline_seconds:g} s; "
             f"it has {insist(ray.available_resources)} free: wait for other jobs or ask for less"
         )
     return group

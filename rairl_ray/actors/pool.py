@@ -140,6 +140,9 @@ class RolloutPool:
         bundle, selector = self._plan.spare_bundle, self._plan.selectors.get("rollout", {})
         waiting = [one.node_id for one in self._openings if one.place.own and not _granted(one.place)]
         homes = rooms(bundle, selector, free, waiting)
+        if self._plan.rays_strategy == "SPREAD":
+            present = [process.node_id for process in self._workers.processes]
+            homes = apart(homes, [*present, *(opening.home for opening in self._openings)])
         if self._config.cluster.grows_to is not None:
             homes += [""] * missing  # a group that waits for its bundle is what an autoscaler sees
         again, more = openings(missing, len(vacant), len(homes))
@@ -314,6 +317,16 @@ def rooms(
     """
     counts = {node: side_by_side(bundle, selector, [what]) - waiting.count(node) for node, what in free.items()}
     return [node for node, count in counts.items() for _ in range(count)]
+
+
+def apart(homes: Sequence[str], present: Sequence[str]) -> list[str]:
+    """These nodes in an order that puts as few replicas as can be on one.
+
+    Args:
+        present: nodes of the replicas that there are.
+    """
+    place = [(present.count(node) + homes[:index].count(node), node) for index, node in enumerate(homes)]
+    return [node for _, node in sorted(place, key=lambda one: one[0])]
 
 
 def openings(missing: int, vacant: int, room: int) -> tuple[int, int]:

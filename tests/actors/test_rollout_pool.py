@@ -16,7 +16,7 @@ from rich.console import Console
 from rairl_ray.actors import pool as pools
 from rairl_ray.actors.group import GroupFailure, Pending
 from rairl_ray.actors.placement import Node, PlacementPlan, bundles, side_by_side
-from rairl_ray.actors.pool import RolloutPool, departures, openings, rooms
+from rairl_ray.actors.pool import RolloutPool, apart, departures, openings, rooms
 from rairl_ray.actors.process_monitor import SILENT_NODE, ActorProcess
 from rairl_ray.actors.rollout import RolloutWorkers
 from rairl_ray.config.estimate import memory
@@ -63,6 +63,12 @@ def test_a_new_replica_is_meant_for_a_node_that_has_room_beside_those_on_their_w
     assert rooms({"CPU": 1.0}, {}, free, []) == ["a", "a", "b"]
     assert rooms({"CPU": 1.0}, {}, free, ["a", "b", "gone"]) == ["a"]
     assert rooms({"CPU": 1.0}, {"market": "spot"}, free, []) == ["b"]
+
+
+def test_where_bundles_are_spread_replicas_join_on_the_emptiest_node_first() -> None:
+    assert apart(["a", "a", "b", "c"], ["a"]) == ["b", "c", "a", "a"]
+    assert apart(["a", "a", "a", "b"], []) == ["a", "b", "a", "a"]
+    assert apart(["", ""], ["a"]) == ["", ""]
 
 
 def test_a_run_is_placed_with_its_least_replicas_and_a_further_one_shares_its_gpu_with_nobody() -> None:
