@@ -18,16 +18,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rairl_ray.actors.head import Stranded, check_own, insist
+from rairl_ray.actors.head import ANEW_SECONDS, Stranded, check_own, insist, never_stranded
 from rairl_ray.actors.placement import PlacementPlan, Slot
 from rairl_ray.actors.process_monitor import FAULTS, ActorProcess, ProcessMonitor
 from rairl_ray.errors import PlacementError, RunFailure, UserError
 
 LOOK_SECONDS = 0.5
 """Between two looks at whether a wait is still wanted."""
-
-PLACEMENT_LOOK_SECONDS = 5.0
-"""Between two looks at whether a wait for bundles can still end well."""
 
 LONGEST_PAUSE_SECONDS = 300.0
 
@@ -318,7 +315,7 @@ def create_process(
 def start_processes(
     created: Mapping[str, Sequence[ActorProcess]], monitor: ProcessMonitor, deadline_seconds: float
 ) -> dict[str, list[ActorProcess]]:
-    """Wait until every process answers where it lives; all roles start side by side."""
+    """Wait until every process answers where it lives; all roles start side by side. Raises Stranded, too."""
     groups = {role: ActorGroup(role, processes, monitor) for role, processes in created.items()}
     asked = {
         role: group.submit("start", deadline_seconds, lambda handle, _rank: handle.whereabouts.remote())
@@ -326,7 +323,7 @@ def start_processes(
     }
     started: dict[str, list[ActorProcess]] = {}
     for role, group in groups.items():
-        places = group.wait(asked[role])
+        places = group.wait(asked[role], never_stranded())
         started[role] = [
             ActorProcess(role, process.rank, process.handle, *place)
             for process, place in zip(group.processes, places, strict=True)
@@ -341,8 +338,9 @@ def reserve(plan: PlacementPlan, deadline_seconds: float) -> PlacementGroup:
 
     Raises:
         PlacementError: Ray refuses the labels, or does not grant the bundles within the deadline.
-        Stranded: nothing will be granted to this driver.
+        Stranded: nothing can begin from this driver.
     """
+    check_own()
     sizes, labels = list(plan.bundles), list(plan.labels)
     selectors = labels if any(labels) else None
     until = time.monotonic() + deadline_seconds
@@ -366,7 +364,7 @@ def reserve(plan: PlacementPlan, deadline_seconds: float) -> PlacementGroup:
 
 
 def _slice(until: float) -> float:
-    return min(PLACEMENT_LOOK_SECONDS, max(0.0, until - time.monotonic()))
+    return min(ANEW_SECONDS, max(0.0, until - time.monotonic()))
 
 
 def pause_after(failures: int, first: float) -> float:

@@ -32,6 +32,8 @@ RAYS_BOUND = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """Ray's own key for the seconds after which it ends a process without a head; 60 where it is not set."""
 
 PROBE_SECONDS = 5.0
+ANEW_SECONDS = 5.0
+"""Between two looks at whether a wait for something new can still end well."""
 
 
 class HeadAway(Exception):
@@ -116,13 +118,27 @@ def living_nodes() -> set[str]:
 def check_own() -> None:
     """Raise Stranded where the driver's own node has ended, or its head stays silent.
 
-    A head that is back with all it knew ends, with its node, the job of a driver that lived there: what that
-    driver asks for is never granted, and its tasks reach no node.
+    A head that is back with all it knew holds its old node for dead, though a new raylet may listen at the same
+    place: it closes the job of a driver that lived there and ends its actors.
     """
     if own_node_ended():
         raise Stranded("the Ray processes of this driver's node have ended")
     if ray.get_runtime_context().get_node_id() not in insist(living_nodes):
         raise Stranded("the cluster holds this driver's node for dead")
+
+
+def never_stranded() -> Callable[[], bool]:
+    """False whenever it is asked, for a wait for new actors, or now and then what `check_own` raises."""
+    looked = time.monotonic()
+
+    def unless() -> bool:
+        nonlocal looked
+        if time.monotonic() - looked > ANEW_SECONDS:
+            check_own()
+            looked = time.monotonic()
+        return False
+
+    return unless
 
 
 def own_node_ended() -> bool:

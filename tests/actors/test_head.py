@@ -177,7 +177,7 @@ class Waiting:
 
 
 def test_bundles_are_not_waited_for_by_a_driver_whose_node_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    group, ended = Waiting(), iter([False, False, True])
+    group, ended = Waiting(), iter([False, False, False, True])
     monkeypatch.setattr(groups, "placement_group", lambda *_, **__: group)
     monkeypatch.setattr(heads, "own_node_ended", lambda: next(ended))
     monkeypatch.setattr(heads, "living_nodes", lambda: {"own"})
@@ -191,6 +191,25 @@ def test_bundles_are_not_waited_for_by_a_driver_whose_node_has_ended(monkeypatch
     monkeypatch.setattr(heads, "own_node_ended", lambda: False)
     with pytest.raises(Stranded, match="holds this driver's node for dead"):
         groups.reserve(plan, 300)
+
+
+def test_new_actors_are_not_waited_for_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+
+    def wait(refs: list[object], **_: object) -> tuple[list[object], list[object]]:
+        waits.append(1)
+        return [], refs
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(heads, "ANEW_SECONDS", 0.0)
+    monkeypatch.setattr(heads, "own_node_ended", lambda: bool(waits))
+    monkeypatch.setattr(heads, "insist", lambda _question: {"own"})
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "own"))
+    handle = SimpleNamespace(whereabouts=SimpleNamespace(remote=object))
+    created = {"policy": [ActorProcess("policy", 0, handle)]}
+    with pytest.raises(Stranded, match="processes of this driver's node have ended"):
+        groups.start_processes(created, ProcessMonitor(1.0), 600)
+    assert waits == [1]
 
 
 def test_a_node_has_ended_when_nothing_listens_where_its_raylet_did(

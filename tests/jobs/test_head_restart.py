@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
 import shutil
 import socket
 import ssl
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from rairl_ray.actors.head import RAYS_BOUND
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.trainer.rl_trainer import RLTrainer
 from rairl_ray.trainer.run import train
@@ -43,6 +46,8 @@ def drive(output: Path, address: str, home: str, resume: bool) -> int:
     def step_when_told(self: RLTrainer, step: int) -> None:
         while step > WITHOUT and not (output / "go-on").exists():
             time.sleep(0.1)
+        if "SLOWLY" in os.environ:
+            time.sleep(2.0)
         own_step(self, step)
 
     RLTrainer._step = step_when_told
@@ -59,8 +64,9 @@ def drive(output: Path, address: str, home: str, resume: bool) -> int:
 class Run(DrivenRun):
     """Its driver lives on this node."""
 
-    def __init__(self, nodes: SeparateNodes, output: Path, node: int, held: bool = False) -> None:
+    def __init__(self, nodes: SeparateNodes, output: Path, node: int, held: bool = False, **extra: str) -> None:
         super().__init__(output)
+        self.extra = extra
         if not held:
             self.go_on()
         self.nodes, self.home = nodes, str(nodes.folder / str(node))
@@ -71,7 +77,9 @@ class Run(DrivenRun):
 
     def start(self, resume: bool = False) -> None:
         call = f"drive(Path({str(self.output)!r}), {self.nodes.address!r}, {self.home!r}, {resume})"
-        self.call([sys.executable], "tests.jobs.test_head_restart", call, self.nodes.environment)
+        self.call(
+            [sys.executable], "tests.jobs.test_head_restart", call, {**self.nodes.environment, **self.extra}
+        )
 
 
 def test_the_head_alone_dies_and_comes_back(tmp_path: Path) -> None:
@@ -81,10 +89,12 @@ def test_the_head_alone_dies_and_comes_back(tmp_path: Path) -> None:
         calm.finish()
         with_the_driver_elsewhere(Run(nodes, tmp_path / "elsewhere", 1, held=True))
         with_the_driver_on_it(Run(nodes, tmp_path / "on-it", 0))
+        gone = Run(nodes, tmp_path / "gone", 1, SLOWLY="1", **{RAYS_BOUND: "20"})
+        with_the_head_away_for_too_long(gone)
     assert not nodes.processes() and not nodes.folder.exists()
     rows = rows_in(RunFolder(calm.folder))
     assert moved(rows) and not events(calm.folder, "")
-    for name in ("elsewhere", "on-it"):
+    for name in ("elsewhere", "on-it", "gone"):
         folder = tmp_path / name / "demo" / "airl"
         assert steps(folder) == list(range(1, STEPS + 1))
         assert differing(rows, rows_in(RunFolder(folder))) == []
@@ -127,6 +137,21 @@ def with_the_driver_elsewhere(run: Run) -> None:
     run.go_on()
     run.finish()
     assert not events(run.folder, ""), run.said()
+
+
+def with_the_head_away_for_too_long(run: Run) -> None:
+    """The driver, told of a shorter bound than Ray's 60 s, saves and says how to go on before Ray ends it."""
+    run.reached(AWAY_AFTER)
+    run.nodes.call("kill", "0")
+    assert run.process.wait(run.seconds) != 0, run.said()
+    print(run.said())
+    run.nodes.call("add")
+    [(_, text)] = events(run.folder, "^failed: ")
+    said = r"has not answered for 10 s: saved after step [0-9]+; .* go on with --resume demo/airl$"
+    assert re.search(said, text), text
+    run.extra = {}
+    run.start(resume=True)
+    run.finish()
 
 
 def with_the_driver_on_it(run: Run) -> None:
