@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table, remove_placement_group
 from rich.console import Console
 
-from rairl_ray.actors.group import RankActor, create_process, reserve
+from rairl_ray.actors.group import create_process, reserve
 from rairl_ray.actors.placement import SPREAD_ROLLOUTS, Node, PlacementPlan, Slot, bundles, resolve_device
 from rairl_ray.actors.placement import check_against as check_against_nodes
 from rairl_ray.config.load import from_dict
@@ -24,6 +24,7 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import PlacementError
 from rairl_ray.plan import hypothetical_nodes, print_placement
 from rairl_ray.trainer.worker_groups import cluster, place
+from tests.small_actor import SmallActor
 
 
 def make(**sections: dict) -> RunConfig:
@@ -328,12 +329,13 @@ def test_ray_keeps_learners_together_and_engines_apart(three_nodes: str) -> None
         assert len(plan.bundles) == 3 and len(set(on.values())) == 3
         # The ranks live in that bundle side by side, each with a GPU of its own.
         made = [
-            create_process("policy", Where, rank, group, slot, {}, ())
+            create_process("policy", SmallActor, rank, group, slot, {}, ()).handle
             for rank, slot in enumerate(plan.roles["policy"])
         ]
-        there = ray.get([process.handle.where.remote() for process in made], timeout=120)
-        assert {node for node, _ in there} == {on[plan.roles["policy"][0].bundle]}
-        assert len({gpu for _, gpu in there}) == 3
+        there = ray.get([actor.whereabouts.remote() for actor in made], timeout=120)
+        assert {node for _, _, node in there} == {on[plan.roles["policy"][0].bundle]}
+        gpus = ray.get([actor.gpus.remote() for actor in made], timeout=120)
+        assert len({gpu for given in gpus for gpu in given}) == 3 == sum(len(given) for given in gpus)
         remove_placement_group(group)
         # With fewer nodes than bundles, the engines share.
         four = place(config.model_copy(update={"rollout": config.rollout.model_copy(update={"replicas": 5})}))
@@ -341,12 +343,3 @@ def test_ray_keeps_learners_together_and_engines_apart(three_nodes: str) -> None
         engines = [on[slot.bundle] for slot in four.roles["rollout"]]
         assert len(set(engines) - {on[four.roles["policy"][0].bundle]}) == 2
         assert max(engines.count(node) for node in engines) < 4
-
-
-class Where(RankActor):
-    """An actor that does nothing."""
-
-    def where(self) -> tuple[str, str]:
-        """(Ray's node id, the GPU given to it)"""
-        [gpu] = ray.get_gpu_ids()
-        return ray.get_runtime_context().get_node_id(), str(gpu)
