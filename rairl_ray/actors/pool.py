@@ -44,6 +44,10 @@ SHUN_SECONDS = 120.0
 """How long nothing is asked of a node that did not answer: Ray takes up to a minute to see that it is dead, and
 goes on placing there."""
 
+GRANT_SECONDS = 30.0
+"""How long a bundle may take on a node that had room for it, before it is asked for again: Ray has let one wait
+for minutes that was asked for while another node was dying."""
+
 Spawn = Callable[[int, PlacementGroup, Slot], ActorProcess]
 """(rank, placement group, slot there) -> a new process of a replica, not waited for."""
 
@@ -233,8 +237,10 @@ class RolloutPool:
         done, _ = ray.wait([opening.where, opening.opened], num_returns=2, timeout=0)
         timeouts, spent = self._config.timeouts, time.monotonic() - opening.begun
         if len(done) < 2:
-            if spent > timeouts.placement_seconds and not _granted(opening.place):
+            known = GRANT_SECONDS if opening.node_id else timeouts.placement_seconds
+            if spent > min(known, timeouts.placement_seconds) and not _granted(opening.place):
                 self._forget(opening)  # somebody else was faster; there may be room another time
+                self._tell(f"replica {opening.process.rank} was given no place in {spent:.0f} s")
             elif spent > timeouts.placement_seconds + timeouts.start_seconds:
                 self._give_up(opening, f"is not open after {spent:.0f} s")
             return

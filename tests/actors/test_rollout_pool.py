@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -192,6 +193,24 @@ def test_of_a_node_that_does_not_answer_nothing_is_asked_until_it_is_known_to_be
     assert given == [] and "silent" in pool._shunned
     pool._pay({"other"})
     assert workers.monitor.ended == [2] and len(given) == 1 and not pool._shunned and not pool._owed
+
+
+@pytest.mark.parametrize(("node", "after"), [("a", 31.0), ("", 301.0)])
+def test_a_place_on_a_node_that_had_room_is_soon_asked_for_again_and_one_to_come_is_waited_for(
+    node: str, after: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, _, said = pool_of(1, {"min": 1, "max": 2})
+    monkeypatch.setattr(pools.ray, "wait", lambda refs, **_: ([], refs))
+    monkeypatch.setattr(pools, "placement_group_table", lambda _: {"state": "PENDING"})
+    forgotten: list[object] = []
+    monkeypatch.setattr(pool, "_forget", forgotten.append)
+    place = pools.Place("own", pool._plan.roles["rollout"][0], own=True)
+    for spent, given_up in ((after - 2, 0), (after, 1)):
+        begun = time.monotonic() - spent
+        opening = pools.Opening(ActorProcess("rollout", 7, None), place, node, "where", "opened", begun)
+        pool._look_at(opening, {"a"})
+        assert len(forgotten) == given_up
+    assert said == [f"replica 7 was given no place in {after:.0f} s"]
 
 
 @pytest.mark.parametrize(
