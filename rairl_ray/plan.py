@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 from rich.console import Console
 from rich.table import Table
 
 from rairl_ray.actors.placement import (
+    SPREAD_ROLLOUTS,
     Node,
     PlacementPlan,
     bundles,
@@ -30,7 +32,7 @@ from rairl_ray.config.prediction import Assumptions, predict
 from rairl_ray.config.rules import check
 from rairl_ray.config.schema import Model, RunConfig
 from rairl_ray.engines.environment import compute_environment, openmp_of, threads_of
-from rairl_ray.errors import UserError
+from rairl_ray.errors import PlacementError, UserError
 
 PLENTY = 1e9
 """CPUs of a hypothetical node that nobody described."""
@@ -98,8 +100,18 @@ def hypothetical_nodes(
         node["GPU"] = float(gpus_per_node if gpus is None else gpus)
     if nodes is None:
         described = gpus is not None or cpus is not None
-        nodes = 1 if described or plan.device == "cpu" else math.ceil(plan.total("GPU") / gpus_per_node)
+        nodes = 1 if described or plan.device == "cpu" else _enough(plan, Node(node))
     return [Node(node) for _ in range(nodes)]
+
+
+def _enough(plan: PlacementPlan, node: Node) -> int:
+    """The fewest such nodes that hold the plan's bundles, or its GPUs where no number of them does."""
+    fewest = math.ceil(plan.total("GPU") / node.resources["GPU"])
+    for count in range(fewest, len(plan.bundles) + 1):
+        with suppress(PlacementError):
+            check_against(plan, [node] * count)
+            return count
+    return fewest
 
 
 def running_nodes(address: str, gpus: int | None, nodes: int | None, cpus: int | None) -> list[Node]:
@@ -148,6 +160,11 @@ def print_placement(plan: PlacementPlan, cluster: Sequence[Node], console: Conso
         table.add_row(*row)
     console.print()
     console.print(table)
+    if plan.strategy == SPREAD_ROLLOUTS:
+        console.print(
+            "SPREAD_ROLLOUTS: a bundle is on one node; Ray puts two on one only where there are too few nodes",
+            highlight=False,
+        )
     if plan.spare:
         least, most = len(plan.roles["rollout"]), len(plan.roles["rollout"]) + plan.spare
         at_most = {name: plan.total(name) + plan.spare * amount for name, amount in plan.spare_bundle.items()}

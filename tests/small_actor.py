@@ -6,6 +6,8 @@ import os
 import subprocess
 import time
 
+import ray
+
 from rairl_ray.actors.group import RankActor
 
 
@@ -22,3 +24,7 @@ class SmallActor(RankActor):
 
     def have_child(self) -> int:
         return subprocess.Popen(["sleep", "1000"]).pid
+
+    def gpus(self) -> list[str]:
+        """Those that Ray gives to this rank."""
+        return [str(gpu) for gpu in ray.get_gpu_ids()]

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import ray
 
+from rairl_ray.actors.head import HeadAway, ask
+
 
 class Drained(Exception):
     """Everything is saved, and the attempt ends because nodes of the run are being drained."""
@@ -15,7 +17,20 @@ class Drained(Exception):
         super().__init__(f"node {names} is being drained: saved after step {step}, the run moves")
 
 
-def draining_nodes() -> set[str]:
-    """Ids of the nodes that the connected cluster is draining."""
+_noticed: set[str] = set()
+"""All that this process was told of: a notice is never taken back, but Ray forgets it with the node."""
+
+
+def notices() -> set[str]:
+    """Ids of the nodes of which the connected cluster says, or has said, that it drains them."""
     # The function that Ray's own libraries ask; there is no public one.
-    return set(ray._private.state.state.get_draining_nodes())
+    _noticed.update(ray._private.state.state.get_draining_nodes())
+    return set(_noticed)
+
+
+def draining_nodes() -> set[str]:
+    """The same for a step, which does not wait: none while the head is away, who tells it when it is back."""
+    try:
+        return ask(notices)
+    except HeadAway:
+        return set()

@@ -18,6 +18,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rairl_ray.actors.head import ANEW_SECONDS, Stranded, check_own, insist, never_stranded
 from rairl_ray.actors.placement import PlacementPlan, Slot
 from rairl_ray.actors.process_monitor import FAULTS, ActorProcess, ProcessMonitor
 from rairl_ray.errors import PlacementError, RunFailure, UserError
@@ -235,8 +236,14 @@ def attribute_failure(
     Args:
         started: `time.monotonic()` at which the wait began that failed.
         own: nobody but the suspect can be the culprit, so nobody else is looked at.
+
+    Raises:
+        Stranded: this driver's own node, or the head, is the culprit.
     """
-    states = monitor.states(suspect if own else None) if monitor is not None else {}
+    try:
+        states = monitor.states(suspect if own else None) if monitor is not None else {}
+    except Stranded as error:
+        raise Stranded(f"{error}; first seen as: {text}") from None
     told = ", ".join(f"{role} rank {rank} {state}" for (role, rank), state in sorted(states.items()))
     # A fault among the suspect's own ranks explains a failure before one elsewhere.
     faulty = sorted(
@@ -308,7 +315,7 @@ def create_process(
 def start_processes(
     created: Mapping[str, Sequence[ActorProcess]], monitor: ProcessMonitor, deadline_seconds: float
 ) -> dict[str, list[ActorProcess]]:
-    """Wait until every process answers where it lives; all roles start side by side."""
+    """Wait until every process answers where it lives; all roles start side by side. Raises Stranded, too."""
     groups = {role: ActorGroup(role, processes, monitor) for role, processes in created.items()}
     asked = {
         role: group.submit("start", deadline_seconds, lambda handle, _rank: handle.whereabouts.remote())
@@ -316,7 +323,7 @@ def start_processes(
     }
     started: dict[str, list[ActorProcess]] = {}
     for role, group in groups.items():
-        places = group.wait(asked[role])
+        places = group.wait(asked[role], never_stranded())
         started[role] = [
             ActorProcess(role, process.rank, process.handle, *place)
             for process, place in zip(group.processes, places, strict=True)
@@ -331,22 +338,33 @@ def reserve(plan: PlacementPlan, deadline_seconds: float) -> PlacementGroup:
 
     Raises:
         PlacementError: Ray refuses the labels, or does not grant the bundles within the deadline.
+        Stranded: nothing can begin from this driver.
     """
-    labels = list(plan.labels)
+    check_own()
+    sizes, labels = list(plan.bundles), list(plan.labels)
+    selectors = labels if any(labels) else None
+    until = time.monotonic() + deadline_seconds
     try:
-        group = placement_group(
-            list(plan.bundles), strategy=plan.strategy, bundle_label_selector=labels if any(labels) else None
+        group = insist(
+            lambda: placement_group(sizes, strategy=plan.rays_strategy, bundle_label_selector=selectors)
         )
     except ValueError as error:  # GB200 for one role alone, say
         raise PlacementError(f"placement.labels: Ray refuses {labels}: {in_one_line(str(error))}") from None
-    if not group.wait(timeout_seconds=deadline_seconds):
-        remove_placement_group(group)
+    while not insist(lambda: group.wait(timeout_seconds=_slice(until))):
+        if time.monotonic() < until:
+            check_own()
+            continue
+        insist(lambda: remove_placement_group(group))
         asked = f" with labels {labels}" if any(labels) else ""
         raise PlacementError(
-            f"placement: the cluster did not grant {list(plan.bundles)}{asked} within {deadline_seconds:g} s; "
-            f"it has {ray.available_resources()} free: wait for other jobs or ask for less"
+            f"placement: the cluster did not grant {sizes}{asked} within {deadline_seconds:g} s; "
+            f"it has {insist(ray.available_resources)} free: wait for other jobs or ask for less"
         )
     return group
+
+
+def _slice(until: float) -> float:
+    return min(ANEW_SECONDS, max(0.0, until - time.monotonic()))
 
 
 def pause_after(failures: int, first: float) -> float:

@@ -4,16 +4,18 @@ A run, `plan` and a Tune trial use the same answer. Two layouts:
 
 * colocated: bundle i holds rank i of every role, each with its fraction of the one GPU there (on a CPU
   machine: its `cpus_per_actor`). A tensor-parallel engine takes whole GPUs, so it gets bundles of its own.
-* disaggregated: every rank has a bundle of its own.
+* disaggregated: every rank has a bundle of its own. With `placement.strategy: SPREAD_ROLLOUTS` a learner's
+  ranks share one (on GPUs: one for each `gpus_per_node` of them), which Ray never splits over nodes.
 
-A bundle holds at most one rank of a role, and a whole GPU: NCCL refuses two ranks of one group on one device
-("Duplicate GPU detected"). Groups of different roles may share a device.
+No two ranks of a role share a GPU: NCCL refuses two ranks of one group on one device ("Duplicate GPU
+detected"). Groups of different roles may share a device.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,9 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import PlacementError
 
 Device = Literal["cpu", "gpu"]
+
+SPREAD_ROLLOUTS = "SPREAD_ROLLOUTS"
+"""`placement.strategy` that Ray does not have: it has one for all bundles of a group."""
 
 OVER_HALF = 0.5001
 """Share of a GPU that no second rank of the same size fits beside (Ray counts in ten-thousandths)."""
@@ -60,6 +65,7 @@ class PlacementPlan:
     bundles: tuple[dict[str, float], ...]
     """Resources of each bundle, as Ray's placement groups take them."""
     strategy: str
+    """`placement.strategy`; what Ray is told is `rays_strategy`."""
     roles: Mapping[str, tuple[Slot, ...]]
     """Role -> slot of each rank. `rollout` has one slot per engine, whatever its tensor parallelism."""
     device: Device
@@ -70,12 +76,17 @@ class PlacementPlan:
 
     @property
     def labels(self) -> tuple[dict[str, str], ...]:
-        """Label selector of each bundle: those of all roles in it, which agree (`machine_rules.labels`)."""
+        """Label selector of each bundle: those of all roles in it, which agree (`placement_rules.labels`)."""
         found: tuple[dict[str, str], ...] = tuple({} for _ in self.bundles)
         for role, selector in self.selectors.items():
             for slot in self.roles.get(role, ()):
                 found[slot.bundle].update(selector)
         return found
+
+    @property
+    def rays_strategy(self) -> str:
+        """Where bundles shall be, in Ray's words; a learner that stays together is one bundle by then."""
+        return "SPREAD" if self.strategy == SPREAD_ROLLOUTS else self.strategy
 
     @property
     def spare_bundle(self) -> dict[str, float]:
@@ -141,8 +152,9 @@ def bundles(config: RunConfig, device: str | None = None) -> PlacementPlan:
     slots: dict[str, tuple[Slot, ...]] = {}
     for role in sorted(own, key=list(needs).index):
         count, resources = needs[role]
-        slots[role] = tuple(Slot(len(sizes) + rank, dict(resources)) for rank in range(count))
-        sizes += [dict(resources) for _ in range(count)]
+        most = _ranks_a_bundle(config, role, device)
+        slots[role] = tuple(Slot(len(sizes) + rank // most, dict(resources)) for rank in range(count))
+        sizes += [_times(resources, min(most, count - first)) for first in range(0, count, most)]
     shared = {role: need for role, need in needs.items() if role not in own}
     first = len(sizes)
     for rank in range(max((count for count, _ in shared.values()), default=0)):
@@ -166,6 +178,18 @@ def roles(config: RunConfig) -> tuple[str, ...]:
     """Who takes part. SFT has a rollout engine too: it is evaluated by sampling."""
     learned = ("discriminator",) if config.algorithm.needs.discriminator else ()
     return ("rollout", "policy", *learned)
+
+
+def _ranks_a_bundle(config: RunConfig, role: str, device: str) -> int:
+    """How many ranks of a role that shares with nobody live in one bundle. SFT's are placed by Ray Train."""
+    learner = role != "rollout" and config.algorithm.needs.rollouts
+    if not learner or config.placement.strategy != SPREAD_ROLLOUTS:
+        return 1
+    return config.placement.gpus_per_node if device == "gpu" else sys.maxsize
+
+
+def _times(resources: Mapping[str, float], count: int) -> dict[str, float]:
+    return {name: round(amount * count, 4) for name, amount in resources.items()}
 
 
 def _needs(config: RunConfig, role: str, device: str) -> tuple[int, dict[str, float]]:
@@ -232,6 +256,9 @@ def check_against(plan: PlacementPlan, nodes: Sequence[Node]) -> None:
             raise PlacementError(
                 f"placement: the run needs {asked:g} {resource}s and the cluster has {there:g}{remedy}{key}"
             )
+    if plan.strategy == SPREAD_ROLLOUTS:
+        key = "set placement.gpus_per_node" if plan.device == "gpu" else "write placement.strategy=PACK"
+        remedy += f", or {key} (SPREAD_ROLLOUTS keeps that many ranks of a learner on one node)"
     asked_for = list(zip(plan.bundles, plan.labels, strict=True))
     for bundle, selector in asked_for:
         if not any(node.holds(bundle, selector) for node in nodes):

@@ -7,8 +7,8 @@
                            else: a failure of the group  <───────────────────────┘
 
 `grow` and `leave_drained` are called between two steps and wait for nothing but the sync of a replica that is
-ready. Samples do not depend on any of it: each request has its own seed, and what a lost replica was asked is
-asked again.
+ready; while the cluster's head is away nobody joins or leaves. Samples do not depend on any of it: each request
+has its own seed, and what a lost replica was asked is asked again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from rairl_ray.actors.draining import draining_nodes
+from rairl_ray.actors.draining import draining_nodes, notices
 from rairl_ray.actors.group import GroupFailure, in_one_line, pause_after
+from rairl_ray.actors.head import HeadAway, ask
 from rairl_ray.actors.joining import free_nodes
 from rairl_ray.actors.placement import Node, PlacementPlan, Slot, side_by_side
 from rairl_ray.actors.process_monitor import LOST_NODE, SILENT_NODE, ActorProcess
@@ -42,6 +43,10 @@ LEAVE_SECONDS = 5.0
 SHUN_SECONDS = 120.0
 """How long nothing is asked of a node that did not answer: Ray takes up to a minute to see that it is dead, and
 goes on placing there."""
+
+GRANT_SECONDS = 30.0
+"""How long a bundle may take on a node that had room for it, before it is asked for again: Ray has let one wait
+for minutes that was asked for while another node was dying."""
 
 Spawn = Callable[[int, PlacementGroup, Slot], ActorProcess]
 """(rank, placement group, slot there) -> a new process of a replica, not waited for."""
@@ -123,19 +128,25 @@ class RolloutPool:
         """Take in the replicas that are ready, and begin to open others where there is room."""
         if len(self._workers) == self._most and not self._owed:
             return
-        alive = free_nodes()
+        try:
+            alive, going = ask(lambda: (free_nodes(), notices()))
+        except HeadAway:
+            return
         self._pay(alive)
         for opening in list(self._openings):
             self._look_at(opening, alive)
         missing = self._most - len(self._workers) - len(self._openings)
         if missing <= 0 or time.monotonic() < self._pause_ends:
             return
-        avoided = draining_nodes() | self._shunned.keys()
+        avoided = going | self._shunned.keys()
         free = {node: what for node, what in alive.items() if node not in avoided}
         vacant = [place for place in self._vacant() if place.node_id in free]
         bundle, selector = self._plan.spare_bundle, self._plan.selectors.get("rollout", {})
         waiting = [one.node_id for one in self._openings if one.place.own and not _granted(one.place)]
         homes = rooms(bundle, selector, free, waiting)
+        if self._plan.rays_strategy == "SPREAD":
+            present = [process.node_id for process in self._workers.processes]
+            homes = apart(homes, [*present, *(opening.home for opening in self._openings)])
         if self._config.cluster.grows_to is not None:
             homes += [""] * missing  # a group that waits for its bundle is what an autoscaler sees
         again, more = openings(missing, len(vacant), len(homes))
@@ -226,8 +237,10 @@ class RolloutPool:
         done, _ = ray.wait([opening.where, opening.opened], num_returns=2, timeout=0)
         timeouts, spent = self._config.timeouts, time.monotonic() - opening.begun
         if len(done) < 2:
-            if spent > timeouts.placement_seconds and not _granted(opening.place):
+            known = GRANT_SECONDS if opening.node_id else timeouts.placement_seconds
+            if spent > min(known, timeouts.placement_seconds) and not _granted(opening.place):
                 self._forget(opening)  # somebody else was faster; there may be room another time
+                self._tell(f"replica {opening.process.rank} was given no place in {spent:.0f} s")
             elif spent > timeouts.placement_seconds + timeouts.start_seconds:
                 self._give_up(opening, f"is not open after {spent:.0f} s")
             return
@@ -310,6 +323,16 @@ def rooms(
     """
     counts = {node: side_by_side(bundle, selector, [what]) - waiting.count(node) for node, what in free.items()}
     return [node for node, count in counts.items() for _ in range(count)]
+
+
+def apart(homes: Sequence[str], present: Sequence[str]) -> list[str]:
+    """These nodes in an order that puts as few replicas as can be on one.
+
+    Args:
+        present: nodes of the replicas that there are.
+    """
+    place = [(present.count(node) + homes[:index].count(node), node) for index, node in enumerate(homes)]
+    return [node for _, node in sorted(place, key=lambda one: one[0])]
 
 
 def openings(missing: int, vacant: int, room: int) -> tuple[int, int]:

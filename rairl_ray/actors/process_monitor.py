@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rairl_ray.actors.draining import draining_nodes
+from rairl_ray.actors.head import HeadAway, ask, check_own, insist, living_nodes, own_node_ended, patience
 
 R = TypeVar("R")
 
@@ -92,12 +93,16 @@ class ProcessMonitor:
 
         Args:
             only: of this actor process alone, within OWN_SECONDS.
+
+        Raises:
+            Stranded: no node can be asked from here.
         """
         processes = self.processes if only is None else {(only.role, only.rank): only}
         if not processes:
             return {}
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        asked = self._nodes() if only is None else {only.node_id}
+        check_own()
+        alive, holding = insist(lambda: (living_nodes(), self._nodes()))
+        asked = holding if only is None else {only.node_id}
         seconds = self.probe_seconds if only is None else min(OWN_SECONDS, self.probe_seconds)
         found = _on_nodes(asked & alive, look, self.attempt, seconds)
         claimed = {actor.pid for actor in self.processes.values()}
@@ -114,9 +119,18 @@ class ProcessMonitor:
         """
         if not self.groups and not self.processes:
             return []
-        nodes = self._nodes()
-        self.release()
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+        def give_back() -> tuple[set[str], set[str]]:
+            nodes = self._nodes()
+            self.release()
+            return nodes, living_nodes()
+
+        try:
+            nodes, alive = ask(give_back, patience())
+        except HeadAway:
+            return ["the cluster's head does not answer: bundles and processes end with this driver"]
+        if own_node_ended():
+            return ["the node of this driver has ended: the processes on others were not seen to end"]
         answers = _on_nodes(nodes & alive, kill, self.attempt, seconds)
         left = [f"node {node[:8]} is lost: its processes end with its raylet" for node in nodes - alive]
         for node, pids in answers.items():
@@ -129,7 +143,7 @@ class ProcessMonitor:
         """End the processes of one actor process, stopped or not, and leave all others alone."""
         with suppress(ray.exceptions.RayError):
             ray.kill(actor.handle, no_restart=True)
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        alive = insist(living_nodes)
         of = (actor.role, actor.rank)
         _on_nodes({actor.node_id} & alive, lambda attempt: kill(attempt, of=of), self.attempt, seconds)
 

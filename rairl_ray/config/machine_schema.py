@@ -182,8 +182,9 @@ class Placement(Section):
     policy_gpu_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
     discriminator_gpu_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
     gpus_per_node: PositiveInt = 8
-    strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = "PACK"
-    """Of all bundles of the run: on few nodes, on many, or on one."""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "SPREAD_ROLLOUTS"] = "PACK"
+    """Of all bundles of the run: on few nodes, on many, or on one. SPREAD_ROLLOUTS: a learner's ranks on one
+    node (on GPUs: on one for each `gpus_per_node` of them), the engines on many."""
     labels: Labels = Labels()
     """Nodes that a role may be on, e.g. `{policy: {market: on-demand}, rollout: {market: spot}}`."""
 

@@ -15,10 +15,11 @@ from typing import Any
 
 from rairl_ray.config.machine_rules import MACHINE_RULES
 from rairl_ray.config.method_rules import METHOD_RULES
+from rairl_ray.config.placement_rules import PLACEMENT_RULES
 from rairl_ray.config.schema import Model, RunConfig
 from rairl_ray.errors import ConfigError, redact
 
-RULES = (*MACHINE_RULES, *METHOD_RULES)
+RULES = (*MACHINE_RULES, *PLACEMENT_RULES, *METHOD_RULES)
 
 
 def check(

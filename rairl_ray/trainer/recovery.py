@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import GroupFailure, pause_after
+from rairl_ray.actors.head import Stranded
 from rairl_ray.actors.process_monitor import ProcessMonitor
 from rairl_ray.errors import PlacementError, RunFailure
 from rairl_ray.trainer.run_context import RunContext
@@ -80,7 +81,8 @@ class Recovery:
 
         Raises:
             GroupFailure: the first one beyond its role's budget.
-            RunFailure: when the cluster no longer has room for the run after a failure.
+            RunFailure: when the cluster no longer has room for the run after a failure, or this driver has lost
+                its head or its own node.
         """
         context = self._context
         self._monitor = ProcessMonitor(context.config.timeouts.probe_seconds, lent=context.lent)
@@ -92,6 +94,9 @@ class Recovery:
         except Drained as notice:
             self._rebuild = Rebuild(notice, "a drained node", 0.0)
             context.event(str(notice))
+        except Stranded as error:
+            name = context.config.name
+            raise RunFailure(f"{error}; when the cluster answers, go on with --resume {name}") from error
         except PlacementError as error:
             if self._rebuild is None:
                 raise

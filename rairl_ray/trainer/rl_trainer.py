@@ -14,6 +14,7 @@ from typing import Any
 from rairl_ray import metrics as names
 from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import Interrupted
+from rairl_ray.actors.head import Stranded, check_silence
 from rairl_ray.actors.learner import LearnerWorkers
 from rairl_ray.actors.pool import RolloutPool
 from rairl_ray.algorithms.warmup import WarmupGate
@@ -295,11 +296,19 @@ class RLTrainer:
         self.checkpointer.require()
 
     def _leave_drained_nodes(self) -> None:
-        """Rollouts leave first; raises Drained, with everything saved, where that is not enough."""
+        """Rollouts leave first; raises Drained, with everything saved, where that is not enough.
+
+        The same for a head that has been away for too long: Stranded.
+        """
         self.rollout_pool.leave_drained()
         if nodes := self.workers.monitor.draining():
             self._save_this_moment()
             raise Drained(nodes, self.progress.step)
+        try:
+            check_silence()
+        except Stranded as error:
+            self._save_this_moment()
+            raise Stranded(f"{error}: saved after step {self.progress.step}") from None
 
     def stopped(self) -> bool:
         """Save what there is; False, as the run did not finish."""

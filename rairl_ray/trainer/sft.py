@@ -26,6 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import GroupFailure, Interrupted, attribute_failure
+from rairl_ray.actors.head import check_silence
 from rairl_ray.actors.learner import learner_environment
 from rairl_ray.actors.process_monitor import ANY_RANK, GONE, ActorProcess
 from rairl_ray.actors.weight_sync import put_update
@@ -117,6 +118,7 @@ class Fit:
             GroupFailure: a worker failed, or a phase missed its deadline.
             UserError: raised inside a worker comes out as itself.
             Drained: nodes of the run are about to go, and its state is saved.
+            Stranded: the head has been away for too long.
         """
         thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         thread.start()
@@ -137,6 +139,7 @@ class Fit:
                 raise self._late()
             if not asked and time.monotonic() - looked > DRAIN_SECONDS:
                 looked, drained = time.monotonic(), self._monitor.draining()
+                check_silence()
             if (self._context.stop or drained) and not asked:
                 self._channel.ask_to_stop()
                 asked = True

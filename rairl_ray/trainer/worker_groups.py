@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,6 +15,7 @@ from ray.util.placement_group import PlacementGroup
 
 from rairl_ray.actors.discriminator import DiscriminatorActor, DiscriminatorWorkers
 from rairl_ray.actors.group import RankActor, create_process, create_processes, reserve, start_processes
+from rairl_ray.actors.head import HeadAway, ask, patience
 from rairl_ray.actors.joining import join, present_nodes
 from rairl_ray.actors.learner import learner_environment
 from rairl_ray.actors.placement import (
@@ -162,7 +163,8 @@ class WorkerGroups:
         for workers in (self.rollouts, self.policy, self.discriminator):
             if workers is not None:
                 workers.close()
-        self.monitor.release()
+        with suppress(HeadAway):  # the bundles then end with this driver
+            ask(self.monitor.release, patience())
 
 
 def start_worker_groups(prepared: Prepared, plan: PlacementPlan, monitor: ProcessMonitor) -> WorkerGroups:

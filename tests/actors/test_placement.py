@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table, remove_placement_group
+from rich.console import Console
 
-from rairl_ray.actors.placement import Node, PlacementPlan, Slot, bundles, resolve_device
+from rairl_ray.actors.group import create_process, reserve
+from rairl_ray.actors.placement import SPREAD_ROLLOUTS, Node, PlacementPlan, Slot, bundles, resolve_device
 from rairl_ray.actors.placement import check_against as check_against_nodes
 from rairl_ray.config.load import from_dict
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import PlacementError
+from rairl_ray.plan import hypothetical_nodes, print_placement
+from rairl_ray.trainer.worker_groups import cluster, place
+from tests.small_actor import SmallActor
 
 
 def make(**sections: dict) -> RunConfig:
@@ -129,6 +138,8 @@ def test_no_two_sft_ranks_fit_on_one_gpu(kind: str, policy: float) -> None:
     device=st.sampled_from(["cpu", "gpu"]),
     algorithm=st.sampled_from(["airl", "grpo", "sft"]),
     cpus=st.sampled_from([0.1, 0.3, 0.5, 1.0, 2.0]),
+    strategy=st.sampled_from(["PACK", SPREAD_ROLLOUTS]),
+    per_node=st.integers(1, 8),
 )
 def test_no_bundle_is_overbooked_and_every_rank_has_a_slot(
     replicas: int,
@@ -139,14 +150,20 @@ def test_no_bundle_is_overbooked_and_every_rank_has_a_slot(
     device: str,
     algorithm: str,
     cpus: float,
+    strategy: str,
+    per_node: int,
 ) -> None:
     parallel = parallel if device == "gpu" else 1
     config = make(
         algorithm={"type": algorithm},
         rollout={"replicas": replicas, "tensor_parallel": parallel},
         learner={"replicas": policy, "discriminator_replicas": discriminator},
-        placement={"type": kind, "cpus_per_actor": cpus},
-    )
+        placement={
+            "type": kind, "cpus_per_actor": cpus,
+            "strategy": strategy if kind == "disaggregated" else "PACK",
+            "gpus_per_node": max(per_node, parallel),
+        },
+    )  # fmt: skip
     plan = bundles(config, device)
     used: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for slots in plan.roles.values():
@@ -215,3 +232,114 @@ def test_a_tensor_parallel_engine_needs_one_node_for_all_its_gpus() -> None:
     check_against(engine, [{"CPU": 64.0, "GPU": 4.0}, {"CPU": 64.0, "GPU": 1.0}])
     with pytest.raises(PlacementError, match=r"no node of the cluster holds a bundle of 0\.5 CPU, 4 GPU"):
         check_against(engine, [{"CPU": 64.0, "GPU": 3.0}] * 4)
+
+
+# --- learners packed, rollouts spread ------------------------------------------------------------------
+
+PACKED = {"type": "disaggregated", "strategy": SPREAD_ROLLOUTS}
+
+
+def test_a_learner_is_one_bundle_as_far_as_a_node_goes_and_every_engine_has_its_own() -> None:
+    config = make(
+        rollout={"replicas": 3},
+        learner={"replicas": 6, "discriminator_replicas": 2},
+        placement={**PACKED, "gpus_per_node": 4},
+    )
+    gpu, cpu = bundles(config, "gpu"), bundles(config, "cpu")
+    assert [bundle["GPU"] for bundle in gpu.bundles] == [1, 1, 1, 4, 2, 2]
+    assert [bundle["CPU"] for bundle in gpu.bundles] == [0.5, 0.5, 0.5, 2.0, 1.0, 1.0]
+    assert [slot.bundle for slot in gpu.roles["policy"]] == [3, 3, 3, 3, 4, 4]
+    assert [slot.resources for slot in gpu.roles["policy"]] == [{"CPU": 0.5, "GPU": 1.0}] * 6
+    assert cpu.bundles == ({"CPU": 0.5},) * 3 + ({"CPU": 3.0}, {"CPU": 1.0})
+    assert (gpu.strategy, gpu.rays_strategy) == (SPREAD_ROLLOUTS, "SPREAD")
+    for strategy in ("PACK", "SPREAD", "STRICT_PACK"):
+        plan = bundles(make(placement={"strategy": strategy}), "cpu")
+        assert plan.strategy == plan.rays_strategy == strategy
+
+
+def test_labels_of_a_role_are_those_of_its_bundles() -> None:
+    config = make(
+        learner={"replicas": 2},
+        placement={**PACKED, "labels": {"policy": {"a": "p"}, "discriminator": {"a": "d"}}},
+    )
+    assert bundles(config, "gpu").labels == ({}, {"a": "p"}, {"a": "d"})
+
+
+def test_sft_learners_are_left_to_ray_train() -> None:
+    sft = make(algorithm={"type": "sft"}, learner={"replicas": 3}, placement=PACKED)
+    assert len(bundles(sft, "cpu").bundles) == 4
+
+
+def test_a_learner_larger_than_every_node_is_refused_with_what_to_write() -> None:
+    config = make(learner={"replicas": 6, "discriminator_replicas": 1}, placement=PACKED)
+    nodes = [{"CPU": 64.0, "GPU": 4.0}] * 4
+    with pytest.raises(PlacementError, match=r"no node .* 6 GPU; .* or set placement\.gpus_per_node"):
+        check_against(bundles(config, "gpu"), nodes)
+    check_against(
+        bundles(make(learner=config.learner.model_dump(), placement={**PACKED, "gpus_per_node": 4}), "gpu"),
+        nodes,
+    )
+    with pytest.raises(PlacementError, match=r"no node .* 3 CPU; .* or write placement\.strategy=PACK"):
+        check_against(bundles(config, "cpu"), [{"CPU": 2.0}] * 4)
+    check_against(bundles(make(learner=config.learner.model_dump()), "cpu"), [{"CPU": 2.0}] * 4)
+
+
+def test_plan_says_it_and_takes_as_many_nodes_as_the_bundles_need() -> None:
+    config = make(
+        rollout={"replicas": 1},
+        learner={"replicas": 5, "discriminator_replicas": 5},
+        placement={**PACKED, "device": "gpu"},
+    )
+    plan, output = bundles(config, "gpu"), io.StringIO()
+    nodes = hypothetical_nodes(plan, 8, None, None, None)
+    assert [node.resources["GPU"] for node in nodes] == [8.0, 8.0]
+    sixes = bundles(make(rollout={"replicas": 6, "tensor_parallel": 5}, placement={"device": "gpu"}), "gpu")
+    assert len(hypothetical_nodes(sixes, 8, None, None, None)) == 6  # 31 GPUs would be 4 nodes
+    print_placement(plan, nodes, Console(file=output, width=200))
+    said = output.getvalue()
+    assert "placement: 3 bundle(s) on gpu, SPREAD_ROLLOUTS" in said
+    assert "SPREAD_ROLLOUTS: a bundle is on one node; Ray puts two on one only where" in said
+
+
+@pytest.fixture(scope="module")
+def three_nodes() -> Iterator[str]:
+    """A head without work and three nodes of 4 GPUs, which are only counted."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(3):
+            nodes.add_node(num_cpus=4, num_gpus=4)
+        yield nodes.address
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+def test_ray_keeps_learners_together_and_engines_apart(three_nodes: str) -> None:
+    config = make(
+        rollout={"replicas": 2},
+        learner={"replicas": 3},
+        algorithm={"type": "grpo"},
+        placement=PACKED,
+        cluster={"address": three_nodes},
+    )
+    with cluster(config):
+        plan = place(config)
+        group = reserve(plan, 60)
+        on = placement_group_table(group)["bundles_to_node_id"]
+        assert len(plan.bundles) == 3 and len(set(on.values())) == 3
+        # The ranks live in that bundle side by side, each with a GPU of its own.
+        made = [
+            create_process("policy", SmallActor, rank, group, slot, {}, ()).handle
+            for rank, slot in enumerate(plan.roles["policy"])
+        ]
+        there = ray.get([actor.whereabouts.remote() for actor in made], timeout=120)
+        assert {node for _, _, node in there} == {on[plan.roles["policy"][0].bundle]}
+        gpus = ray.get([actor.gpus.remote() for actor in made], timeout=120)
+        assert len({gpu for given in gpus for gpu in given}) == 3 == sum(len(given) for given in gpus)
+        remove_placement_group(group)
+        # With fewer nodes than bundles, the engines share.
+        four = place(config.model_copy(update={"rollout": config.rollout.model_copy(update={"replicas": 5})}))
+        on = placement_group_table(reserve(four, 60))["bundles_to_node_id"]
+        engines = [on[slot.bundle] for slot in four.roles["rollout"]]
+        assert len(set(engines) - {on[four.roles["policy"][0].bundle]}) == 2
+        assert max(engines.count(node) for node in engines) < 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from rich.console import Console
 from rairl_ray.actors import pool as pools
 from rairl_ray.actors.group import GroupFailure, Pending
 from rairl_ray.actors.placement import Node, PlacementPlan, bundles, side_by_side
-from rairl_ray.actors.pool import RolloutPool, departures, openings, rooms
+from rairl_ray.actors.pool import RolloutPool, apart, departures, openings, rooms
 from rairl_ray.actors.process_monitor import SILENT_NODE, ActorProcess
 from rairl_ray.actors.rollout import RolloutWorkers
 from rairl_ray.config.estimate import memory
@@ -63,6 +64,12 @@ def test_a_new_replica_is_meant_for_a_node_that_has_room_beside_those_on_their_w
     assert rooms({"CPU": 1.0}, {}, free, []) == ["a", "a", "b"]
     assert rooms({"CPU": 1.0}, {}, free, ["a", "b", "gone"]) == ["a"]
     assert rooms({"CPU": 1.0}, {"market": "spot"}, free, []) == ["b"]
+
+
+def test_where_bundles_are_spread_replicas_join_on_the_emptiest_node_first() -> None:
+    assert apart(["a", "a", "b", "c"], ["a"]) == ["b", "c", "a", "a"]
+    assert apart(["a", "a", "a", "b"], []) == ["a", "b", "a", "a"]
+    assert apart(["", ""], ["a"]) == ["", ""]
 
 
 def test_a_run_is_placed_with_its_least_replicas_and_a_further_one_shares_its_gpu_with_nobody() -> None:
@@ -186,6 +193,24 @@ def test_of_a_node_that_does_not_answer_nothing_is_asked_until_it_is_known_to_be
     assert given == [] and "silent" in pool._shunned
     pool._pay({"other"})
     assert workers.monitor.ended == [2] and len(given) == 1 and not pool._shunned and not pool._owed
+
+
+@pytest.mark.parametrize(("node", "after"), [("a", 31.0), ("", 301.0)])
+def test_a_place_on_a_node_that_had_room_is_soon_asked_for_again_and_one_to_come_is_waited_for(
+    node: str, after: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, _, said = pool_of(1, {"min": 1, "max": 2})
+    monkeypatch.setattr(pools.ray, "wait", lambda refs, **_: ([], refs))
+    monkeypatch.setattr(pools, "placement_group_table", lambda _: {"state": "PENDING"})
+    forgotten: list[object] = []
+    monkeypatch.setattr(pool, "_forget", forgotten.append)
+    place = pools.Place("own", pool._plan.roles["rollout"][0], own=True)
+    for spent, given_up in ((after - 2, 0), (after, 1)):
+        begun = time.monotonic() - spent
+        opening = pools.Opening(ActorProcess("rollout", 7, None), place, node, "where", "opened", begun)
+        pool._look_at(opening, {"a"})
+        assert len(forgotten) == given_up
+    assert said == [f"replica 7 was given no place in {after:.0f} s"]
 
 
 @pytest.mark.parametrize(

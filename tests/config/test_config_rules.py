@@ -234,6 +234,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({**POOL, "trainer.max_staleness_steps": 2}, REPLICAS, "set it to 0, or write a number such as 3"),
     ({**POOL, **GPU, **APART, TRANSPORT: "nccl"}, REPLICAS, "write object_store or auto"),
     ({**POOL, "placement.strategy": "STRICT_PACK"}, REPLICAS, "write PACK"),
+    ({"placement.strategy": "SPREAD_ROLLOUTS"}, "placement.strategy", "placement.type=disaggregated"),
     ({"placement.policy_gpu_fraction": 0.5}, "placement.policy_gpu_fraction", "add up to 1.25"),
     ({**GPU, "rollout.memory_share": 0.9}, "rollout.memory_share", "rollout.sleep=true"),
 ]  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
 import shutil
 import socket
 import ssl
@@ -13,7 +15,9 @@ from pathlib import Path
 import pytest
 import ray
 
+from rairl_ray.actors.head import RAYS_BOUND
 from rairl_ray.runfolder import RunFolder
+from rairl_ray.trainer.rl_trainer import RLTrainer
 from rairl_ray.trainer.run import train
 from tests.driven import DrivenRun
 from tests.faults import configuration, events, steps
@@ -23,6 +27,8 @@ from tests.local_cluster import SeparateNodes, separate_nodes
 STEPS = 20
 AWAY_AFTER = 3
 """The step with whose row the head is killed."""
+WITHOUT = 8
+"""The last step that a run makes before it may go on, which is when the head is back."""
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self").exists(), reason="cluster/local.sh needs Linux's /proc"),
@@ -35,6 +41,16 @@ pytestmark = [
 def drive(output: Path, address: str, home: str, resume: bool) -> int:
     """Train, as a driver on the node with this folder: on one machine Ray would always choose the head."""
     ray.init = functools.partial(ray.init, _temp_dir=home)
+    own_step = RLTrainer._step
+
+    def step_when_told(self: RLTrainer, step: int) -> None:
+        while step > WITHOUT and not (output / "go-on").exists():
+            time.sleep(0.1)
+        if "SLOWLY" in os.environ:
+            time.sleep(2.0)
+        own_step(self, step)
+
+    RLTrainer._step = step_when_told
     config = configuration(
         output,
         "learner.replicas=1",
@@ -48,14 +64,22 @@ def drive(output: Path, address: str, home: str, resume: bool) -> int:
 class Run(DrivenRun):
     """Its driver lives on this node."""
 
-    def __init__(self, nodes: SeparateNodes, output: Path, node: int) -> None:
+    def __init__(self, nodes: SeparateNodes, output: Path, node: int, held: bool = False, **extra: str) -> None:
         super().__init__(output)
+        self.extra = extra
+        if not held:
+            self.go_on()
         self.nodes, self.home = nodes, str(nodes.folder / str(node))
         self.start()
 
+    def go_on(self) -> None:
+        (self.output / "go-on").touch()
+
     def start(self, resume: bool = False) -> None:
         call = f"drive(Path({str(self.output)!r}), {self.nodes.address!r}, {self.home!r}, {resume})"
-        self.call([sys.executable], "tests.jobs.test_head_restart", call, self.nodes.environment)
+        self.call(
+            [sys.executable], "tests.jobs.test_head_restart", call, {**self.nodes.environment, **self.extra}
+        )
 
 
 def test_the_head_alone_dies_and_comes_back(tmp_path: Path) -> None:
@@ -63,12 +87,14 @@ def test_the_head_alone_dies_and_comes_back(tmp_path: Path) -> None:
         redis_is_closed(nodes)
         calm = Run(nodes, tmp_path / "calm", 1)
         calm.finish()
-        with_the_driver_elsewhere(Run(nodes, tmp_path / "elsewhere", 1))
+        with_the_driver_elsewhere(Run(nodes, tmp_path / "elsewhere", 1, held=True))
         with_the_driver_on_it(Run(nodes, tmp_path / "on-it", 0))
+        gone = Run(nodes, tmp_path / "gone", 1, SLOWLY="1", **{RAYS_BOUND: "20"})
+        with_the_head_away_for_too_long(gone)
     assert not nodes.processes() and not nodes.folder.exists()
     rows = rows_in(RunFolder(calm.folder))
     assert moved(rows) and not events(calm.folder, "")
-    for name in ("elsewhere", "on-it"):
+    for name in ("elsewhere", "on-it", "gone"):
         folder = tmp_path / name / "demo" / "airl"
         assert steps(folder) == list(range(1, STEPS + 1))
         assert differing(rows, rows_in(RunFolder(folder))) == []
@@ -98,18 +124,34 @@ def redis_is_closed(nodes: SeparateNodes) -> None:
 
 
 def with_the_driver_elsewhere(run: Run) -> None:
-    """Driver and actors outlive the head: the run stands still for a while and is not begun again."""
+    """Driver and actors outlive the head: the run goes on without it, and nothing is begun again."""
     run.reached(AWAY_AFTER)
     session = (run.nodes.folder / "0" / "session_latest").resolve().name
     run.nodes.call("kill", "0")
     killed, before = time.monotonic(), len(steps(run.folder))
+    run.reached(WITHOUT)
+    print(f"without the head from step {before} to {WITHOUT} in {time.monotonic() - killed:.1f} s")
     run.nodes.call("add")
     assert (run.nodes.folder / "0" / "session_latest").resolve().name == session
-    away, after = time.monotonic() - killed, len(steps(run.folder))
+    print(f"the head was away for {time.monotonic() - killed:.1f} s")
+    run.go_on()
     run.finish()
-    print(f"the head was away for {away:.1f} s, in which the run went from step {before} to {after} of {STEPS}")
-    assert after < STEPS, "nothing was left to do when the head was back"
     assert not events(run.folder, ""), run.said()
+
+
+def with_the_head_away_for_too_long(run: Run) -> None:
+    """The driver, told of a shorter bound than Ray's 60 s, saves and says how to go on before Ray ends it."""
+    run.reached(AWAY_AFTER)
+    run.nodes.call("kill", "0")
+    assert run.process.wait(run.seconds) != 0, run.said()
+    print(run.said())
+    run.nodes.call("add")
+    [(_, text)] = events(run.folder, "^failed: ")
+    said = r"has not answered for 10 s: saved after step [0-9]+; .* go on with --resume demo/airl$"
+    assert re.search(said, text), text
+    run.extra = {}
+    run.start(resume=True)
+    run.finish()
 
 
 def with_the_driver_on_it(run: Run) -> None:
