@@ -166,7 +166,7 @@ def load(arguments: argparse.Namespace, place: str, uri: str) -> dict[str, Any]:
     visitor.start()
     for worker in workers:
         worker.start()
-    rows = []
+    rows: list[tuple[float, float, int, str]] = []
     while len(rows) < arguments.trials:
         rows.append(ended.get(timeout=1200))
     visitor.over.set()
@@ -177,7 +177,8 @@ def load(arguments: argparse.Namespace, place: str, uri: str) -> dict[str, Any]:
 
 def check(client: Any, experiment: str, rows: Sequence[Any], arguments: argparse.Namespace) -> None:
     """Every run is there once, FINISHED and with all its steps; else what was measured counts for nothing."""
-    found, token = [], None
+    found: list[Any] = []
+    token = None
     while token is None or token:
         page = client.search_runs([experiment], "attributes.status = 'FINISHED'", page_token=token)
         found, token = [*found, *page], page.token or ""
