@@ -115,7 +115,7 @@ def walk(folder: Path) -> tuple[dict[str, Signature], list[str]]:
 
 
 def by_itself(names: Mapping[str, Object], inner: tuple[str, ...] = ()) -> dict[str, Object]:
-    """Remote files without marks, and without folders that are mirrored by themselves there or (`inner`) here."""
+    """Remote files without marks and without folders mirrored by themselves, there or (`inner`) here."""
     inner += tuple(name.removesuffix(MARK) for name in names if name.endswith(f"/{MARK}"))
     inner += tuple(f"{name}/" for name in APART if "sweep.json" in names)
     return {name: facts for name, facts in names.items() if name != MARK and not name.startswith(inner)}

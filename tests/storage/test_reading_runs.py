@@ -17,6 +17,7 @@ from rairl_ray.mirror import Mirror
 from rairl_ray.report.report import make_report
 from rairl_ray.runfolder import RunFolder, read_summary
 from rairl_ray.storage import STAGING_ENV, Store, staging_folder
+from rairl_ray.sweep.status import find_sweep
 from rairl_ray.trainer.fork import fork_of, take_over
 from rairl_ray.trainer.outputs import at_hand, mirrored
 from rairl_ray.verbs.evaluate import evaluate
@@ -38,6 +39,7 @@ VERBS: dict[str, Callable[[str], object]] = {
     "transfer": lambda uri: transfer([NAME], ["demo/b"], [f"output_dir={uri}"]),
     "report": lambda uri: make_report([f"{uri}/{NAME}"]),
     "fork": lambda uri: fork_of(f"{NAME}@2", [f"output_dir={uri}"]),
+    "status": lambda uri: find_sweep("sweeps/none", [f"output_dir={uri}"]),
 }
 
 
