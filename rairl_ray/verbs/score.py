@@ -36,13 +36,13 @@ def score(
     Raises:
         UserError: no reward there, a bad line (all are looked at before anything starts), an output in use.
     """
+    check_output(file, output)
     display = display or Display("score", 1)
     with at_hand([source], overrides, display.note) as here:
         return _scored(*reward_of(here.runs[0], here.overrides), file, output, display)
 
 
 def _scored(config: RunConfig, folder: Path, file: Path, output: Path, display: Display) -> int:
-    check_output(file, output)
     chunks = split(file, LINES_PER_CHUNK, _check(file))
     job = Job(
         output.with_name(f"{output.name}.parts"),

@@ -34,7 +34,7 @@ from tests.s3_server import Line, refusing_all
 VERBS: dict[str, Callable[[str], object]] = {
     "evaluate RUN": lambda uri: evaluate(NAME, [f"output_dir={uri}"]),
     "evaluate URI": lambda uri: evaluate(f"{uri}/{NAME}"),
-    "score": lambda uri: score(NAME, Path("none.jsonl"), Path("out.jsonl"), [f"output_dir={uri}"]),
+    "score": lambda uri: score(NAME, ROOT / "README.md", ROOT / "none.jsonl", [f"output_dir={uri}"]),
     "localise": lambda uri: localise(NAME, overrides=[f"output_dir={uri}"]),
     "transfer": lambda uri: transfer([NAME], ["demo/b"], [f"output_dir={uri}"]),
     "report": lambda uri: make_report([f"{uri}/{NAME}"]),
@@ -286,9 +286,8 @@ def test_a_report_goes_beside_its_run_and_takes_nothing_over(
     trained.mirror.sync()
     mark = trained.store.read("reported/.mirror")
     machine(monkeypatch, tmp_path / "reader")
-    for _ in range(2):
-        paths, _ = make_report([f"{uri}/reported"])
-        assert paths[0] == staging_folder(uri) / "reported" / "report" / "index.html"
+    paths, _ = make_report([f"{uri}/reported"])
+    assert paths[0] == staging_folder(uri) / "reported" / "report" / "index.html"
     page = trained.store.read("reported/report/index.html") or b""
     assert page == paths[0].read_bytes() and b"reported" in page
     assert not (staging_folder(uri) / "reported" / "final" / "policy" / "model.safetensors").exists()
