@@ -14,14 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rairl_ray.errors import RunFailure
 from rairl_ray.mirror import AT_ONCE, Mirror
-from rairl_ray.mirrored_files import state_files
+from rairl_ray.mirrored_files import MARK, read_mark, state_files
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.storage import FAULTS, Store, local_folder
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.points import sweep_folder, trial_folder, trial_log
-from rairl_ray.sweep.result import DONE, state_of
-from rairl_ray.sweep.stopping import leave_request, stop_request
+from rairl_ray.sweep.result import DONE, FINISHED, state_of
+from rairl_ray.sweep.stopping import leave_request, stop_request, trial_ids
 from rairl_ray.trainer.outputs import refusing, sent_back
 
 LOOK_SECONDS = 5.0
@@ -54,11 +55,37 @@ def mirrored_sweep(file: SweepFile, resume: bool, warn: Callable[[str], None]) -
             requests = stop_request(file).parent.name
             for name in store.names(f"{file.name}/{requests}"):
                 store.delete(f"{file.name}/{requests}/{name}")
+            _send_rest(file, store, warn)
     mirror.when_taken = lambda: leave_request(file)  # Trials of two sweeps must not take turns.
     warn(f"output: {store.plain}/{file.name}, staged in {folder}")
     mirror.start()
-    with sent_back([mirror], f"the files are in {folder}; sweep --resume uploads the rest", warn):
+    rest = f"the files are in {folder}; sweep --resume uploads the rest"
+    with sent_back([mirror], rest, warn):
         yield
+        try:
+            _send_rest(file, store, warn)
+        except FAULTS as error:
+            raise RunFailure(
+                f"{store.plain}/{file.name}: not all trials were uploaded ({error}); {rest}"
+            ) from None
+
+
+def _send_rest(file: SweepFile, store: Store, warn: Callable[[str], None]) -> None:
+    """Upload what did not arrive of finished trials of this machine, whose processes are gone.
+
+    Raises one of FAULTS.
+    """
+    there, late = store.names(file.name), []
+    for name in trial_ids(file):
+        place, mark = f"trials/{name}", read_mark(trial_folder(file, name))
+        last = (f"{place}/final/policy/config.json", f"{place}/final/policy/adapter_config.json")
+        whole = f"{place}/evaluations/final/summary.json" in there and not there.keys().isdisjoint(last)
+        if not whole and mark is not None and state_of(file, name) == FINISHED:
+            token = store.read(f"{file.name}/{place}/{MARK}")
+            late += [f"{file.name}/{place}"] if token in (None, mark["token"].encode()) else []
+    mirror = Mirror(store, local_folder(file.output_dir), late, warn)
+    mirror.look()
+    mirror.sync()
 
 
 def bring_trials(file: SweepFile, names: Sequence[str], warn: Callable[[str], None]) -> None:

@@ -222,6 +222,21 @@ def test_a_trial_that_did_not_arrive_whole_is_resumed_to_upload_the_rest(
     assert len(list(codes)) == 2 - processes
 
 
+def test_what_did_not_arrive_of_a_finished_trial_goes_up_with_the_resume(uri: str, tmp_path: Path) -> None:
+    text = written(tmp_path, output_dir=uri, overrides=WITHOUT_MLFLOW)
+    file, (one, two, *_) = killed_sweep(text, 2)
+    store, lost = Store(uri), f"sw/trials/{one.id}/final/policy/config.json"
+    store.delete(lost)
+    with mirrored_sweep(file, True, lambda _text: None):
+        assert store.read(lost) == b"{}"
+        store.delete(lost)
+        store.delete(f"sw/trials/{two.id}/final/policy/config.json")
+        store.write(f"sw/trials/{two.id}/.mirror", b"of another machine")
+    assert store.read(lost) == b"{}"
+    assert store.read(f"sw/trials/{two.id}/final/policy/config.json") is None
+    assert not store.names(f"sw/trials/{two.id}~1")
+
+
 def test_a_sweep_that_was_taken_over_stops(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = written(tmp_path, output_dir=uri, overrides=WITHOUT_MLFLOW)
     file, _ = killed_sweep(text, 0)
