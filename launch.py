@@ -130,7 +130,7 @@ def sweep(
         from rairl_ray.sweep.status import find_sweep, show_status
         from rairl_ray.sweep.stopping import ask_to_stop
 
-        found = find_sweep(config)
+        found = find_sweep(config, overrides or [])
         if stop:
             print(ask_to_stop(found, trial))
         else:

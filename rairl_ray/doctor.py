@@ -85,9 +85,11 @@ def diagnose_model(console: Console, text: str, overrides: Sequence[str]) -> int
     Returns:
         0, or 1 where something cannot be handled: each such thing is a line with its remedy.
     """
+    from rairl_ray.trainer.outputs import at_hand
     from rairl_ray.verbs.target import find_target
 
-    config = find_target(text, overrides).config
+    with at_hand([text], overrides, console.print) as here:
+        config = find_target(here.runs[0], here.overrides).config
     whole = Path(text).suffix in (".yaml", ".yml") or any(WINDOW_KEY.match(word) for word in overrides)
     problems: list[str] = []
     for role, findings in _models(config, whole, problems):

@@ -39,6 +39,11 @@ def staging_folder(uri: str) -> Path:
     return above.absolute() / hashlib.sha256(plain(uri).encode()).hexdigest()[:16]
 
 
+def local_folder(output_dir: str) -> Path:
+    """The folder of this machine in which the runs of an `output_dir` are made."""
+    return staging_folder(output_dir) if "://" in output_dir else Path(output_dir).absolute()
+
+
 def plain(uri: str) -> str:
     """The URI without its options (`?endpoint_override=...`) and without a slash at the end."""
     return uri.partition("?")[0].rstrip("/")
@@ -78,18 +83,18 @@ class Store:
         self._root = path.rstrip("/")
         self._local = parts.scheme == "file"
 
-    def refusal(self, error: Exception | str) -> ConfigError:
-        """The one line about a place that cannot be used."""
+    def refusal(self, error: Exception | str, done: str = "written") -> ConfigError:
+        """The one line about a place that cannot be used (`done`: written or read)."""
         text = " ".join(str(error).split())
         if "NO_SUCH_BUCKET" in text:
             remedy = "make the bucket, or correct its name"
         elif any(word in text for word in ("ACCESS_DENIED", "ACCESS_KEY", "SIGNATURE", "CREDENTIAL", "403")):
-            remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of a user who may write there"
+            remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of a user who may use it"
         elif any(word in text for word in ("NETWORK_CONNECTION", "no answer")):
             remedy = "check the network and AWS_ENDPOINT_URL"
         else:
-            remedy = "give a place that you may write to"
-        return ConfigError(f"output_dir={show(self.uri)}: cannot be written: {text[:300]}; {remedy}")
+            remedy = "give a place that you may use"
+        return ConfigError(f"output_dir={show(self.uri)}: cannot be {done}: {text[:300]}; {remedy}")
 
     def probe(self, seconds: float = PROBE_SECONDS) -> None:
         """Write and delete a small object. Raises ConfigError where that fails or takes too long."""
@@ -102,6 +107,19 @@ class Store:
         error = within(seconds, write_and_delete)
         if error is not None:
             raise self.refusal(error)
+
+    def look(self, seconds: float = PROBE_SECONDS) -> None:
+        """See that the place answers. Raises ConfigError where that fails or takes too long."""
+        bucket = self._root.partition("/")[0]
+
+        def ask() -> None:
+            found = self._fs.get_file_info([self._root if self._local else bucket])[0]
+            if found.type == arrow_fs.FileType.NotFound and not self._local:
+                raise FileNotFoundError(f"NO_SUCH_BUCKET: there is no {bucket}")
+
+        error = within(seconds, ask)
+        if error is not None:
+            raise self.refusal(error, "read")
 
     def write(self, name: str, content: bytes) -> None:
         """One small object."""

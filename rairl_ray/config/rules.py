@@ -80,15 +80,6 @@ def check_output(config: RunConfig) -> None:
         ) from None
 
 
-def check_local(what: str, output_dir: str) -> None:
-    """Refuse a remote output folder where only `train` can use one. Raises ConfigError."""
-    if "://" in output_dir:
-        raise ConfigError(
-            f"output_dir={show(output_dir)}: {what} needs a folder; only `train` keeps its runs elsewhere "
-            "(docs/storage.md): give output_dir=FOLDER, such as the staging folder that the run named"
-        )
-
-
 def check_files(config: RunConfig) -> None:
     """Every local file that the configuration names is there. Hub ids are not looked up.
 

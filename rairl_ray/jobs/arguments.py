@@ -93,7 +93,7 @@ class Places:
         raise ArgumentError(
             f"{what}={text}: a relative path lies in the job's working directory, which Ray deletes; give an "
             f"absolute one on a disk that all nodes share: {what}=/shared/{path.name}"
-            + (", or s3://BUCKET/PREFIX (train)" if what == "output_dir" else "")
+            + (", or s3://BUCKET/PREFIX" if what == "output_dir" else "")
         )
 
     def _take(self, whole: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ import matplotlib
 from rich.console import Console
 
 from rairl_ray.errors import ConfigError
+from rairl_ray.mirrored_files import but_weights
 from rairl_ray.report import (
     calibration,
     categories,
@@ -38,6 +40,7 @@ from rairl_ray.report.parts import Figure, Missing, Part, Section, Table, attemp
 from rairl_ray.report.style import STYLE
 from rairl_ray.report.transfer import transfer_parts
 from rairl_ray.runfolder import RunFolder
+from rairl_ray.trainer.outputs import Places
 
 Plan = list[tuple[str, str, Callable[[], list[Part]]]]
 """(section, title, what makes its parts), in the page's order."""
@@ -52,6 +55,8 @@ def make_report(sources: Sequence[str], output: str | None = None) -> tuple[list
     The folder is SOURCE/report for one folder, else runs/report, or `output`.
     Raises DataError for a source that holds nothing to report, ConfigError for a folder that cannot be written.
     """
+    places = Places("runs", partial(print, file=sys.stderr))
+    sources = [places.fetched(source, but_weights, inner=True) for source in sources]
     material = collect(sources)
     folder = Path(output) if output else _default_folder(sources)
     with matplotlib.rc_context(cast(Any, STYLE)), warnings.catch_warnings():
@@ -65,6 +70,7 @@ def make_report(sources: Sequence[str], output: str | None = None) -> tuple[list
             raise ConfigError(
                 f"{folder}: cannot write the report ({error.strerror}); name another folder with --output"
             ) from error
+    places.send(folder)
     missing = [
         dataclasses.replace(part, title=f"{section.title}: {part.title}")
         for section in sections

@@ -13,7 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from rairl_ray.config.key_names import known_keys, nearest_key
 from rairl_ray.config.load import read_override
-from rairl_ray.config.rules import check_local
+from rairl_ray.config.rules import show
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.config.section import NonNegativeInt, Section
 from rairl_ray.config.yamlfile import Document, read_document
@@ -165,7 +165,9 @@ def load_sweep(path: str, changes: Sequence[str] = ()) -> SweepFile:
         raise ConfigError("\n".join(_said(document, dict(item)) for item in error.errors())) from None
     if bool(sweep.base) == (sweep.fork is not None):
         raise ConfigError(f"{document.name}: needs `base`, experiment files, or `fork`, RUN@STEP: one of them")
-    check_local("sweep", sweep.output_dir)
+    if "://" in sweep.output_dir and sweep.scheduler.type == "pbt":
+        told = f"output_dir={show(sweep.output_dir)}: scheduler.type=pbt forks members from folder to folder"
+        raise ConfigError(f"{document.origin('output_dir')}: {told}; give a folder that all nodes share")
     if sweep.fork is not None and sweep.seeds != (0,):
         place = document.origin("seeds")
         raise ConfigError(f"{place}: seeds={list(sweep.seeds)}: a fork has its run's seed; take seeds out")

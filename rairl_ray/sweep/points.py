@@ -19,7 +19,6 @@ from rairl_ray.errors import ConfigError
 from rairl_ray.files import read_json_lines
 from rairl_ray.keys import keyed_random
 from rairl_ray.metrics import EVAL_PASS_AT
-from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.file import BASE, LISTS, Axis, Search, SweepFile, axes
 
 SAVED = "sweep.json"
@@ -148,8 +147,8 @@ def started_with(sweep: SweepFile, item: Trial) -> tuple[str, ...]:
     earlier = warm_start(sweep, item)
     if earlier is None:
         return item.overrides
-    path = RunFolder(Path(earlier.output_dir) / earlier.name).final_policy
-    settings = {"warm_start": None, "model.policy.path": str(path), "model.policy.build": None}
+    path = f"{_above(sweep)}/{earlier.name}/final/policy"
+    settings = {"warm_start": None, "model.policy.path": path, "model.policy.build": None}
     return (*item.overrides, *(override(key, value) for key, value in settings.items()))
 
 
@@ -294,7 +293,18 @@ def read_sweep(folder: Path) -> SweepFile:
 
 
 def sweep_folder(sweep: SweepFile) -> Path:
+    """On this machine; the staging folder's of a remote `output_dir`."""
+    if "://" in sweep.output_dir:
+        from rairl_ray.storage import local_folder  # pyarrow, which others do without
+
+        return local_folder(sweep.output_dir) / sweep.name
     return Path(sweep.output_dir).absolute() / sweep.name
+
+
+def _above(sweep: SweepFile) -> str:
+    """What stands before a run's name wherever a trial may run."""
+    remote = "://" in sweep.output_dir
+    return sweep.output_dir.partition("?")[0].rstrip("/") if remote else str(Path(sweep.output_dir).absolute())
 
 
 def trial_folder(sweep: SweepFile, name: str) -> Path:

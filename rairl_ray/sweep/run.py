@@ -23,6 +23,7 @@ from rairl_ray.display import Display
 from rairl_ray.errors import ConfigError, ResumeError, RunFailure
 from rairl_ray.files import write_atomic
 from rairl_ray.runfolder import RunFolder
+from rairl_ray.storage import local_folder, plain
 from rairl_ray.sweep.budget import GpuMeter
 from rairl_ray.sweep.file import SweepFile
 from rairl_ray.sweep.ledger import Ledger, below
@@ -42,14 +43,16 @@ from rairl_ray.sweep.points import (
     warm_start,
 )
 from rairl_ray.sweep.population import Population, check_side_by_side
+from rairl_ray.sweep.remote import bring_trials, mirrored_sweep, spec_for
 from rairl_ray.sweep.result import DONE, FINISHED, conclude, final_values, last_line, state_of, trial_state
 from rairl_ray.sweep.schedulers import id_of, scheduler_of
 from rairl_ray.sweep.search import Points
 from rairl_ray.sweep.status import SweepDisplay
 from rairl_ray.sweep.stopping import WHOLE, forget_requests, leave_request, listening, stop_request
 from rairl_ray.sweep.supervise import trainable
-from rairl_ray.trainer.run import made_by, train, with_warm_start
-from rairl_ray.trainer.run_context import SignalStop, code_version, resumable
+from rairl_ray.trainer.outputs import staged
+from rairl_ray.trainer.run import filled_in, made_by, train
+from rairl_ray.trainer.run_context import code_version, refuse_other
 from rairl_ray.trainer.worker_groups import cluster, place
 
 TUNE = "tune"
@@ -69,6 +72,11 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
             since, a trial that the cluster cannot hold.
         RunFailure: no finished trial has the metric.
     """
+    with mirrored_sweep(file, resume, Display(file.name, 0).note):
+        return _swept(file, resume, display)
+
+
+def _swept(file: SweepFile, resume: bool, display: Display | None) -> int:
     planned = trials(file)
     check_population(file, planned)
     samples = examples(file) if file.search.type == "optuna" else []
@@ -87,7 +95,7 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
         _tell_other_code(folder / CODE, display)
         display.note(f"sweep folder: {folder}")
         left = [item for item in planned if trial_state(file, item) not in DONE]
-        ledger = Ledger(file, [*planned, *samples][0].config, display)
+        ledger = Ledger(file, staged([*planned, *samples][0].config), display)
         with ledger.open():
             if left or to_draw(file):
                 _run(file, left, [*left, *samples], ledger, display)
@@ -97,6 +105,7 @@ def sweep(file: SweepFile, resume: bool = False, display: Display | None = None)
 def _ended(file: SweepFile, ledger: Ledger, display: Display) -> int:
     """The end in the folder and in MLflow; the exit code."""
     stopped = stop_request(file).exists()
+    bring_trials(file, [item.id for item in trials(file)], display.note)
     try:
         code = conclude(file, trials(file), display)
     except RunFailure as failure:
@@ -160,13 +169,18 @@ def _refuse_other_sweep(file: SweepFile, folder: Path, resume: bool) -> None:
         raise ConfigError(f"name={file.name}: {folder} is a sweep already; add --resume, or rename")
     if resume:
         earlier = SweepFile.model_validate_json(saved.read_text())
-        changed = [
-            f"{key} (sweep: {getattr(earlier, key)}, now: {getattr(file, key)})"
-            for key in SweepFile.model_fields
-            if key not in REPEATABLE and getattr(earlier, key) != getattr(file, key)
-        ]
+        before, now = _compared(earlier), _compared(file)
+        changed = [f"{key} (sweep: {before[key]}, now: {now[key]})" for key in now if before[key] != now[key]]
         if changed:
             raise ResumeError(f"--resume: the file contradicts the sweep in {', '.join(changed)}; rename it")
+
+
+def _compared(file: SweepFile) -> dict[str, Any]:
+    """What a resume may not change. Of a remote sweep the checkout with its bases may lie elsewhere."""
+    values = {key: getattr(file, key) for key in SweepFile.model_fields if key not in REPEATABLE}
+    if "://" in file.output_dir:
+        values |= {"base": sorted(file.bases) if file.base else (), "output_dir": plain(file.output_dir)}
+    return values
 
 
 def _refuse_other_run(file: SweepFile, item: Trial) -> None:
@@ -174,7 +188,7 @@ def _refuse_other_run(file: SweepFile, item: Trial) -> None:
     folder = trial_folder(file, item.id)
     if RunFolder(folder).config.is_file():
         config = item.config if file.fork else load_config(item.base, started_with(file, item))
-        resumable(config, str(folder))
+        refuse_other(staged(config), folder, str(folder))
 
 
 def train_warm_start(file: SweepFile, item: Trial, display: Display) -> None:
@@ -182,9 +196,8 @@ def train_warm_start(file: SweepFile, item: Trial, display: Display) -> None:
     earlier = warm_start(file, item)
     if earlier is None:
         return
-    folder = RunFolder(Path(earlier.output_dir) / earlier.name)
-    earlier = with_warm_start(earlier, display, SignalStop())
-    if not made_by(folder, earlier):
+    folder = RunFolder(local_folder(earlier.output_dir) / earlier.name)
+    if not made_by(folder, filled_in(staged(earlier))):
         display.note(f"warm start of {item.id}: trained first, into {folder.root}")
         if train(earlier, str(folder.root) if folder.config.is_file() else None):
             raise KeyboardInterrupt
@@ -210,6 +223,7 @@ class Progress(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ended(trial)
+        bring_trials(self._file, [id_of(trial)], self.note)
         if any(stop_request(self._file, name).exists() for name in (WHOLE, id_of(trial))):
             self.note(f"{id_of(trial)}: stopped; --resume goes on with it")
             return
@@ -322,4 +336,5 @@ def _spec(file: SweepFile, parent: str | None, item: Trial) -> dict[str, Any]:
         "cwd": os.getcwd(),
         "failures": file.failures.max_per_trial,
         "stops": [str(stop_request(file)), str(stop_request(file, item.id))],
+        **spec_for(file),
     }

@@ -61,20 +61,26 @@ class Block:
     columns: Sequence[str]
 
 
-def find_sweep(text: str) -> SweepFile:
-    """The sweep of a file, a folder or a name below runs/. Raises UserError naming the near ones."""
-    path = Path(text)
-    if path.is_file():
-        file = load_sweep(text)
-        folder = sweep_folder(file)
-        if not (folder / SAVED).is_file():
-            raise UserError(f"{text}: has not been started: there is no {folder}")
+def find_sweep(text: str, changes: Sequence[str] = ()) -> SweepFile:
+    """The sweep of a file, a folder, a URI or a name below runs/ or `output_dir=`; a remote one is fetched.
+
+    Raises UserError naming the near ones.
+    """
+    file = load_sweep(text, changes) if Path(text).is_file() else None
+    said = [word.partition("=")[2] for word in changes if word.startswith("output_dir=")]
+    output = file.output_dir if file is not None else said[-1] if said else "runs"
+    if "://" in output or "://" in text:
+        from rairl_ray.trainer.outputs import read_sweep_of  # pyarrow, which others do without
+
+        found = [Path(read_sweep_of(text if file is None else file.name, output))]
     else:
-        found = [folder for folder in (path, Path("runs") / text) if (folder / SAVED).is_file()]
-        if not found:
-            raise UserError(f"{text}: no such sweep; {_near(text)}")
-        folder = found[0]
-    return read_sweep(folder)
+        found = [Path(text), Path(output) / text] if file is None else [sweep_folder(file)]
+    started = [folder for folder in found if (folder / SAVED).is_file()]
+    if not started and file is not None:
+        raise UserError(f"{text}: has not been started: there is no {output}/{file.name}")
+    if not started:
+        raise UserError(f"{text}: no such sweep; {_near(text)}")
+    return read_sweep(started[0])
 
 
 def _near(text: str) -> str:

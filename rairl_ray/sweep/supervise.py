@@ -25,6 +25,7 @@ from ray import tune
 from rairl_ray.actors.draining import Drained, draining_nodes
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.points import newest_run, override
+from rairl_ray.sweep.remote import asked_elsewhere, on_this_node, send_log
 from rairl_ray.sweep.result import final_values, finished
 
 POLL_SECONDS = 1.0
@@ -46,7 +47,7 @@ def trainable(config: dict[str, Any]) -> None:
 
 
 def run_trial(spec: dict[str, Any]) -> None:
-    """One trial to its end. `spec`: folder, log, base, overrides, metrics, cwd, stops, failures.
+    """One trial to its end. `spec`: folder, log, base, overrides, metrics, cwd, stops, failures, remote.
 
     A run that fails is started again `failures` times and goes on from its newest checkpoint; after that the
     trial ends without a final evaluation. Tune sees a failure only where it loses the worker that does this, or
@@ -54,8 +55,10 @@ def run_trial(spec: dict[str, Any]) -> None:
     final evaluation lacks is reported as NaN; the sweep's end says so. Where one of the files `stops` exists
     (stopping.py), the run saves and leaves, or does not start.
     """
-    folder, failures = _newest(spec), 0
-    while not (finished(folder) or _asked(spec)):
+    spec = on_this_node(spec)
+    folder, failures, code = _newest(spec), 0, 0
+    # A run that has ended without all of it having arrived in a bucket is resumed, which uploads the rest.
+    while not ((finished(folder) and not (code and spec.get("remote"))) or _asked(spec)):
         code = _run(spec, folder)
         before, folder = folder, _newest(spec)
         if folder.root != before.root:
@@ -91,6 +94,7 @@ def _run(spec: dict[str, Any], folder: RunFolder) -> int:
                 tune.report(report)
         finally:
             _end(process, ASKED_SECONDS if _asked(spec) or _drained() else STOP_SECONDS)
+            send_log(spec)
     return process.returncode
 
 
@@ -98,7 +102,7 @@ def _command(spec: dict[str, Any], folder: RunFolder) -> list[str]:
     address = override("cluster.address", ray.get_runtime_context().gcs_address)
     started, made = folder.config.is_file(), folder.root != Path(spec["folder"]).absolute()
     if started and (made or spec["fork"]):
-        words = [str(folder.config)]
+        words = [str(folder.config), *([override("output_dir", spec["remote"])] if spec.get("remote") else [])]
     else:
         words = [*(["--fork", spec["fork"]] if spec["fork"] else [spec["base"]]), *spec["overrides"]]
     command = [sys.executable, "-m", "launch", "train", *words, address]
@@ -119,7 +123,7 @@ def _drained() -> bool:
 
 
 def _asked(spec: dict[str, Any]) -> bool:
-    return any(Path(stop).exists() for stop in spec["stops"])
+    return any(Path(stop).exists() for stop in spec["stops"]) or asked_elsewhere(spec)
 
 
 def _reports(

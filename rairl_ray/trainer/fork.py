@@ -9,17 +9,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rairl_ray.checkpoint import MANIFEST, CheckpointStore, verify
 from rairl_ray.config.load import config_hash, differences, load_config, read_saved
-from rairl_ray.config.rules import check_local, show
+from rairl_ray.config.rules import show
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import ConfigError, ResumeError
 from rairl_ray.files import write_atomic
 from rairl_ray.runfolder import RunFolder
+from rairl_ray.storage import local_folder
+from rairl_ray.trainer.outputs import Places
 from rairl_ray.trainer.run_context import FREE_KEYS, run_root
 
 FORK_KEYS = {
@@ -82,10 +86,15 @@ def fork_of(text: str, overrides: Sequence[str], resume: str | None = None) -> F
     # The folder alone: the rest of the configuration is the run's own.
     output = [word for word in overrides if word.partition("=")[0].strip() == "output_dir"]
     output_dir = load_config(None, output).output_dir
-    if not (Path(run) / "config.yaml").is_file():
-        check_local(f"--fork {text}", output_dir)
-    root = run_root("--fork", run, output_dir)
-    checkpoint = _checkpoint(text, root, int(step))
+    places = Places(output_dir, partial(print, file=sys.stderr))
+    found = places.find(run)
+    if found is None:
+        root = run_root("--fork", run, output_dir)
+        steps = CheckpointStore(root).steps()
+    else:
+        root, steps = places.with_checkpoint(found, int(step))
+        overrides = [*overrides, *([] if output else [f"output_dir={found.mirror.store.uri}"])]
+    checkpoint = _checkpoint(text, root, int(step), steps)
     saved = read_saved(root / "config.yaml").model_copy(update={"warm_start": None})
     # The policy's path names the warm start's result already; what follows must not train another one.
     config = load_config(root / "config.yaml", ["warm_start=null", *overrides])
@@ -98,7 +107,7 @@ def fork_of(text: str, overrides: Sequence[str], resume: str | None = None) -> F
     if config.name == saved.name:
         name = f"{saved.name}-at-{step}-{config_hash(config)[:6]}"
         config = config.model_copy(update={"name": name})
-    if RunFolder(Path(config.output_dir) / config.name).root == root.absolute():
+    if local_folder(config.output_dir) / config.name == root.absolute():
         raise ConfigError(f"--fork {text}: name={config.name}: is the run itself; give the fork another name")
     told = tuple(f"{key} (run: {show(old)}, now: {show(new)})" for key, old, new in changed)
     return Fork(checkpoint, int(step), config, told)
@@ -129,9 +138,9 @@ def take_over(fork: Fork, folder: RunFolder) -> None:
     folder.event(f"forked from {origin}: {', '.join(fork.changed) or 'nothing is changed'}")
 
 
-def _checkpoint(text: str, root: Path, step: int) -> Path:
+def _checkpoint(text: str, root: Path, step: int, steps: Sequence[int]) -> Path:
+    """Args: steps: of all checkpoints that the run has, also where only this one was fetched."""
     store = CheckpointStore(root)
-    steps = store.steps()
     if step not in steps:
         near = [
             max((s for s in steps if s < step), default=None),

@@ -267,6 +267,12 @@ def resumable(config: RunConfig, resume: str) -> RunFolder:
         raise ResumeError(
             f"--resume {resume}: {root} is no training run (it has no folder checkpoints); name one that is"
         )
+    refuse_other(config, root, resume)
+    return RunFolder(root)
+
+
+def refuse_other(config: RunConfig, root: Path, resume: str) -> None:
+    """Raises ResumeError with every key in which a configuration contradicts the run of a folder."""
     saved = read_saved(root / "config.yaml")
     changed = [
         f"{key} (run: {old}, now: {new})"
@@ -278,7 +284,6 @@ def resumable(config: RunConfig, resume: str) -> RunFolder:
             f"--resume {resume}: the configuration contradicts the run in {', '.join(changed)}; "
             "give the run's own values, or start a new run with another name="
         )
-    return RunFolder(root)
 
 
 def run_root(option: str, run: str, output_dir: str) -> Path:
@@ -287,7 +292,7 @@ def run_root(option: str, run: str, output_dir: str) -> Path:
     root = next((path for path in candidates if (path / "config.yaml").is_file()), None)
     if root is None:
         raise ResumeError(
-            f"{option} {run}: neither {candidates[0]} nor {candidates[1]} is a run folder with a "
+            f"{option} {run}: neither {candidates[0]} nor {output_dir}/{run} is a run folder with a "
             "config.yaml; give the run's folder, or its name below output_dir"
         )
     return root

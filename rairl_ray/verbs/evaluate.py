@@ -35,6 +35,7 @@ from rairl_ray.evaluation.summary import summarise_as
 from rairl_ray.files import stream_json_lines, write_json_lines
 from rairl_ray.rewards.lines import brings_reward
 from rairl_ray.runfolder import write_summary
+from rairl_ray.trainer.outputs import at_hand
 from rairl_ray.trainer.run_context import SUMMARY_COLUMNS, summary_rows
 from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.types import Prompt, Trace
@@ -59,9 +60,17 @@ def evaluate(text: str, overrides: Sequence[str] = (), display: Display | None =
     Raises:
         UserError: one line, before an actor is started.
     """
-    target = _with_mode(find_target(text, _of_target(overrides)), overrides)
     display = display or Display("evaluate", 1)
-    evaluation = Evaluation(target, display)
+    with at_hand([text], overrides, display.note) as here:
+        target = _with_mode(find_target(here.runs[0], _of_target(here.overrides)), here.overrides)
+        evaluation = Evaluation(target, display)
+        if not target.is_run:
+            here.keep(target.folder.root)
+        here.keep(evaluation.folder)
+        return _evaluated(text, evaluation, target, display)
+
+
+def _evaluated(text: str, evaluation: Evaluation, target: Target, display: Display) -> int:
     display.note(f"evaluation folder: {evaluation.folder}")
     summary = summarise_as(target.config, evaluation.rows())
     write_summary(evaluation.folder / "summary.json", summary)

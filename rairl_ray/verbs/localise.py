@@ -21,6 +21,7 @@ from rairl_ray.engines.sources import resolve_model
 from rairl_ray.errors import ConfigError
 from rairl_ray.files import write_json_lines
 from rairl_ray.runfolder import RunFolder, Summary, write_summary
+from rairl_ray.trainer.outputs import AtHand, at_hand
 from rairl_ray.trainer.run_context import SUMMARY_COLUMNS, summary_rows
 from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.verbs.job import Job, remove, reward_id, rows_id, sole_owner
@@ -85,7 +86,8 @@ def localise(
         summary = summarise(cases, [case.step_scores for case in cases], config)
         _show(file.name, summary, display)
     else:
-        rows = _by_reward(source, file, baselines, overrides, display)
+        with at_hand([source], overrides, display.note) as here:
+            rows = _by_reward(source, file, baselines, here, display)
     if output is not None:
         write_json_lines(output, rows)
         display.finish([f"rows: {output}"])
@@ -93,9 +95,9 @@ def localise(
 
 
 def _by_reward(
-    source: str, file: Path | None, baselines: bool, overrides: Sequence[str], display: Display
+    source: str, file: Path | None, baselines: bool, here: AtHand, display: Display
 ) -> list[dict[str, Any]]:
-    config, reward = reward_of(source, overrides)
+    config, reward = reward_of(here.runs[0], here.overrides)
     readout = readout_of(config)
     cases = injected_cases(config) if file is None else labelled_cases(file, config, None)
     root = reward.parent.parent
@@ -103,6 +105,7 @@ def _by_reward(
     folder = RunFolder(root if in_run else Path(config.output_dir) / "models" / reward.name)
     name = config.eval.name or ("localisation" if file is None else f"localisation-{file.stem}")
     target = folder.evaluations / name
+    here.keep(target)
     display.note(f"evaluation folder: {target}")
     policy = folder.final_policy if in_run and baselines and folder.final_policy.is_dir() else None
     job = Job(

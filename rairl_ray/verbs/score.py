@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rairl_ray.actors.chunks import Chunk, Line, rows_of, split
 from rairl_ray.config.load import load_config
-from rairl_ray.config.rules import check_local
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.rows import BadRow
 from rairl_ray.display import Display
@@ -17,6 +17,7 @@ from rairl_ray.files import write_json_lines
 from rairl_ray.rewards.lines import check_line
 from rairl_ray.rewards.pool import score_file
 from rairl_ray.rewards.source import reward_folder
+from rairl_ray.trainer.outputs import at_hand
 from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.verbs.job import Job, file_id, remove, reward_id, sole_owner
 from rairl_ray.verbs.machines import reward_pool, torch_device
@@ -35,10 +36,14 @@ def score(
     Raises:
         UserError: no reward there, a bad line (all are looked at before anything starts), an output in use.
     """
-    config, folder = reward_of(source, overrides)
     check_output(file, output)
+    display = display or Display("score", 1)
+    with at_hand([source], overrides, display.note) as here:
+        return _scored(*reward_of(here.runs[0], here.overrides), file, output, display)
+
+
+def _scored(config: RunConfig, folder: Path, file: Path, output: Path, display: Display) -> int:
     chunks = split(file, LINES_PER_CHUNK, _check(file))
-    display = display or Display("score", len(chunks))
     job = Job(
         output.with_name(f"{output.name}.parts"),
         {
@@ -86,12 +91,9 @@ def _join(parts: Path, chunks: Sequence[Chunk], output: Path) -> tuple[int, int]
 def reward_of(source: str, overrides: Sequence[str]) -> tuple[RunConfig, Path]:
     """The configuration that a reward was trained under (of a bare folder: the schema's), and its folder."""
     named = load_config(None, [text for text in overrides if text.startswith("output_dir=")])
-    check_local("a verb", named.output_dir)
     folder = reward_folder(source, named.output_dir)
     saved = folder.parent.parent / "config.yaml"
-    config = load_config(saved if saved.is_file() else None, overrides)
-    check_local("a verb", config.output_dir)
-    return config, folder
+    return load_config(saved if saved.is_file() else None, overrides), folder
 
 
 def score_chunks(
@@ -120,6 +122,8 @@ def check_output(file: Path, output: Path) -> None:
 
 def free_output(output: Path) -> None:
     """Make the folder of an output. Raises ConfigError where it cannot be made, or the output exists."""
+    if re.match("[a-z0-9]+:/", str(output)):
+        raise ConfigError(f"--output {output}: must be a file of this machine; write it here and copy it there")
     if output.exists():
         raise ConfigError(f"--output {output}: exists already; remove it or name another file")
     try:

@@ -34,6 +34,11 @@ class Target:
     policy_version: int | None
     """Policy updates behind the weights, where a run of ours made them."""
 
+    @property
+    def is_run(self) -> bool:
+        """Whether its folder is a run's, and not one that holds evaluations alone."""
+        return bool(self.policy_version)
+
 
 def find_target(text: str, overrides: Sequence[str]) -> Target:
     """Resolve what a user wrote.
@@ -46,11 +51,8 @@ def find_target(text: str, overrides: Sequence[str]) -> Target:
         UserError: nothing there, an unfinished run, a configuration that contradicts itself.
     """
     if Path(text).suffix in (".yaml", ".yml"):
-        target = _of_file(text, overrides)
-        rules.check_local("evaluate", target.config.output_dir)
-        return target
+        return _of_file(text, overrides)
     output_dir = load_config(None, [o for o in overrides if o.startswith("output_dir=")]).output_dir
-    rules.check_local("evaluate", output_dir)
     places = [Path(text).expanduser(), Path(output_dir) / text]
     for place in places:
         root = next((above for above in (place, *place.parents) if _is_run(above)), None)
@@ -88,7 +90,6 @@ def _of_run(root: Path, overrides: Sequence[str]) -> Target:
             f"{root}: the run has no final/policy (it is not finished); finish it with `train --resume {root}`"
         )
     config = load_config(folder.config, overrides)
-    rules.check_local("evaluate", config.output_dir)
     policy = plain_policy(config.model.policy, str(folder.final_policy))
     config = config.model_copy(update={"model": config.model.model_copy(update={"policy": policy})})
     reward = _reward(config)

@@ -6,17 +6,17 @@ of an evaluation (reranking, calibration) and of localisation on the policy's do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rairl_ray.config.load import load_config
-from rairl_ray.config.rules import check_local
 from rairl_ray.display import Display
 from rairl_ray.errors import ConfigError, DataError
 from rairl_ray.files import json_text, write_atomic
 from rairl_ray.rewards.source import reward_folder
 from rairl_ray.runfolder import TRANSFER_PREFIX, Summary, read_summary
+from rairl_ray.trainer.outputs import AtHand, at_hand
 from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.verbs.evaluate import evaluate
 from rairl_ray.verbs.job import remove, sole_owner
@@ -43,20 +43,36 @@ def transfer(
         raise ConfigError(
             "transfer: needs runs on both sides; write `transfer POLICY_RUN ... --reward RUN ...`"
         )
-    named = load_config(None, [text for text in overrides if text.startswith(("output_dir=", "name="))])
-    check_local("transfer", named.output_dir)
-    passed = [text for text in overrides if not text.startswith("name=")]
-    targets = {_name(text): find_target(text, [*passed, f"eval.reward={NO_REWARD}"]) for text in policies}
-    folders = {_name(text): reward_folder(text, named.output_dir) for text in rewards}
-    if len(targets) < len(policies) or len(folders) < len(rewards):
+    of, by = list(map(_name, policies)), list(map(_name, rewards))
+    if len(set(of)) < len(of) or len(set(by)) < len(by):
         raise ConfigError("transfer: two runs of one name; rename one, or name each once")
     display = display or Display("transfer", 1)
+    with at_hand([*policies, *rewards], overrides, display.note) as here:
+        sides = dict(zip(of, here.runs, strict=False)), dict(zip(by, here.runs[len(of) :], strict=True))
+        return _transferred(*sides, here, display)
+
+
+def _transferred(
+    policies: Mapping[str, str], rewards: Mapping[str, str], here: AtHand, display: Display
+) -> int:
+    """Args: policies, rewards: name in the matrix -> run."""
+    named = load_config(None, [text for text in here.overrides if text.startswith(("output_dir=", "name="))])
+    passed = [text for text in here.overrides if not text.startswith("name=")]
+    targets = {
+        name: find_target(text, [*passed, f"eval.reward={NO_REWARD}"]) for name, text in policies.items()
+    }
+    folders = {name: reward_folder(text, named.output_dir) for name, text in rewards.items()}
     target = Path(named.output_dir) / ("transfer" if named.name == "run" else named.name)
     target.mkdir(parents=True, exist_ok=True)
+    here.keep(target)
+    for of in targets.values():
+        for name in (SAMPLES, *(f"{TRANSFER_PREFIX}{reward}" for reward in rewards)):
+            here.keep(of.folder.evaluations / name)
     display.note(f"transfer folder: {target}")
     cells: list[dict[str, Any]] = []
     with sole_owner(target), cluster(next(iter(targets.values())).config):
-        for text, (policy, of) in zip(policies, targets.items(), strict=True):
+        for policy, of in targets.items():
+            text = policies[policy]
             evaluate(text, [*passed, f"eval.reward={NO_REWARD}", f"eval.name={SAMPLES}"])
             samples = of.folder.evaluations / SAMPLES / "rows.jsonl"
             for reward, folder in folders.items():
@@ -72,6 +88,7 @@ def transfer(
 
 def _name(text: str) -> str:
     """A run's name as the matrix shows it."""
+    text = text.partition("?")[0]  # of a URI
     return text.strip("/").removesuffix("/final/reward_model").removesuffix("/final/policy").split("/")[-1]
 
 

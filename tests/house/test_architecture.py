@@ -20,7 +20,7 @@ LAYERS = {
     "engines": 4,
     "actors": 5,
     "checkpoint": 6, "tracking": 6, "runfolder": 6, "display": 6,
-    "storage": 6, "mirror": 6,
+    "storage": 6, "mirror": 6, "mirrored_files": 6,
     "evaluation": 6, "rewards": 6,
     "trainer": 7,
     "verbs": 8, "sweep": 8, "report": 8, "jobs": 8, "plan": 8, "doctor": 8, "demo": 8,

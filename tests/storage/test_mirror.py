@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_a_run_arrives_whole_and_comes_back_on_another_machine(uri: str, scheme:
     assert config == f"output_dir: {place}\nname: {NAME}\n".encode()
 
     elsewhere = Machine(place, tmp_path / "elsewhere")
-    assert elsewhere.mirror.fetch(NAME) == elsewhere.folder
+    assert elsewhere.mirror.resume(NAME) == elsewhere.folder
     # The newest checkpoint alone, and paths of that machine.
     expected = {name: data for name, data in local.items() if "step-000002" not in name}
     expected["config.yaml"] = f"output_dir: {tmp_path}/elsewhere\nname: {NAME}\n".encode()
@@ -87,7 +88,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_uploaded_arrives_and_stays_unti
     here.mirror.sync()
     assert not (here.folder / "checkpoints" / "step-000002").exists()
     other = Machine(uri, tmp_path / "other")
-    other.mirror.fetch(NAME)
+    other.mirror.resume(NAME)
     assert verify(other.folder / "checkpoints" / "step-000002") is None
     here.mirror.sync()
     assert {name.split("/")[1] for name in here.there() if "step-" in name} == {"step-000004"}
@@ -117,14 +118,14 @@ def test_a_connection_lost_in_a_checkpoint_leaves_the_older_one_and_is_made_good
         time.sleep(0.1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
     other = Machine(uri, tmp_path / "other")
-    other.mirror.fetch(NAME)
+    other.mirror.resume(NAME)
     assert [path.name for path in (other.folder / "checkpoints").glob("step-*")] == ["step-000002"]
     assert any("step-000004" in name for name in other.there()), "nothing of it had been uploaded"
     line.mend()
     assert here.mirror.finish() is None
     assert here.there().keys() == contents(here.folder).keys() | {".mirror"}
     first, last = here.warnings  # One warning, however often it was tried.
-    assert "training goes on, uploads are tried again" in first and "uploads go on" in last
+    assert "work goes on, uploads are tried again" in first and "uploads go on" in last
 
 
 def test_a_checkpoint_that_was_damaged_over_there_is_skipped(uri: str, tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_a_checkpoint_that_was_damaged_over_there_is_skipped(uri: str, tmp_path:
     here.mirror.sync()
     here.store.write(f"{NAME}/checkpoints/step-000004/policy/shard-0.bin", b"x" * 800)
     other = Machine(uri, tmp_path / "other")
-    other.mirror.fetch(NAME)
+    other.mirror.resume(NAME)
     assert [path.name for path in (other.folder / "checkpoints").glob("step-*")] == ["step-000002"]
     assert "step-000004: broken checkpoint is skipped" in other.warnings[0]
 
@@ -148,7 +149,7 @@ def test_a_run_that_went_on_elsewhere_comes_back_newer_and_the_older_process_sto
     make_run(first.folder, (2,))
     first.mirror.sync()
     second = Machine(uri, tmp_path / "second")
-    second.mirror.fetch(NAME)
+    second.mirror.resume(NAME)
     make_run(second.folder, (4,), keep=1)
     second.mirror.sync()
     (first.folder / "late").touch()
@@ -157,15 +158,26 @@ def test_a_run_that_went_on_elsewhere_comes_back_newer_and_the_older_process_sto
     first.mirror.start()
     assert "another process writes there now" in (first.mirror.finish() or "")
     again = Machine(uri, tmp_path / "first")
-    again.mirror.fetch(NAME)
+    again.mirror.resume(NAME)
     assert "continued elsewhere" in again.warnings[0]
     assert (tmp_path / "first" / f"{NAME}~1" / "checkpoints" / "step-000002").is_dir()
     assert (again.folder / "checkpoints" / "step-000004").is_dir()
     # The same machine once more: what is staged there is the newest, and is not fetched.
     (again.folder / "mine").touch()
     third = Machine(uri, tmp_path / "first")
-    third.mirror.fetch(NAME)
+    third.mirror.resume(NAME)
     assert (third.folder / "mine").is_file() and third.warnings == []
+
+
+def test_two_processes_of_a_node_fetch_one_copy(uri: str, tmp_path: Path) -> None:
+    owner = Machine(uri, tmp_path / "owner")
+    make_run(owner.folder)
+    owner.mirror.sync()
+    users = [Machine(uri, tmp_path / "node") for _ in range(4)]
+    with ThreadPoolExecutor(len(users)) as pool:
+        folders = list(pool.map(lambda user: user.mirror.fetch(NAME), users))
+    assert set(folders) == {tmp_path / "node" / NAME} and [user.warnings for user in users] == [[]] * 4
+    assert [path.name for path in (tmp_path / "node" / "demo").iterdir() if path.is_dir()] == ["run"]
 
 
 def test_a_warm_start_that_others_use_stays_theirs_unless_it_is_trained_anew(uri: str, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,7 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import ConfigError, ResumeError, RunFailure
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.storage import STAGING_ENV, Store, staging_folder, within
-from rairl_ray.sweep.file import load_sweep
-from rairl_ray.trainer.fork import fork_of
 from rairl_ray.trainer.outputs import mirrored
-from rairl_ray.verbs.score import reward_of
-from rairl_ray.verbs.target import find_target
-from rairl_ray.verbs.transfer import transfer
 from tests.mlflow_server import free_port
 from tests.remote_runs import NAME, SECRET, contents, make_run
 from tests.runs import ROOT, TINY_AIRL, launch, launch_background
@@ -57,25 +51,6 @@ def test_a_missing_bucket_ends_the_command_before_anything_starts(uri: str, tmp_
     (line,) = done.stderr.splitlines()
     assert "output_dir=s3://no-such-bucket/runs" in line and "make the bucket" in line
     assert not (tmp_path / "staging").exists()
-
-
-@pytest.mark.parametrize(
-    "refused",
-    [
-        lambda uri: find_target("demo/airl", [f"output_dir={uri}"]),
-        lambda uri: find_target("experiments/demo/airl.yaml", [f"output_dir={uri}"]),
-        lambda uri: reward_of("demo/airl", [f"output_dir={uri}"]),
-        lambda uri: transfer(["demo/a"], ["demo/b"], [f"output_dir={uri}"]),
-        lambda uri: load_sweep("experiments/sweeps/demo.yaml", [f"output_dir={uri}"]),
-        lambda uri: fork_of("demo/airl@2", [f"output_dir={uri}"]),
-    ],
-    ids=["evaluate RUN", "evaluate CONFIG", "score", "transfer", "sweep", "fork"],
-)
-def test_what_needs_a_folder_says_so(refused: Callable[[str], object]) -> None:
-    with pytest.raises(
-        ConfigError, match=r"^output_dir=s3://bucket/runs: .* needs a folder; .*output_dir=FOLDER"
-    ):
-        refused("s3://bucket/runs")
 
 
 def test_a_server_of_ones_own_is_named_in_the_uri_too(
