@@ -29,7 +29,7 @@ test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(TWO) $(PYTEST_ARGS)
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu and not matrix and not cluster" $(TWO) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu and not matrix and (not cluster or in_ci)" $(TWO) $(PYTEST_ARGS)
 
 test-matrix: install
 	$(BIN)/python -m pytest -m matrix $(PYTEST_ARGS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,29 +30,6 @@ def shared_faults() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the collected faults in ../shared/faults, which are not here")
     return folder
-
-
-@pytest.fixture(scope="module")
-def warm_actors() -> Iterator[None]:
-    """Workers and drivers that begin under it are forks of a process with their imports (tests/warm).
-
-    RAIRL_NO_WARM=1 lets each begin by itself.
-    """
-    if os.environ.get("RAIRL_NO_WARM"):
-        yield
-        return
-    worker = "PYTEST_XDIST_WORKER" in os.environ
-    owner = os.getppid() if worker else os.getpid()  # one server for all of a session
-    folder = Path(tempfile.gettempdir()) / f"rairl-warm-{os.getuid()}-{owner}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    path = os.pathsep.join(
-        filter(None, (str(ROOT / "tests" / "warm"), str(ROOT), os.environ.get("PYTHONPATH")))
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAIRL_WARM", str(folder))
-        patch.setenv("RAIRL_WARM_OWNER", str(owner))
-        patch.setenv("PYTHONPATH", path)
-        yield
 
 
 @pytest.fixture(scope="module")

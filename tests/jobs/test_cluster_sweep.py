@@ -15,6 +15,7 @@ from tests.sweeps import table
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.in_ci,
     pytest.mark.cluster,
     pytest.mark.skipif(not Path("/proc/self").exists(), reason="cluster/local.sh needs Linux's /proc"),
 ]

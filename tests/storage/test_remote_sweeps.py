@@ -268,6 +268,7 @@ def test_a_population_needs_a_folder(uri: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_sweep_killed_on_one_machine_ends_on_another(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,7 +71,7 @@ FAST = ("airl, implicit, full, ZeRO 1, replay, gate, KL", "sft, full, ZeRO 1")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(warm_actors: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One cluster for all cases, and the folder where its processes would leave kernels that they compile."""
     folder = tmp_path_factory.mktemp("extensions")
     with pytest.MonkeyPatch.context() as patch:

@@ -25,8 +25,6 @@ from tests.inprocess import config_of, differing, moved, rows_in, rows_of, run
 from tests.runs import ROOT
 from tests.verbs.test_cli import refused
 
-pytestmark = pytest.mark.usefixtures("warm_actors")
-
 DEMO = ROOT / "experiments/demo/airl.yaml"
 
 

@@ -36,7 +36,7 @@ AHEAD = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_cluster(warm_actors: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with cluster(config_of("grpo", tmp_path_factory.mktemp("cluster"))):
         yield
 

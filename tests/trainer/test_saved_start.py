@@ -37,8 +37,6 @@ from tests.faults import events
 from tests.finished import finished_run, trained_a_little
 from tests.inprocess import config_of, killed_after, rows_of, run
 
-pytestmark = pytest.mark.usefixtures("warm_actors")
-
 FROZEN = (
     "discriminator.updates_per_policy_step=0",
     "discriminator.warmup_steps=0",

@@ -14,8 +14,6 @@ from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.types import RolloutGroup
 from tests.inprocess import config_of, differing, rows_of, run
 
-pytestmark = pytest.mark.usefixtures("warm_actors")
-
 
 @pytest.fixture(autouse=True)
 def one_cluster(tmp_path: Path) -> Iterator[None]:

@@ -19,8 +19,6 @@ from rairl_ray.verbs.job import sole_owner
 from tests.inprocess import config_of, run
 from tests.runs import ROOT
 
-pytestmark = pytest.mark.usefixtures("warm_actors")
-
 STOPPING = "rollout.max_sequences=1"
 """Chunks of one problem each, so that there is something between two of them."""
 

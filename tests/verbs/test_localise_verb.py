@@ -22,8 +22,6 @@ from rairl_ray.verbs.localise import localise
 from rairl_ray.verbs.transfer import transfer
 from tests.finished import finished_run
 
-pytestmark = pytest.mark.usefixtures("warm_actors")
-
 
 def labelled(name: str, question: str, steps: str, first_error: int, own: list[float]) -> dict[str, Any]:
     """A row of a labelled file; `own` is a score of each step."""

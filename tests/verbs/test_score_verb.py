@@ -28,8 +28,6 @@ from rairl_ray.verbs import score as verb
 from rairl_ray.verbs.score import score
 from tests.finished import finished_run
 
-pytestmark = pytest.mark.usefixtures("warm_actors")
-
 ROWS = [
     {
         "id": n,
