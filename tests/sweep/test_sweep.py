@@ -270,6 +270,7 @@ def stopped_from_another_shell(file: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_sweep_that_is_killed_then_stopped_goes_on_and_ends_with_a_table(tmp_path: Path) -> None:
     more = ["eval.prompts=4", "discriminator.warmup_max_steps=2", "trainer.steps=6"]
     tiny = dict(text.split("=", 1) for text in [*TINY_AIRL, *more])
