@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import ray
@@ -301,17 +303,23 @@ def test_plan_says_it_and_takes_as_many_nodes_as_the_bundles_need() -> None:
     assert "SPREAD_ROLLOUTS: a bundle is on one node; Ray puts two on one only where" in said
 
 
-@pytest.fixture(scope="module")
-def three_nodes() -> Iterator[str]:
-    """A head without work and three nodes of 4 GPUs, which are only counted."""
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+@contextmanager
+def counted_nodes(*nodes: Mapping[str, Any]) -> Iterator[str]:
+    """Address of a head without work and these nodes (`Cluster.add_node`), whose resources are only counted."""
+    counted = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        for _ in range(3):
-            nodes.add_node(num_cpus=4, num_gpus=4)
-        yield nodes.address
+        for node in nodes:
+            counted.add_node(**node)
+        yield counted.address
     finally:
         ray.shutdown()
-        nodes.shutdown()
+        counted.shutdown()
+
+
+@pytest.fixture(scope="module")
+def three_nodes() -> Iterator[str]:
+    with counted_nodes(*[{"num_cpus": 4, "num_gpus": 4}] * 3) as address:
+        yield address
 
 
 def test_ray_keeps_learners_together_and_engines_apart(three_nodes: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any, cast
 import pytest
 import ray
 from ray._private.label_utils import validate_label_selector
-from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, placement_group_table
 from rich.console import Console
 
@@ -22,7 +21,7 @@ from rairl_ray.errors import PlacementError
 from rairl_ray.plan import print_placement
 from rairl_ray.trainer import sft
 from rairl_ray.trainer.worker_groups import cluster, place, rollouts_only
-from tests.actors.test_placement import make
+from tests.actors.test_placement import counted_nodes, make
 from tests.runs import launch
 
 APART = {"labels": {"policy": {"market": "on-demand"}, "rollout": {"market": "spot"}}, "type": "disaggregated"}
@@ -161,14 +160,8 @@ def test_a_selector_is_accepted_only_if_ray_accepts_it(key: str, value: str, goo
 @pytest.fixture(scope="module")
 def labelled_cluster() -> Iterator[str]:
     """A head without work and three nodes of 2 CPUs: spot, on demand, without a label."""
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        for labels in (SPOT, STEADY, {}):
-            nodes.add_node(num_cpus=2, labels=labels)
-        yield nodes.address
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
+    with counted_nodes(*({"num_cpus": 2, "labels": labels} for labels in (SPOT, STEADY, {}))) as address:
+        yield address
 
 
 def test_ray_places_bundles_where_the_labels_say_and_reads_selectors_as_we_do(labelled_cluster: str) -> None:
