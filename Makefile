@@ -1,10 +1,10 @@
 # make demo   install (once) and run the main job: SFT warm start, R-AIRL, evaluation, result table
 # make test   everything that a laptop can test;  make test-slow: the long end-to-end cases
 # make test-matrix  every role stopped in every phase: an hour
-# make cluster-test  clusters on this machine taken apart, jobs and Slurm (where it is installed), half an hour
+# make cluster-test  clusters on this machine taken apart, jobs and Slurm (where it is installed), long sweeps: three quarters of an hour
 # make mutants  ten minutes of small faults that tests must notice (docs/mutants.md)
 # make bench  short versions of the benchmarks, one JSON file each in build/bench (docs/performance.md)
-# make bench-quick  the fastest of them, two minutes: CI shows which ratios fell against benchmarks/kept.json
+# make bench-quick  the fastest of them, three minutes: CI shows which ratios fell against benchmarks/kept.json
 # make lint   ruff and mypy
 # make audit  known weaknesses of the locked packages (pip-audit, asks PyPI)
 

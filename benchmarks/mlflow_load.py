@@ -176,7 +176,7 @@ def load(arguments: argparse.Namespace, place: str, uri: str) -> dict[str, Any]:
 
 
 def check(client: Any, experiment: str, rows: Sequence[Any], arguments: argparse.Namespace) -> None:
-    """Every run is there once, FINISHED and with all its steps; else what was measured counts for nothing."""
+    """Every run is there once and FINISHED, some twenty have all their steps; else nothing was measured."""
     found: list[Any] = []
     token = None
     while token is None or token:
