@@ -1,5 +1,6 @@
 # make demo   install (once) and run the main job: SFT warm start, R-AIRL, evaluation, result table
 # make test   everything that a laptop can test;  make test-slow: the long end-to-end cases
+# make test-ci  both of them in one go, the longest first: no core waits for the other's last test
 # make test-matrix  every role stopped in every phase: an hour
 # make cluster-test  clusters on this machine taken apart, jobs and Slurm (where it is installed), long sweeps: three quarters of an hour
 # make mutants  ten minutes of small faults that tests must notice (docs/mutants.md)
@@ -13,11 +14,12 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 # Two at a time: most of an end-to-end test is waiting. More than two need more memory than a laptop has.
 TWO := -n 2 --dist worksteal --durations=20
+CI_TESTS := not gpu and not matrix and (not cluster or in_ci)
 
 # GSM8K=FOLDER: where train.jsonl and test.jsonl are; without it the data come from the hub
 BENCH := build/bench
 
-.PHONY: audit bench bench-quick install demo test test-slow test-matrix cluster-test gpu-test mutants lint format clean
+.PHONY: audit bench bench-quick install demo test test-slow test-ci test-matrix cluster-test gpu-test mutants lint format clean
 
 install:
 	@PYTHON=$(PYTHON) bash requirements/install.sh
@@ -29,7 +31,10 @@ test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(TWO) $(PYTEST_ARGS)
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu and not matrix and (not cluster or in_ci)" $(TWO) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and $(CI_TESTS)" $(TWO) $(PYTEST_ARGS)
+
+test-ci: install
+	$(BIN)/python -m pytest -m "$(CI_TESTS)" $(TWO) $(PYTEST_ARGS)
 
 test-matrix: install
 	$(BIN)/python -m pytest -m matrix $(PYTEST_ARGS)
@@ -60,7 +65,7 @@ bench: install
 
 bench-quick: install
 	@mkdir -p $(BENCH)
-	$(BIN)/python -m benchmarks.learner_bare --layers 4 --rounds 5 --json $(BENCH)/learner_bare_quick.json
+	$(BIN)/python -m benchmarks.learner_bare --layers 4 --rounds 3 --json $(BENCH)/learner_bare_quick.json
 	$(BIN)/python -m benchmarks.rollout_throughput --models demo --rounds 3 --json $(BENCH)/rollout_quick.json
 	$(BIN)/python -m benchmarks.compare $(BENCH)
 

@@ -14,6 +14,15 @@ settings.load_profile("shared machine")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+LONGEST = ("test_sweep_chaos.py", "test_cluster_sweep.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, then other files with slow ones: at the end, short ones keep both cores busy."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real datasets beside the project; tests that need it are skipped where it is absent."""

@@ -36,10 +36,10 @@ from rairl_ray.data.tokenizer_facts import (
     special_ids,
 )
 from rairl_ray.errors import ModelError
-from rairl_ray.imports import without
+from rairl_ray.imports import NOT_FOR_TEXT, without
 from rairl_ray.types import Prompt, TokenizedTrace, Trace
 
-with without("sklearn"):  # which transformers loads for assisted generation alone
+with without(*NOT_FOR_TEXT):
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")

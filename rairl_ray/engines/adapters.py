@@ -16,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from rairl_ray.engines.origin import TOKENIZER_NAMES, Origin, content_id, files_digest
 from rairl_ray.errors import ModelError
-from rairl_ray.imports import without
+from rairl_ray.imports import NOT_FOR_TEXT, without
 
-with without("sklearn"):  # which transformers loads for assisted generation alone
-    from peft import PeftModel, get_peft_model_state_dict
+with without(*NOT_FOR_TEXT):
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 T = TypeVar("T")
@@ -105,6 +104,7 @@ class Adapter:
 
     def merged(self) -> Any:
         """The base with the adapter in its weights, in the base's dtype. Raises ModelError."""
+        from peft import PeftModel, get_peft_model_state_dict
 
         def load() -> Any:
             base: Any = AutoModelForCausalLM.from_pretrained(self.base, dtype="auto", **self._place)

@@ -29,10 +29,6 @@ from rairl_ray.engines.sources import atomic_folder
 from rairl_ray.engines.weights import checksum
 from rairl_ray.errors import ModelError
 from rairl_ray.files import REWARD_FILE
-from rairl_ray.imports import without
-
-with without("sklearn"):  # as in adapters.py
-    from peft import set_peft_model_state_dict
 
 REFERENCE_FOLDER = "reference"
 REFERENCE_FIELDS = ("reference", "reference_checksum", "reference_revision")
@@ -229,6 +225,8 @@ def _quiet(model: Model) -> Model:
 def _restored(fresh: Any, state: Mapping[str, Tensor]) -> Any:
     """The plain Hugging Face model with the trained weights in it; adapters are merged."""
     if hasattr(fresh, "peft_config"):
+        from peft import set_peft_model_state_dict
+
         result = set_peft_model_state_dict(fresh, dict(state))
         unknown = result.unexpected_keys
         missing = [key for key in result.missing_keys if "lora_" in key]

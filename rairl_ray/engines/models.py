@@ -7,7 +7,7 @@ hf_engine.py.
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,11 +17,10 @@ from rairl_ray.engines.adapters import one_line_errors
 from rairl_ray.engines.origin import commit_of
 from rairl_ray.engines.sources import resolve_model
 from rairl_ray.errors import ModelError
-from rairl_ray.imports import without
+from rairl_ray.imports import NOT_FOR_TEXT, without
 from rairl_ray.keys import key_seed
 
-with without("sklearn"):  # as in adapters.py
-    from peft import LoraConfig, TaskType, get_peft_model
+with without(*NOT_FOR_TEXT):
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -57,7 +56,7 @@ def load_causal_lm(
     loaded = _from_pretrained(AutoModelForCausalLM, path, model, device)
     if not trainable:
         return loaded.eval().requires_grad_(False).to(device)
-    return _prepare(loaded, model, TaskType.CAUSAL_LM, seed).to(device)
+    return _prepare(loaded, model, "CAUSAL_LM", seed).to(device)
 
 
 def load_token_classifier(
@@ -76,7 +75,7 @@ def load_token_classifier(
         raise ModelError(f"{path}: its token classifier has no linear `score` head; use a Llama or Qwen model")
     if any(key.startswith("score.") for key in info["missing_keys"]):
         _draw_head(head, key_seed(seed, "scalar head"))
-    return _prepare(loaded, model, TaskType.TOKEN_CLS, seed).to(device)
+    return _prepare(loaded, model, "TOKEN_CLS", seed).to(device)
 
 
 def adapter_config(module: Any) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def check_device(path: str, model: Model, device: str) -> None:
         raise ModelError(f"{path}: model.*.dtype=bfloat16 needs a GPU of compute capability 8.0; write float32")
 
 
-def _prepare(loaded: Any, model: Model, task: TaskType, seed: int) -> Any:
+def _prepare(loaded: Any, model: Model, task: Literal["CAUSAL_LM", "TOKEN_CLS"], seed: int) -> Any:
     """Training mode, gradient checkpointing, and the adapter where one is asked for."""
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable({"use_reentrant": False})
@@ -175,13 +174,15 @@ def _prepare(loaded: Any, model: Model, task: TaskType, seed: int) -> Any:
     if model.lora.rank is None:
         return loaded
     targets = _linear_names(loaded) if model.lora.target_modules == "all-linear" else model.lora.target_modules
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         task_type=task,
         r=model.lora.rank,
         lora_alpha=model.lora.alpha or 2 * model.lora.rank,
         lora_dropout=model.lora.dropout,
         target_modules=list(targets),
-        modules_to_save=["score"] if task == TaskType.TOKEN_CLS else None,
+        modules_to_save=["score"] if task == "TOKEN_CLS" else None,
         bias="none",
     )
     with torch.random.fork_rng(devices=[]):

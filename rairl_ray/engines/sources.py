@@ -19,29 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from rairl_ray.config.schema import Build, Model
 from rairl_ray.data.characters import character_tokenizer
 from rairl_ray.data.tokenizer_facts import fingerprint
 from rairl_ray.engines.adapters import Adapter, has_tokenizer, save_model
 from rairl_ray.errors import ModelError
+from rairl_ray.imports import NOT_FOR_TEXT, without
 from rairl_ray.keys import key_seed
+
+with without(*NOT_FOR_TEXT):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 PYPI_PREFIX = "pypi:"
 
 # Not Qwen2: AutoTokenizer overrides the tokenizer of every folder of that model type with its own.
-ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+ARCHITECTURES = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "qwen3": ("Qwen3Config", "Qwen3ForCausalLM")}
+"""Names in transformers, which loads a class when it is asked for."""
 
 
 def resolve_model(model: Model, *, role: str, cache_dir: Path, seed: int) -> str:
@@ -141,7 +138,7 @@ def _once(target: Path, make: Callable[[Path], None]) -> str:
 
 def _build(build: Build, seed: int, folder: Path) -> None:
     tokenizer = character_tokenizer(build.max_length)
-    config_class, model_class = ARCHITECTURES[build.architecture]
+    config_class, model_class = (getattr(transformers, name) for name in ARCHITECTURES[build.architecture])
     config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=build.hidden_size,

@@ -38,6 +38,7 @@ from rairl_ray.engines.rollout_engine import (
 from rairl_ray.engines.weight_transfer import BACKENDS, check_vllm
 from rairl_ray.engines.weights import adapter_folder, checksum
 from rairl_ray.errors import ModelError
+from rairl_ray.imports import NOT_FOR_TEXT, without
 
 GIB = 2**30
 ADAPTER_IDS = itertools.count(1)
@@ -77,7 +78,7 @@ class VllmEngine:
     """See rollout_engine.RolloutEngine for the contract."""
 
     def __init__(self, options: EngineOptions, decode: Decode) -> None:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without(*NOT_FOR_TEXT):
             warnings.simplefilter("ignore", FutureWarning)  # of torch, about vllm
             import vllm
             from vllm.lora.request import LoRARequest

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,7 +21,6 @@ from rairl_ray.config.variants import complete
 from rairl_ray.display import Display
 from rairl_ray.runfolder import RunFolder, Summary, read_summary
 from rairl_ray.tracking.tracker import Status, Tracker
-from rairl_ray.trainer import rl_trainer, sft
 from rairl_ray.trainer.async_checkpointer import check_references, references
 from rairl_ray.trainer.fork import Fork, take_over
 from rairl_ray.trainer.outputs import mirrored
@@ -36,7 +36,8 @@ from rairl_ray.trainer.run_context import (
 )
 from rairl_ray.trainer.worker_groups import check_bundles, check_lent, check_room, cluster, place
 
-ALGORITHMS = {"airl": rl_trainer.run, "grpo": rl_trainer.run, "sft": sft.run}
+ALGORITHMS = {"airl": "rl_trainer", "grpo": "rl_trainer", "sft": "sft"}
+"""Files beside this one whose `run` does the steps; loaded when it is time: sft.py brings Ray Train."""
 complete(f"{__name__}.ALGORITHMS", ALGORITHMS, Algorithm, "type")
 
 
@@ -97,7 +98,8 @@ def run(
         status: Status = "FAILED"
         try:
             with display, context.stop.listening(display):
-                status = "FINISHED" if ALGORITHMS[config.algorithm.type](context) else "KILLED"
+                trainer = import_module(f"rairl_ray.trainer.{ALGORITHMS[config.algorithm.type]}")
+                status = "FINISHED" if trainer.run(context) else "KILLED"
         except KeyboardInterrupt:
             status = "KILLED"
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
@@ -17,9 +18,12 @@ LEARNER = "rairl_ray.actors.policy, rairl_ray.engines.deepspeed_engine, rairl_ra
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        (LEARNER, {"sklearn", "mlflow", "pandas"}),
-        ("rairl_ray.actors.rollout_actor, rairl_ray.engines.hf_engine", {"sklearn", "mlflow", "pandas"}),
-        ("rairl_ray.trainer.run", {"sklearn", "mlflow", "deepspeed"}),
+        (LEARNER, {"sklearn", "mlflow", "pandas", "boto3"}),
+        (
+            "rairl_ray.actors.rollout_actor, rairl_ray.engines.hf_engine",
+            {"sklearn", "mlflow", "pandas", "boto3"},
+        ),
+        ("rairl_ray.trainer.run", {"sklearn", "mlflow", "deepspeed", "boto3"}),
         ("rairl_ray.sweep.supervise", {"torch", "transformers", "sklearn", "scipy", "optuna", "mlflow"}),
     ],
     ids=["learner", "rollout", "driver", "trial's watcher"],
@@ -48,8 +52,23 @@ def test_a_library_is_missing_within_and_there_afterwards() -> None:
     assert colorsys.rgb_to_hsv and json.dumps
 
 
+def test_the_collector_of_cycles_rests_within() -> None:
+    assert gc.isenabled()
+    with pytest.raises(ModuleNotFoundError), without():
+        assert not gc.isenabled()
+        import no_such_library  # type: ignore[import-not-found]  # noqa: F401
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without():
+            pass
+        assert not gc.isenabled(), "it was somebody else's choice"
+    finally:
+        gc.enable()
+
+
 def test_it_is_there_afterwards_even_where_an_import_fails() -> None:
     sys.modules.pop("colorsys", None)
     with pytest.raises(ModuleNotFoundError), without("colorsys"):
-        import no_such_library  # type: ignore[import-not-found]  # noqa: F401
+        import no_such_library  # noqa: F401
     assert "colorsys" not in sys.modules

@@ -10,11 +10,12 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from rairl_ray.checkpoint import CheckpointStore
-from rairl_ray.config.schema import RunConfig
+from rairl_ray.config.schema import Density, DiscriminatorLoss, RunConfig
 from rairl_ray.trainer.worker_groups import cluster
 from tests.faults import events
 from tests.inprocess import config_of, differing, killed_after, mediocre, moved, rows_of, run
@@ -35,6 +36,7 @@ POLICY_LORA = "model.policy.lora.rank=4"
 DROPOUT = "model.policy.lora.dropout=0.2"
 LORA = (POLICY_LORA, DROPOUT, "model.discriminator.lora.rank=4", "model.discriminator.lora.dropout=0.2")
 SCALAR = ("discriminator.head=scalar", "discriminator.loss.level=unit")
+SPARSE, INTERVAL, DENSE = (f"reward.density.type={kind}" for kind in ("sparse", "interval", "dense"))
 REPLAY = ("discriminator.replay.capacity=16", "discriminator.replay.share=0.5")
 GATE = (
     "discriminator.warmup_gate_auroc=0.01",
@@ -50,24 +52,47 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sft, full, ZeRO 1": ("sft", ("learner.zero_stage=1", ONE_RANK, MIDDLE)),
     "grpo, full, ZeRO 3, 2 ranks, KL": ("grpo", ("learner.zero_stage=3", TWO_RANKS, MIDDLE, *KL)),
     "grpo, LoRA, ZeRO 2, 2 ranks": ("grpo", ("learner.zero_stage=2", TWO_RANKS, EDGE, POLICY_LORA, DROPOUT)),
-    "airl, scalar, LoRA, ZeRO 2, 2 ranks, replay": (
-        "airl", ("learner.zero_stage=2", TWO_RANKS, MIDDLE, *SCALAR, *LORA, *REPLAY),
+    "airl, scalar, intervals, LoRA, ZeRO 2, 2 ranks, replay": (
+        "airl", ("learner.zero_stage=2", TWO_RANKS, MIDDLE, *SCALAR, INTERVAL, *LORA, *REPLAY),
     ),
-    "airl, implicit, LoRA, ZeRO 3, 2 ranks, expert in the group": (
-        "airl", ("learner.zero_stage=3", TWO_RANKS, EDGE, *LORA, "advantage.expert=single"),
-    ),
-    "airl, scalar, full, ZeRO 3, own demonstrations, shaped loss": (
+    "airl, implicit, dense, Bradley-Terry, LoRA, ZeRO 3, 2 ranks, expert in the group": (
         "airl",
-        ("learner.zero_stage=3", ONE_RANK, MIDDLE, *SCALAR, *GATE, "discriminator.loss.type=airl",
+        ("learner.zero_stage=3", TWO_RANKS, EDGE, DENSE, *LORA, "advantage.expert=single",
+         "discriminator.loss.type=bradley_terry"),
+    ),
+    "airl, scalar, sparse, full, ZeRO 3, own demonstrations, shaped loss": (
+        "airl",
+        ("learner.zero_stage=3", ONE_RANK, MIDDLE, *SCALAR, SPARSE, *GATE, "discriminator.loss.type=airl",
          "discriminator.demonstrations_per_update=3"),
     ),
-    "airl, implicit, full, ZeRO 2, 2 ranks, running ahead": (
-        "airl", ("learner.zero_stage=2", TWO_RANKS, MIDDLE, *REPLAY, "trainer.max_staleness_steps=1"),
+    "airl, implicit, full, WGAN, ZeRO 2, 2 ranks, running ahead": (
+        "airl",
+        ("learner.zero_stage=2", TWO_RANKS, MIDDLE, *REPLAY, "trainer.max_staleness_steps=1",
+         "discriminator.loss.type=wgan"),
     ),
     "sft, LoRA, ZeRO 2, 2 ranks": ("sft", ("learner.zero_stage=2", TWO_RANKS, EDGE, POLICY_LORA, DROPOUT)),
     "sft, full, ZeRO 3, 2 ranks": ("sft", ("learner.zero_stage=3", TWO_RANKS, MIDDLE)),
 }  # fmt: skip
 FAST = ("airl, implicit, full, ZeRO 1, replay, gate, KL", "sft, full, ZeRO 1")
+
+
+def cases() -> Iterator[Any]:
+    """Fast cases from step 2, the others from 2 and 4 in turn; the other one is left to `make test-matrix`."""
+    yield from (pytest.param(case, 2, id=f"{case}, from 2") for case in FAST)
+    for place, case in enumerate(case for case in CASES if case not in FAST):
+        for checkpoint in (2, 4):
+            now = checkpoint == (2, 4)[place % 2]
+            marks = [pytest.mark.slow] if now else [pytest.mark.slow, pytest.mark.matrix]
+            yield pytest.param(case, checkpoint, marks=marks, id=f"{case}, from {checkpoint}")
+
+
+def test_the_cases_train_every_density_and_loss(tmp_path: Path) -> None:
+    configs = [config_of(name, tmp_path, *COMMON, *more) for name, more in CASES.values() if name == "airl"]
+    for kind, used in (
+        (Density, {config.reward.density.type for config in configs}),
+        (DiscriminatorLoss, {config.discriminator.loss.type for config in configs}),
+    ):
+        assert used == set(get_args(kind.model_fields["type"].annotation))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,10 +105,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             yield folder
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
-def test_the_resumed_run_equals_the_uninterrupted_one(case: str, tmp_path: Path, compiled: Path) -> None:
+@pytest.mark.parametrize(("case", "checkpoint"), cases())
+def test_the_resumed_run_equals_the_uninterrupted_one(
+    case: str, checkpoint: int, tmp_path: Path, compiled: Path
+) -> None:
     experiment, overrides = CASES[case]
     start = mediocre(tmp_path / "start") if experiment == "grpo" else ()
     config = config_of(experiment, tmp_path / "whole", *COMMON, *overrides, *start)
@@ -93,9 +118,8 @@ def test_the_resumed_run_equals_the_uninterrupted_one(case: str, tmp_path: Path,
     starts = events(tmp_path / "whole" / config.name, "workers start from")
     assert len(starts) == (experiment == "sft")
     assert not list(compiled.iterdir())
-    for checkpoint in (2,) if case in FAST else (2, 4):
-        resumed = run(killed_after(config, checkpoint, tmp_path / f"from-{checkpoint}"), resume=True)
-        assert differing(whole, resumed) == [], f"resumed from step {checkpoint}"
+    resumed = run(killed_after(config, checkpoint, tmp_path / "resumed"), resume=True)
+    assert differing(whole, resumed) == []
 
 
 @pytest.fixture(scope="module")

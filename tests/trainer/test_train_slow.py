@@ -1,9 +1,11 @@
-"""The long end-to-end cases: every density and loss, vLLM, a kill and a resume, SmolLM2 on GSM8K."""
+"""The long end-to-end cases: vLLM, a kill and a resume, SmolLM2 on GSM8K.
+
+Every density and loss is trained by a case of test_exact_resume.py.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import time
@@ -23,51 +25,6 @@ pytestmark = pytest.mark.slow
 def last_step(folder: Path) -> dict[str, float]:
     rows = [row for row in RunFolder(folder).read_metrics() if names.POLICY_LOSS in row]
     return rows[-1]
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "reward.density.type=sparse",
-        "reward.density.type=interval",
-        "reward.density.type=dense",
-        "discriminator.loss.type=wgan",
-        "discriminator.loss.type=bradley_terry",
-        "discriminator.loss.type=airl",
-    ],
-)
-def test_every_density_and_loss_runs_on_the_demo(override: str, tmp_path: Path) -> None:
-    done = launch(
-        "train",
-        "experiments/demo/airl.yaml",
-        *TINY_AIRL,
-        override,
-        "warm_start=null",
-        "trainer.steps=1",
-        f"output_dir={tmp_path}",
-        "tracking.uri=none",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    row = last_step(tmp_path / "demo" / "airl")
-    assert math.isfinite(row[names.DISCRIMINATOR_LOSS]) and math.isfinite(row[names.REWARD_MEAN])
-
-
-def test_the_airl_loss_with_a_scalar_head_trains_reward_and_potential(tmp_path: Path) -> None:
-    done = launch(
-        "train",
-        "experiments/demo/airl.yaml",
-        *TINY_AIRL,
-        "discriminator.head=scalar",
-        "discriminator.loss.level=unit",
-        "discriminator.loss.type=airl",
-        "discriminator.replay.capacity=64",
-        "discriminator.replay.share=0.25",
-        "warm_start=null",
-        f"output_dir={tmp_path}",
-        "tracking.uri=none",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert math.isfinite(last_step(tmp_path / "demo" / "airl")[names.DISCRIMINATOR_LOSS])
 
 
 def test_vllm_and_a_warm_start(tmp_path: Path) -> None:
