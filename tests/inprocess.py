@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,11 +38,14 @@ def config_of(experiment: str, output: Path, *overrides: str) -> RunConfig:
     )
 
 
-def mediocre(output: Path) -> tuple[str, str]:
+@functools.cache
+def mediocre() -> tuple[str, str]:
     """Overrides that start from a policy which is right now and then: without that grpo has nothing to learn.
 
-    SFT on the eight problems of `data.limit=8`, stopped early.
+    SFT on the eight problems of `data.limit=8`, stopped early; once for all tests of a process.
     """
+    output = Path(tempfile.mkdtemp(prefix="rairl-mediocre-"))
+    atexit.register(shutil.rmtree, output, ignore_errors=True)
     schooling = ("trainer.steps=300", "trainer.prompts_per_step=8", "trainer.checkpoint_every=0")
     config = config_of("sft", output, "data.limit=8", *schooling)
     run(config)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def mirrored_sweep(file: SweepFile, resume: bool, warn: Callable[[str], None]) -
             for name in store.names(f"{file.name}/{requests}"):
                 store.delete(f"{file.name}/{requests}/{name}")
             _send_rest(file, store, warn)
-    mirror.when_taken = lambda: leave_request(file)  # Trials of two sweeps must not take turns.
+    # Trials of two sweeps must not take turns.
+    mirror.when_taken = partial(leave_request, stop_request(file))
     warn(f"output: {store.plain}/{file.name}, staged in {folder}")
     mirror.start()
     rest = f"the files are in {folder}; sweep --resume uploads the rest"

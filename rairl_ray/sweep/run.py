@@ -244,7 +244,7 @@ class Progress(tune.Callback):
         if lacking and not stop_request(self._file).exists():
             names = ", ".join(sorted(there)) or "none"
             self.note(f"metric={lacking[0]}: no trial will have it, so the sweep stops; there are {names}")
-            leave_request(self._file)
+            leave_request(stop_request(self._file))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.note(f"{id_of(trial)}: lost its worker, mostly with its node; goes on from its newest checkpoint")

@@ -32,9 +32,8 @@ def stop_request(file: SweepFile, name: str = WHOLE) -> Path:
     return sweep_folder(file) / "stop_requests" / name
 
 
-def leave_request(file: SweepFile, name: str = WHOLE) -> None:
+def leave_request(request: Path) -> None:
     """Ask; whoever runs the sweep finds it."""
-    request = stop_request(file, name)
     request.parent.mkdir(exist_ok=True)
     request.touch()
 
@@ -54,7 +53,7 @@ def ask_to_stop(file: SweepFile, trial: str | None) -> str:
             f"--stop {file.name}: it does not run; launch.py sweep --status {file.name} shows its trials"
         )
     name = WHOLE if trial is None else _trial(file, trial)
-    leave_request(file, name)
+    leave_request(stop_request(file, name))
     if name == WHOLE:
         return f"{file.name} ({holder}) stops: trials that run save a checkpoint; go on with --resume"
     return f"{name} stops with a checkpoint; --resume of the sweep goes on with it"
@@ -88,7 +87,7 @@ def listening(file: SweepFile, display: Display) -> Iterator[None]:
         if told.is_set():
             raise KeyboardInterrupt
         told.set()
-        leave_request(file)
+        leave_request(stop_request(file))
         display.note("stopping: trials that run save a checkpoint and leave; once more ends at once")
 
     def watch() -> None:

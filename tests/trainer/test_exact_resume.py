@@ -110,7 +110,7 @@ def test_the_resumed_run_equals_the_uninterrupted_one(
     case: str, checkpoint: int, tmp_path: Path, compiled: Path
 ) -> None:
     experiment, overrides = CASES[case]
-    start = mediocre(tmp_path / "start") if experiment == "grpo" else ()
+    start = mediocre() if experiment == "grpo" else ()
     config = config_of(experiment, tmp_path / "whole", *COMMON, *overrides, *start)
     whole = run(config)
     assert moved(whole)

@@ -74,10 +74,8 @@ def test_a_resume_keeps_the_buffer_and_repeats_the_run_bit_for_bit(
 
 
 def test_without_staleness_it_is_the_plain_synchronous_run(tmp_path: Path) -> None:
-    start = mediocre(tmp_path / "start")
-    config = config_of(
-        "grpo", tmp_path, "data.limit=8", "trainer.steps=3", "policy.minibatches_per_step=2", *start
-    )
+    more = ("data.limit=8", "trainer.steps=3", "policy.minibatches_per_step=2", *mediocre())
+    config = config_of("grpo", tmp_path, *more)
     logged = [row for row in run(config) if names.POLICY_LOSS in row]
     assert moved(logged) and [row[names.ROLLOUT_STALENESS] for row in logged] == [0, 0, 0]
     prepared = prepare(config)
@@ -208,12 +206,13 @@ def test_what_is_too_old_is_dropped_and_counted_or_sampled_again(
     other.drain()
 
 
-def test_rescoring_logs_how_far_the_discriminator_moved_and_changes_nothing_else(tmp_path: Path) -> None:
-    plain = run(config_of("airl", tmp_path / "plain"))
-    rescored = run(config_of("airl", tmp_path / "rescored", "reward.rescore=true"))
+def test_rescoring_logs_how_far_the_discriminator_moved_and_changes_nothing_else(
+    ahead_run: RunConfig, tmp_path: Path
+) -> None:
+    rescored = run(config_of("airl", tmp_path / "rescored", *AHEAD, "reward.rescore=true"))
     drifts = [row.pop(names.REWARD_DRIFT) for row in rescored if names.POLICY_LOSS in row]
-    assert len(drifts) == 2 and all(drift > 0 for drift in drifts)
-    assert differing(plain, rescored) == []
+    assert len(drifts) == 5 and all(drift > 0 for drift in drifts)
+    assert differing(rows_of(ahead_run), rescored) == []
     frozen = run(
         config_of("airl", tmp_path / "frozen", "reward.rescore=true", "discriminator.updates_per_policy_step=0")
     )
