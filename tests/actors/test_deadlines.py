@@ -259,7 +259,7 @@ def test_a_run_recovers_from_a_stopped_process_of_each_role(
 ) -> None:
     """The engine, then the discriminator, then a policy rank, each in the second step that its process does.
 
-    From which step the run goes on says how far the checkpoint of the first one was, which is written beside it.
+    From which step it goes on depends on the checkpoint of the first one, which is written beside training.
     """
     faults = (
         Fault("rollout", 0, "generate", call=2),
