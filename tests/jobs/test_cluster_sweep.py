@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.in_ci,
     pytest.mark.cluster,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not Path("/proc/self").exists(), reason="cluster/local.sh needs Linux's /proc"),
 ]
 

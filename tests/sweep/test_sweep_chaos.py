@@ -147,6 +147,7 @@ def assert_same_end(chaos: Chaos, calm: Chaos) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_sweep_whose_parts_are_killed_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     with separate_nodes(2, "--cpus", "1") as nodes:
         calm = Chaos(file_of(tmp_path / "calm", nodes), nodes, ())
