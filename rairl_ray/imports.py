@@ -1,4 +1,4 @@
-"""Loads large libraries for less: it saves each process of a run some seconds of its start."""
+"""Loads large libraries for less: it saves each process of a run a second or two."""
 
 from __future__ import annotations
 

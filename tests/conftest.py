@@ -14,13 +14,12 @@ settings.load_profile("shared machine")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-LONGEST = ("test_sweep_chaos.py", "test_cluster_sweep.py")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, then other files with slow ones: at the end, short ones keep both cores busy."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
+    """Files with time limits of their own, then those with slow tests: short ones fill both cores' end."""
+    long, slow = (
+        {item.path for item in items if item.get_closest_marker(mark)} for mark in ("timeout", "slow")
+    )
+    items.sort(key=lambda item: (item.path not in long, item.path not in slow))
 
 
 @pytest.fixture(scope="session")

@@ -259,7 +259,7 @@ def test_a_run_recovers_from_a_stopped_process_of_each_role(
 ) -> None:
     """The engine, then the discriminator, then a policy rank, each in the second step that its process does.
 
-    From which step it goes on depends on the checkpoint of the first one, which is written beside training.
+    Where it goes on depends on the checkpoint of the first step, which is written beside training.
     """
     faults = (
         Fault("rollout", 0, "generate", call=2),
@@ -268,16 +268,21 @@ def test_a_run_recovers_from_a_stopped_process_of_each_role(
     )
     for fault in faults:
         plant(fault, tmp_path, monkeypatch)
-    deadlines = [f"timeouts.{name}_seconds=20" for name in ("rollout", "score", "update")]
+    deadlines = [f"timeouts.{name}_seconds=12" for name in ("rollout", "score", "update")]
     assert train(configuration(tmp_path, *deadlines, "trainer.steps=4")) == 0
     folder = tmp_path / "demo" / "airl"
     failures = events(folder, "^failure ")
     assert len(failures) == len(faults)
-    for fault, (at, text) in zip(faults, failures, strict=True):
+    restarts = [text for _, text in events(folder, "^(no checkpoint to resume from|resumed from step-)")]
+    starts = [
+        0,
+        *(int(text.split()[2].removeprefix("step-")) if text.startswith("resumed") else 0 for text in restarts),
+    ]
+    for fault, start, (at, text) in zip(faults, starts[:-1], failures, strict=True):
         named = f"{fault.role} rank {fault.rank} (node "
         assert f"failure 1 of role {fault.role}" in text and named in text and "is stopped" in text
-        assert f"in phase {fault.verb}" in text and "last finished step " in text
-        assert at - float(fault.mark(tmp_path).read_text()) < 20 + 30
+        assert f"in phase {fault.verb}" in text and f"last finished step {start + 1}" in text
+        assert at - float(fault.mark(tmp_path).read_text()) < 12 + 30
         assert len(events(folder, f"^recovered from the failure of {fault.role} in phase {fault.verb}")) == 1
     assert steps(folder) == [1, 2, 3, 4]
     assert_nothing_left()

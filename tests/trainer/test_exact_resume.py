@@ -7,6 +7,7 @@ given checkpoint is the newest (later rows of metrics.jsonl remain), and the run
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, get_args
 
 import pytest
 
+from rairl_ray import metrics as names
 from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.config.schema import Density, DiscriminatorLoss, RunConfig
 from rairl_ray.trainer.worker_groups import cluster
@@ -60,10 +62,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("learner.zero_stage=3", TWO_RANKS, EDGE, DENSE, *LORA, "advantage.expert=single",
          "discriminator.loss.type=bradley_terry"),
     ),
-    "airl, scalar, sparse, full, ZeRO 3, own demonstrations, shaped loss": (
+    "airl, scalar, sparse, full, ZeRO 3, replay, own demonstrations, shaped loss": (
         "airl",
-        ("learner.zero_stage=3", ONE_RANK, MIDDLE, *SCALAR, SPARSE, *GATE, "discriminator.loss.type=airl",
-         "discriminator.demonstrations_per_update=3"),
+        ("learner.zero_stage=3", ONE_RANK, MIDDLE, *SCALAR, SPARSE, *GATE, *REPLAY,
+         "discriminator.loss.type=airl", "discriminator.demonstrations_per_update=3"),
     ),
     "airl, implicit, full, WGAN, ZeRO 2, 2 ranks, running ahead": (
         "airl",
@@ -114,6 +116,13 @@ def test_the_resumed_run_equals_the_uninterrupted_one(
     config = config_of(experiment, tmp_path / "whole", *COMMON, *overrides, *start)
     whole = run(config)
     assert moved(whole)
+    if experiment == "airl":
+        trained = [row for row in whole if names.POLICY_LOSS in row]
+        assert all(
+            math.isfinite(row[name])
+            for row in trained
+            for name in (names.DISCRIMINATOR_LOSS, names.REWARD_MEAN)
+        )
     # A second start in one run is work done twice, which the numbers alone would not show.
     starts = events(tmp_path / "whole" / config.name, "workers start from")
     assert len(starts) == (experiment == "sft")
