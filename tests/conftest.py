@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +40,28 @@ def shared_faults() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the collected faults in ../shared/faults, which are not here")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_actors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Actors of runs are forks of a process that has their imports (tests/warm).
+
+    Files with the mark `cold` or `cluster`, and all of them with RAIRL_COLD=1, let each begin by itself, as it
+    does for users.
+    """
+    if os.environ.get("RAIRL_COLD") or any(map(request.node.get_closest_marker, ("cold", "cluster"))):
+        yield
+        return
+    worker = "PYTEST_XDIST_WORKER" in os.environ
+    owner = os.getppid() if worker else os.getpid()  # one server for all of a session
+    folder = Path(tempfile.gettempdir()) / f"rairl-warm-{os.getuid()}-{owner}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = os.pathsep.join(filter(None, (str(ROOT / "tests" / "warm"), os.environ.get("PYTHONPATH"))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAIRL_WARM", str(folder))
+        patch.setenv("RAIRL_WARM_OWNER", str(owner))
+        patch.setenv("PYTHONPATH", path)
+        yield
 
 
 @pytest.fixture(scope="module")

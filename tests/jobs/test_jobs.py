@@ -29,6 +29,7 @@ from rairl_ray.sweep.plan import as_run
 from rairl_ray.sweep.points import trials
 from tests.runs import ROOT, launch
 
+pytestmark = pytest.mark.cold
 SFT = "experiments/demo/sft.yaml"
 
 

@@ -1,0 +1,94 @@
+"""The process that was started: hands its command line, environment and streams to a fork, and waits for it."""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+AT_IMPORT = (
+    "LD_",
+    "VLLM_",
+    "HF_",
+    "TRANSFORMERS_",
+    "TORCH",
+    "KMP_",
+    "GOMP_",
+    "OMP_",
+    "MKL_",
+    "PYTHON",
+    "MLFLOW_",
+    "CUDA_",
+)
+"""Beginnings of variables that libraries read when they are loaded; others are read when a worker runs."""
+PATIENCE = 50.0
+"""Seconds; Ray gives a worker sixty to begin."""
+
+
+def server_of(kind: str, environment: dict[str, str]) -> Path:
+    """The socket of the server that has a kind's imports, made under an environment like this one."""
+    counts = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(AT_IMPORT) and name != "TORCH_EXTENSIONS_DIR"
+    }
+    key = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(environment["RAIRL_WARM"]) / f"{kind}-{key}"
+
+
+def connected(path: Path) -> socket.socket | None:
+    """A connection to the server there, which is started where none is; None: none answers."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        there = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            there.connect(str(path))
+            return there
+        except OSError:
+            there.close()
+        with open(f"{path}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # the server has it from its start to its end
+                time.sleep(0.05)
+            else:
+                start(path, lock.fileno())
+    return None
+
+
+def start(path: Path, lock: int) -> None:
+    """Start a server, whose first environment and command line have room for those of any worker."""
+    command = [sys.executable, str(Path(__file__).with_name("server.py")), str(path), "-" * 4096]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "RAIRL_WARM_ROOM": "x" * 65536}
+    with open(f"{path}.log", "a") as log:
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+            start_new_session=True, pass_fds=[lock],
+        )  # fmt: skip
+
+
+def fork_instead(kind: str, command: list[str]) -> None:
+    """Have a fork run `command` and end as it ends; returns only where no server answers."""
+    there = connected(server_of(kind, dict(os.environ)))
+    if there is None:
+        return
+    said = json.dumps({"command": command, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+    streams = array.array("i", [0, 1, 2])
+    there.sendmsg([len(said).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+    there.sendall(said)
+    answer = there.makefile().readline()
+    code = int(answer) if answer else 1
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)

@@ -1,0 +1,164 @@
+"""Imports what a kind of process imports under an environment, and forks one whenever it is asked for.
+
+Usage: server.py FOLDER/KIND-KEY PADDING. It ends with the process RAIRL_WARM_OWNER. A fork's first environment,
+by which runs find their processes in /proc, is overwritten with that of the process for which it stands.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import ctypes
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ACTORS = ("rairl_ray.actors.policy", "rairl_ray.actors.discriminator", "rairl_ray.actors.rollout_actor")
+ENGINES = ("rairl_ray.engines.deepspeed_engine", "rairl_ray.engines.heads", "rairl_ray.engines.models")
+IMPORTS = {
+    "learner": (*ACTORS, *ENGINES),
+    "vllm": (
+        *ACTORS,
+        "rairl_ray.engines.vllm_engine",
+        "vllm.v1.engine.llm_engine",
+        "vllm.v1.worker.cpu_worker",
+    ),
+}
+
+
+def preload(kind: str) -> None:
+    """Import; a module that cannot be imported is the fork's own to complain about."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in IMPORTS[kind]:
+        try:
+            importlib.import_module(name)
+        except Exception:
+            traceback.print_exc()
+
+
+def overwrite_environment(values: dict[str, str]) -> None:
+    """Put `values` where /proc/PID/environ shows this process's first environment."""
+    fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
+    begin, end = int(fields[47]), int(fields[48])
+    block = b"".join(f"{name}={value}".encode() + b"\0" for name, value in values.items())
+    ctypes.memmove(begin, block[: end - begin].ljust(end - begin, b"\0"), end - begin)
+
+
+def become(said: dict[str, Any], streams: list[int]) -> int:
+    """Do the work of the process that asked, in this fork; the exit code."""
+    os.setpgid(0, 0)  # Ray ends a worker's whole process group
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for target, stream in enumerate(streams):
+        os.dup2(stream, target)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(said["environment"])
+    overwrite_environment(said["environment"])
+    os.chdir(said["folder"])
+    sys.argv, sys.orig_argv[1:] = said["command"], said["command"]
+    sys.path.insert(0, str(Path(sys.argv[0]).absolute().parent))
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def receive(there: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """What a fork is to be, and its three streams."""
+    head, ancillary, _, _ = there.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
+    streams = array.array("i")
+    for _, _, data in ancillary:
+        streams.frombytes(data)
+    size, text = int.from_bytes(head, "big"), b""
+    while len(text) < size:
+        text += there.recv(size - len(text))
+    return json.loads(text), list(streams)
+
+
+class Server:
+    """A listening socket, and a connection for each fork that lives."""
+
+    def __init__(self, path: str) -> None:
+        Path(path).unlink(missing_ok=True)  # of a server that was killed
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(path)
+        self._listener.listen(64)
+        self._woken, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        self._choose = selectors.DefaultSelector()
+        for one in (self._listener, self._woken):
+            self._choose.register(one, selectors.EVENT_READ)
+        self._forks: dict[int, socket.socket] = {}
+
+    def serve(self, owner: int) -> None:
+        """Until the process `owner` ends."""
+        while Path(f"/proc/{owner}").exists():
+            for key, _ in self._choose.select(5.0):
+                if key.fileobj is self._listener:
+                    self._fork()
+                elif key.fileobj is self._woken:
+                    self._woken.recv(4096)
+                else:  # the process for which a fork stands has ended
+                    self._choose.unregister(key.fileobj)
+                    with suppress(ProcessLookupError):
+                        os.kill(key.data, signal.SIGKILL)
+            self._tell_ends()
+        for pid in self._forks:
+            os.kill(pid, signal.SIGKILL)
+
+    def _fork(self) -> None:
+        there, _ = self._listener.accept()
+        said, streams = receive(there)
+        pid = os.fork()
+        if pid == 0:
+            for one in (self._listener, self._woken, self._wake, there, *self._forks.values()):
+                one.close()
+            self._choose.close()
+            code = become(said, streams)
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        for stream in streams:
+            os.close(stream)
+        self._forks[pid] = there
+        self._choose.register(there, selectors.EVENT_READ, pid)
+
+    def _tell_ends(self) -> None:
+        while self._forks:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            there = self._forks.pop(pid)
+            with suppress(KeyError):
+                self._choose.unregister(there)
+            with suppress(OSError):
+                there.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+            there.close()
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder
+    place = Path(sys.argv[1])
+    preload(place.name.partition("-")[0])
+    Server(str(place)).serve(int(os.environ["RAIRL_WARM_OWNER"]))
+    for file in place.parent.glob(f"{place.name}*"):
+        file.unlink()
+    with suppress(OSError):  # others use it
+        place.parent.rmdir()
