@@ -44,7 +44,7 @@ def shared_faults() -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def warm_actors(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Actors of runs are forks of a process that has their imports (tests/warm).
+    """Actors that compute are forks of a process that has their imports (tests/warm).
 
     Files with the mark `cold` or `cluster`, and all of them with RAIRL_COLD=1, let each begin by itself, as it
     does for users.

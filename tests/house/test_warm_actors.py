@@ -13,7 +13,6 @@ import pytest
 import ray
 import torch
 
-from rairl_ray.actors.process_monitor import MARK
 from rairl_ray.engines.environment import compute_environment
 
 pytestmark = pytest.mark.usefixtures("warm_actors")
@@ -47,7 +46,7 @@ def private_ray(warm_actors: None) -> Iterator[None]:
 
 def begun(threads: int, mark: str) -> Any:
     kind: Any = ray.remote(Worker)
-    variables = {**compute_environment("cpu", threads), MARK: "a test/policy/0", "MARK": mark}
+    variables = {**compute_environment("cpu", threads), "MARK": mark}
     return kind.options(num_cpus=0, runtime_env={"env_vars": variables}).remote()
 
 

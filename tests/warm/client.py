@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -28,8 +29,12 @@ AT_IMPORT = (
     "PYTHON",
     "MLFLOW_",
     "CUDA_",
+    "RAY_",
 )
 """Beginnings of variables that libraries read when they are loaded; others are read when a worker runs."""
+ITS_OWN = ("TORCH_EXTENSIONS_DIR", "RAY_JOB_ID", "RAY_RAYLET_PID")
+"""Of these, what differs from fork to fork: read late, or given to the server as below."""
+LOOK_SECONDS = 1.0
 PATIENCE = 50.0
 """Seconds; Ray gives a worker sixty to begin."""
 
@@ -37,9 +42,7 @@ PATIENCE = 50.0
 def server_of(kind: str, environment: dict[str, str]) -> Path:
     """The socket of the server that has a kind's imports, made under an environment like this one."""
     counts = {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(AT_IMPORT) and name != "TORCH_EXTENSIONS_DIR"
+        name: value for name, value in environment.items() if name.startswith(AT_IMPORT) and name not in ITS_OWN
     }
     key = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
     return Path(environment["RAIRL_WARM"]) / f"{kind}-{key}"
@@ -66,15 +69,34 @@ def connected(path: Path) -> socket.socket | None:
 
 
 def start(path: Path, lock: int) -> None:
-    """Start a server, whose first environment and command line have room for those of any worker."""
+    """Start a server, whose first environment and command line have room for those of any worker.
+
+    Ray keeps from its import whose end a worker follows: of forks it is the session's, and this process, which
+    Ray has started, follows its raylet for them (`ended`).
+    """
     command = [sys.executable, str(Path(__file__).with_name("server.py")), str(path), "-" * 4096]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "RAIRL_WARM_ROOM": "x" * 65536}
+    places = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": places, "RAIRL_WARM_ROOM": "x" * 65536}
+    environment["RAY_RAYLET_PID"] = environment["RAIRL_WARM_OWNER"]
     with open(f"{path}.log", "a") as log:
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
             start_new_session=True, pass_fds=[lock],
         )  # fmt: skip
+
+
+def ended(there: socket.socket) -> int:
+    """Wait for the fork's exit code; 1 once the raylet is gone, and with it this process and its fork."""
+    raylet, answer = os.getppid(), b""
+    while not answer.endswith(b"\n"):
+        if os.getppid() != raylet:
+            return 1
+        if select.select([there], [], [], LOOK_SECONDS)[0]:
+            said = there.recv(64)
+            if not said:
+                return 1
+            answer += said
+    return int(answer)
 
 
 def fork_instead(kind: str, command: list[str]) -> None:
@@ -86,8 +108,7 @@ def fork_instead(kind: str, command: list[str]) -> None:
     streams = array.array("i", [0, 1, 2])
     there.sendmsg([len(said).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
     there.sendall(said)
-    answer = there.makefile().readline()
-    code = int(answer) if answer else 1
+    code = ended(there)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
