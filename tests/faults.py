@@ -42,7 +42,6 @@ RUN = [
     "learner.discriminator_replicas=1",
     "learner.zero_stage=1",
     "placement.cpus_per_actor=0.25",
-    "placement.threads_per_actor=1",
     "eval.at_end=false",
     f"trainer.steps={STEPS}",
     "trainer.retry_backoff_seconds=0.1",

@@ -30,8 +30,14 @@ assert client.drain_node(node, reason, "spot", deadline)[0]
 SCRIPT = str(ROOT / "cluster" / "local.sh")
 
 
+def cold() -> dict[str, str]:
+    """The environment of separate nodes: their actors begin as users' do (see `warm_actors`)."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("RAIRL_WARM")}
+
+
 def local(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True, timeout=timeout)
+    command = ["bash", SCRIPT, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=cold())
 
 
 def free_ports() -> int:
@@ -61,7 +67,7 @@ class SeparateNodes:
     @property
     def environment(self) -> dict[str, str]:
         """What a driver of this cluster needs: the token's path, and nothing of another cluster."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "RAIRL_WARM"))}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
         return {**kept, **token, "MLFLOW_DISABLE_TELEMETRY": "true"}
 
@@ -76,7 +82,9 @@ class SeparateNodes:
     def begin(self, *arguments: str) -> None:
         """The same, which the next `call` waits for."""
         command = ["bash", SCRIPT, *arguments, *self.options]
-        self._begun = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._begun = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=cold()
+        )
 
     def drain(self, worker: int | str) -> None:
         """Give a worker (its number, or 8 digits of its node's id) the notice of a spot machine that ends."""

@@ -28,8 +28,13 @@ TINY = [
     "eval.localisation_traces=8",
     "eval.bootstrap=50",
     "data.eval_limit=16",
+    "placement.threads_per_actor=1",
 ]
-"""Overrides that make any demo experiment tiny."""
+"""Overrides that make any demo experiment tiny.
+
+One thread each: a product of matrices may round otherwise on another number of threads, and two tests at once
+have no more than two cores.
+"""
 
 TINY_AIRL = [
     *TINY,

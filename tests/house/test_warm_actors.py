@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import psutil
@@ -33,12 +33,13 @@ class Worker:
             "folder": os.getcwd(),
             "threads": torch.get_num_threads(),
             "mark": os.environ["MARK"],
+            "raylet": int(os.environ["RAY_RAYLET_PID"]),
             "imported": "deepspeed" in self.modules,
         }
 
 
-@pytest.fixture(scope="module")
-def private_ray(warm_actors: None) -> Iterator[None]:
+@pytest.fixture
+def private_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
@@ -64,7 +65,23 @@ def test_forks_are_the_workers_they_stand_for() -> None:
     assert ray.get([actor.numbers.remote() for actor in actors]) == [here, here]
     for actor in actors:
         ray.kill(actor)
+    wait_for_the_end([about["pid"] for about in (one, two)])
+
+
+@pytest.mark.usefixtures("private_ray")
+def test_a_fork_follows_the_raylet_of_its_own_session() -> None:
+    """Its server's first session, whose raylet is gone, is that of the test above."""
+    actor = begun(1, "a")
+    about = ray.get(actor.about.remote())
+    assert about["imported"], "not forked"
+    time.sleep(3.0)  # Ray looks for the raylet every second
+    assert ray.get(actor.about.remote()) == about
+    psutil.Process(about["raylet"]).kill()
+    wait_for_the_end([about["pid"]])
+
+
+def wait_for_the_end(pids: Sequence[int]) -> None:
     deadline = time.monotonic() + 30
-    while any(psutil.pid_exists(about["pid"]) for about in (one, two)):
-        assert time.monotonic() < deadline, "a killed fork lives"
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a fork lives on"
         time.sleep(0.1)

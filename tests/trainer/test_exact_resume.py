@@ -22,7 +22,10 @@ from rairl_ray.trainer.worker_groups import cluster
 from tests.faults import events
 from tests.inprocess import config_of, differing, killed_after, mediocre, moved, rows_of, run
 
+pytestmark = pytest.mark.cold  # the guarantee is about processes as users have them
+
 COMMON = (
+    "placement.threads_per_actor=2",
     "trainer.steps=5",
     "trainer.checkpoint_every=2",
     "trainer.keep_checkpoints=9",

@@ -81,8 +81,12 @@ def test_smollm2_on_gsm8k_with_vllm_and_two_policy_ranks(shared_data: Path, tmp_
         f"output_dir={tmp_path}",
         "trainer.steps=2",
         "trainer.checkpoint_every=2",
+        "trainer.prompts_per_step=2",
+        "rollout.samples_per_prompt=2",
         "rollout.max_completion_tokens=64",
         "eval.prompts=6",
+        "eval.samples_per_prompt=2",
+        "eval.k=[1,2]",
         "eval.localisation_traces=4",
         timeout=1500,
     )

@@ -32,7 +32,7 @@ AT_IMPORT = (
     "RAY_",
 )
 """Beginnings of variables that libraries read when they are loaded; others are read when a worker runs."""
-ITS_OWN = ("TORCH_EXTENSIONS_DIR", "RAY_JOB_ID", "RAY_RAYLET_PID")
+ITS_OWN = ("TORCH_EXTENSIONS_DIR", "RAY_RAYLET_PID")
 """Of these, what differs from fork to fork: read late, or given to the server as below."""
 LOOK_SECONDS = 1.0
 PATIENCE = 50.0
@@ -71,8 +71,9 @@ def connected(path: Path) -> socket.socket | None:
 def start(path: Path, lock: int) -> None:
     """Start a server, whose first environment and command line have room for those of any worker.
 
-    Ray keeps from its import whose end a worker follows: of forks it is the session's, and this process, which
-    Ray has started, follows its raylet for them (`ended`).
+    Ray keeps from its import to which job a worker belongs (so each job has its servers) and whose end it
+    follows: of forks it is the test session's, and this process, which Ray has started, follows its raylet for
+    them (`ended`).
     """
     command = [sys.executable, str(Path(__file__).with_name("server.py")), str(path), "-" * 4096]
     places = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -1,7 +1,8 @@
 """Imports what a kind of process imports under an environment, and forks one whenever it is asked for.
 
-Usage: server.py FOLDER/KIND-KEY PADDING. It ends with the process RAIRL_WARM_OWNER. A fork's first environment,
-by which runs find their processes in /proc, is overwritten with that of the process for which it stands.
+Usage: server.py FOLDER/KIND-KEY PADDING. It ends with the process RAIRL_WARM_OWNER, or idle. A fork's first
+environment, by which runs find their processes in /proc, is overwritten with that of the process for which it
+stands.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import selectors
 import signal
 import socket
 import sys
+import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +35,8 @@ IMPORTS = {
         "vllm.v1.worker.cpu_worker",
     ),
 }
+IDLE_SECONDS = 120.0
+"""After so long without a fork a server ends: jobs come and go, each with servers of its own."""
 
 
 def preload(kind: str) -> None:
@@ -107,9 +111,13 @@ class Server:
         self._forks: dict[int, socket.socket] = {}
 
     def serve(self, owner: int) -> None:
-        """Until the process `owner` ends."""
-        while Path(f"/proc/{owner}").exists():
-            for key, _ in self._choose.select(5.0):
+        """Until the process `owner` ends, or nobody has asked for a while and no fork lives."""
+        idle_since = time.monotonic()
+        while Path(f"/proc/{owner}").exists() and time.monotonic() - idle_since < IDLE_SECONDS:
+            found = self._choose.select(5.0)
+            if found or self._forks:
+                idle_since = time.monotonic()
+            for key, _ in found:
                 if key.fileobj is self._listener:
                     self._fork()
                 elif key.fileobj is self._woken:
