@@ -32,7 +32,7 @@ def drive(output: Path, address: str, strategy: str) -> int:
 
 
 def trained(nodes: SeparateNodes, output: Path, strategy: str) -> tuple[Path, dict[str, list[int]]]:
-    """The folder of a finished run, and of each role the node of each of its ranks."""
+    """The folder of a finished run, and of each role the node (its raylet's pid) of each of its ranks."""
     run = DrivenRun(output)
     call = f"drive(Path({str(output)!r}), {nodes.address!r}, {strategy!r})"
     run.call([sys.executable], "tests.actors.test_spread_run", call, nodes.environment)
@@ -42,8 +42,7 @@ def trained(nodes: SeparateNodes, output: Path, strategy: str) -> tuple[Path, di
         variables = process.environ()
         if MARK in variables:
             _, role, rank = variables[MARK].split("/")
-            node = int(variables["RAIRL_LOCAL_CLUSTER"].rpartition(":")[2])
-            found.setdefault(role, {})[int(rank)] = node
+            found.setdefault(role, {})[int(rank)] = int(variables["RAY_RAYLET_PID"])
     run.finish()
     return run.folder, {role: [where[rank] for rank in sorted(where)] for role, where in found.items()}
 

@@ -35,7 +35,7 @@ IMPORTS = {
         "vllm.v1.worker.cpu_worker",
     ),
 }
-IDLE_SECONDS = 120.0
+IDLE_SECONDS = 300.0
 """After so long without a fork a server ends: jobs come and go, each with servers of its own."""
 
 
