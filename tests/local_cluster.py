@@ -67,7 +67,7 @@ class SeparateNodes:
     @property
     def environment(self) -> dict[str, str]:
         """What a driver of this cluster needs: the token's path, and nothing of another cluster."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "RAIRL_WARM"))}
+        kept = {key: value for key, value in cold().items() if not key.startswith("RAY_")}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
         return {**kept, **token, "MLFLOW_DISABLE_TELEMETRY": "true"}
 

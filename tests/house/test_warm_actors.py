@@ -15,7 +15,7 @@ import torch
 
 from rairl_ray.engines.environment import compute_environment
 
-pytestmark = pytest.mark.usefixtures("warm_actors")
+pytestmark = pytest.mark.skipif("RAIRL_COLD" in os.environ, reason="RAIRL_COLD: no actor is a fork")
 
 
 class Worker:

@@ -22,10 +22,7 @@ from tests.local_cluster import free_ports, local, marked
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = [
-    pytest.mark.cold,
-    pytest.mark.skipif(not Path("/proc/self").exists(), reason="cluster/local.sh needs Linux's /proc"),
-]
+pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="cluster/local.sh needs Linux's /proc")
 
 ON_EACH_NODE = """
 import os, sys, ray

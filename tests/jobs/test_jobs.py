@@ -29,7 +29,6 @@ from rairl_ray.sweep.plan import as_run
 from rairl_ray.sweep.points import trials
 from tests.runs import ROOT, launch
 
-pytestmark = pytest.mark.cold
 SFT = "experiments/demo/sft.yaml"
 
 

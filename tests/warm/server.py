@@ -40,12 +40,12 @@ IDLE_SECONDS = 300.0
 
 
 def preload(kind: str) -> None:
-    """Import; a module that cannot be imported is the fork's own to complain about."""
+    """Import; what is not installed is the fork's own to complain about."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     for name in IMPORTS[kind]:
         try:
             importlib.import_module(name)
-        except Exception:
+        except ImportError:
             traceback.print_exc()
 
 
@@ -110,10 +110,10 @@ class Server:
             self._choose.register(one, selectors.EVENT_READ)
         self._forks: dict[int, socket.socket] = {}
 
-    def serve(self, owner: int) -> None:
-        """Until the process `owner` ends, or nobody has asked for a while and no fork lives."""
+    def serve(self, owner: Path) -> None:
+        """Until the process `owner` (in /proc) ends, or nobody has asked for a while and no fork lives."""
         idle_since = time.monotonic()
-        while Path(f"/proc/{owner}").exists() and time.monotonic() - idle_since < IDLE_SECONDS:
+        while owner.exists() and time.monotonic() - idle_since < IDLE_SECONDS:
             found = self._choose.select(5.0)
             if found or self._forks:
                 idle_since = time.monotonic()
@@ -165,8 +165,10 @@ if __name__ == "__main__":
     sys.path.pop(0)  # this folder
     place = Path(sys.argv[1])
     preload(place.name.partition("-")[0])
-    Server(str(place)).serve(int(os.environ["RAIRL_WARM_OWNER"]))
-    for file in place.parent.glob(f"{place.name}*"):
-        file.unlink()
-    with suppress(OSError):  # others use it
-        place.parent.rmdir()
+    session = Path("/proc") / os.environ["RAIRL_WARM_OWNER"]
+    Server(str(place)).serve(session)
+    if not session.exists():  # after an idle end the lock goes on to the next server of this name
+        for file in place.parent.glob(f"{place.name}*"):
+            file.unlink()
+        with suppress(OSError):  # others use it
+            place.parent.rmdir()

@@ -12,7 +12,6 @@ import sys
 if all(name in os.environ for name in ("RAIRL_WARM", "TOKENIZERS_PARALLELISM")):
     for _place, _word in enumerate(sys.orig_argv):
         if _word.endswith("ray/_private/workers/default_worker.py"):
-            sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
             import client
 
             # with `vllm_environment` a rollout engine, else a learner
