@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,16 @@ def shared_faults() -> Path:
     return folder
 
 
+def warm_folder(owner: int) -> Path:
+    """Where the fork servers of a test session are; `owner` is its main process."""
+    return Path(tempfile.gettempdir()) / f"rairl-warm-{os.getuid()}-{owner}"
+
+
+def pytest_unconfigure() -> None:
+    """The main process's folder goes with it; its servers look for it every few seconds."""
+    shutil.rmtree(warm_folder(os.getpid()), ignore_errors=True)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def warm_actors(request: pytest.FixtureRequest) -> Iterator[None]:
     """Actors that compute are forks of a process that has their imports (tests/warm).
@@ -52,9 +63,8 @@ def warm_actors(request: pytest.FixtureRequest) -> Iterator[None]:
     if os.environ.get("RAIRL_COLD") or any(map(request.node.get_closest_marker, ("cold", "cluster"))):
         yield
         return
-    worker = "PYTEST_XDIST_WORKER" in os.environ
-    owner = os.getppid() if worker else os.getpid()  # one server for all of a session
-    folder = Path(tempfile.gettempdir()) / f"rairl-warm-{os.getuid()}-{owner}"
+    owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    folder = warm_folder(owner)
     folder.mkdir(mode=0o700, exist_ok=True)
     path = os.pathsep.join(filter(None, (str(ROOT / "tests" / "warm"), os.environ.get("PYTHONPATH"))))
     with pytest.MonkeyPatch.context() as patch:

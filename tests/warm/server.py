@@ -1,8 +1,8 @@
 """Imports what a kind of process imports under an environment, and forks one whenever it is asked for.
 
-Usage: server.py FOLDER/KIND-KEY PADDING. It ends with the process RAIRL_WARM_OWNER, or idle. A fork's first
-environment, by which runs find their processes in /proc, is overwritten with that of the process for which it
-stands.
+Usage: server.py FOLDER/KIND-KEY PADDING. It ends with the process RAIRL_WARM_OWNER, or idle; its files are the
+session's, and its lock goes on to the next server of its name. A fork's first environment, by which runs find
+their processes in /proc, is overwritten with that of the process for which it stands.
 """
 
 from __future__ import annotations
@@ -165,10 +165,4 @@ if __name__ == "__main__":
     sys.path.pop(0)  # this folder
     place = Path(sys.argv[1])
     preload(place.name.partition("-")[0])
-    session = Path("/proc") / os.environ["RAIRL_WARM_OWNER"]
-    Server(str(place)).serve(session)
-    if not session.exists():  # after an idle end the lock goes on to the next server of this name
-        for file in place.parent.glob(f"{place.name}*"):
-            file.unlink()
-        with suppress(OSError):  # others use it
-            place.parent.rmdir()
+    Server(str(place)).serve(Path("/proc") / os.environ["RAIRL_WARM_OWNER"])
