@@ -17,9 +17,9 @@ from rairl_ray.errors import RunFailure, UserError
 from rairl_ray.jobs.commands import Address, CaFile, jobs_app, wide_console
 from rairl_ray.jobs.secrets import open_sealed
 
-# Set before any library is imported: their progress bars and hardware guesses are no output of ours.
-os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Before any library is imported: no progress bars, no guesses, and of Intel's OpenMP no children on one core.
+for _name, _value in (("TQDM_DISABLE", "1"), ("TRANSFORMERS_VERBOSITY", "error"), ("KMP_AFFINITY", "none")):
+    os.environ.setdefault(_name, _value)
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

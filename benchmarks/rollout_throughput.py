@@ -56,10 +56,12 @@ class Comparison:
     """Both engines over one model, and the actor where it is asked for."""
 
     def __init__(self, name: str, arguments: argparse.Namespace, folder: Path) -> None:
-        import vllm
-
         self.arguments, config = arguments, config_of(name, arguments)
         path = resolve_model(config.model.policy, role="policy", cache_dir=folder, seed=0)
+        # Before vLLM is here, as for a run.
+        self.actor = actor_of(config, path) if arguments.actor else None
+        import vllm
+
         self.engine: Any = open_engine(config, path, "cpu")
         self.engine.mark_synced(0)
         self.options = cast(Any, self.engine)._options
@@ -71,7 +73,6 @@ class Comparison:
         self.traces = Traces(
             arguments.prompts, arguments.samples, arguments.prompt, arguments.tokens, vocabulary
         )
-        self.actor = actor_of(config, path) if arguments.actor else None
 
     def requests(self, round_: int) -> list[GenerationRequest]:
         return [

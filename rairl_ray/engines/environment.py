@@ -36,7 +36,7 @@ def compute_environment(device: str, threads: int) -> dict[str, str]:
     On a CPU roles take turns on the same cores, so a thread without work must sleep at once. GNU's OpenMP,
     which torch brings, spins instead, and where others want the cores a barrier then takes seconds
     (docs/performance.md). Intel's is preloaded where it is installed, GNU's told to sleep elsewhere; what the
-    user set stays.
+    user set stays. Left alone, Intel's binds every process that one with it forks to a single core.
     """
     variables = {
         "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
@@ -49,6 +49,7 @@ def compute_environment(device: str, threads: int) -> dict[str, str]:
         if "libiomp5" not in preloaded:
             variables["LD_PRELOAD"] = f"{openmp}:{preloaded}".rstrip(":")
         variables["KMP_BLOCKTIME"] = os.environ.get("KMP_BLOCKTIME", "1")
+        variables["KMP_AFFINITY"] = os.environ.get("KMP_AFFINITY", "none")
     elif "GOMP_SPINCOUNT" not in os.environ:
         variables["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     return variables

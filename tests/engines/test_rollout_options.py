@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +90,29 @@ def test_threads_without_work_sleep_and_what_the_user_set_stays(
     kept = compute_environment("cpu", 2)
     assert (kept["LD_PRELOAD"], kept["KMP_BLOCKTIME"]) == (f"{library}:/lib/theirs.so", "50")
     assert "LD_PRELOAD" not in compute_environment("cuda", 2)
+
+
+AFTER_A_FORK = """
+import os, subprocess, torch
+matrix = torch.randn(500, 500)
+matrix @ matrix
+def look():  # a function before the program makes a fork, as Ray does for its node's processes
+    pass
+command = ["grep", "Cpus_allowed:", "/proc/self/status"]
+said = subprocess.run(command, capture_output=True, preexec_fn=look).stdout
+print(bin(int(said.split()[1].replace(b",", b""), 16)).count("1"), len(os.sched_getaffinity(0)))
+"""
+
+
+def test_processes_begun_beside_intels_openmp_keep_all_cores() -> None:
+    """A driver under LD_PRELOAD, as vLLM's pages advise, once gave its whole cluster one core."""
+    variables = compute_environment("cpu", 2)
+    if "KMP_BLOCKTIME" not in variables or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs Intel's OpenMP and two cores")
+    command = [sys.executable, "-c", AFTER_A_FORK]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120)
+    child, own = done.stdout.split()
+    assert child == own, done.stderr
 
 
 def test_draw_inverts_the_distribution() -> None:
