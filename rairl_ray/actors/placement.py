@@ -259,45 +259,53 @@ def check_against(plan: PlacementPlan, nodes: Sequence[Node]) -> None:
     if plan.strategy == SPREAD_ROLLOUTS:
         key = "set placement.gpus_per_node" if plan.device == "gpu" else "write placement.strategy=PACK"
         remedy += f", or {key} (SPREAD_ROLLOUTS keeps that many ranks of a learner on one node)"
-    asked_for = list(zip(plan.bundles, plan.labels, strict=True))
-    for bundle, selector in asked_for:
+    for bundle, selector in zip(plan.bundles, plan.labels, strict=True):
         if not any(node.holds(bundle, selector) for node in nodes):
             raise PlacementError(
                 f"placement: no node of the cluster{_having(selector)} holds a bundle of "
                 f"{_said(bundle)}{remedy}"
             )
-    if plan.strategy == "STRICT_PACK":
-        whole = {name: plan.total(name) for bundle in plan.bundles for name in bundle}
-        if not any(
-            all(node.has(selector) for selector in plan.labels) and _fits(whole, node.resources)
-            for node in nodes
-        ):
-            every = {key: value for selector in plan.labels for key, value in selector.items()}
-            raise PlacementError(
-                f"placement.strategy=STRICT_PACK: no single node{_having(every)} holds {_said(whole)}; write "
-                f"PACK{remedy}"
-            )
+    _, missed = _first_fit(plan, nodes)
+    if missed is None:
         return
-    _check_side_by_side(asked_for, nodes, remedy)
+    bundle, selector = missed
+    if plan.strategy == "STRICT_PACK":
+        raise PlacementError(
+            f"placement.strategy=STRICT_PACK: no single node{_having(selector)} holds {_said(bundle)}; write "
+            f"PACK{remedy}"
+        )
+    raise PlacementError(
+        f"placement: the nodes{_having(selector)} together have enough, but a bundle of "
+        f"{_said(bundle)} fits on none of them beside the others{remedy}"
+    )
 
 
-def _check_side_by_side(
-    asked_for: Sequence[tuple[dict[str, float], dict[str, str]]], nodes: Sequence[Node], remedy: str
-) -> None:
-    """First fit, those with the fewest nodes first, then the largest, so that small ones fill the gaps."""
-    free = [node._replace(resources=dict(node.resources)) for node in nodes]
-    choices = {said(selector): sum(node.has(selector) for node in nodes) for _, selector in asked_for}
-    for bundle, selector in sorted(
-        asked_for, key=lambda asked: (choices[said(asked[1])], -asked[0].get("GPU", 0.0), -asked[0]["CPU"])
-    ):
-        index = next((i for i, node in enumerate(free) if node.holds(bundle, selector)), None)
+def _first_fit(
+    plan: PlacementPlan, nodes: Sequence[Node]
+) -> tuple[list[Node], tuple[dict[str, float], dict[str, str]] | None]:
+    """The nodes with what a run leaves of them, and the first bundle that fits on none, with its labels.
+
+    Bundles with the fewest nodes come first, then the largest, so that small ones fill the gaps. STRICT_PACK is
+    one bundle of all.
+    """
+    asked_for = [(bundle, [labels]) for bundle, labels in zip(plan.bundles, plan.labels, strict=True)]
+    if plan.strategy == "STRICT_PACK":
+        asked_for = [({name: plan.total(name) for bundle in plan.bundles for name in bundle}, [*plan.labels])]
+
+    def urgency(asked: tuple[dict[str, float], list[dict[str, str]]]) -> tuple[float, float, float]:
+        bundle, selectors = asked
+        choices = sum(all(map(node.has, selectors)) for node in nodes)
+        return choices, -bundle.get("GPU", 0.0), -bundle["CPU"]
+
+    free = [*nodes]
+    for bundle, selectors in sorted(asked_for, key=urgency):
+        good = (i for i, node in enumerate(free) if all(node.holds(bundle, one) for one in selectors))
+        index = next(good, None)
         if index is None:
-            raise PlacementError(
-                f"placement: the nodes{_having(selector)} together have enough, but a bundle of "
-                f"{_said(bundle)} fits on none of them beside the others{remedy}"
-            )
+            return free, (bundle, {key: value for one in selectors for key, value in one.items()})
         left = {name: amount - bundle.get(name, 0.0) for name, amount in free[index].resources.items()}
         free[index] = free[index]._replace(resources=left)
+    return free, None
 
 
 def _check_labels(plan: PlacementPlan, nodes: Sequence[Node]) -> None:
@@ -335,19 +343,13 @@ def kinds(nodes: Sequence[Node]) -> list[tuple[Node, int]]:
 
 
 def room(plan: PlacementPlan, nodes: Sequence[Node]) -> int:
-    """How many such runs idle nodes hold at once, by sums over the nodes that each label selector chooses."""
-    most = []
-    for selector in ({}, *plan.labels):
-        for name in {name for bundle in plan.bundles for name in bundle}:
-            asked = sum(
-                bundle.get(name, 0.0)
-                for bundle, labels in zip(plan.bundles, plan.labels, strict=True)
-                if not selector or labels == selector
-            )
-            there = sum(node.resources.get(name, 0.0) for node in nodes if node.has(selector))
-            if asked:
-                most.append(int(there / round(asked, 4) + 1e-6))
-    return min(most)
+    """How many such runs idle nodes hold at once, each placed beside those before it."""
+    count = 0
+    free, missed = _first_fit(plan, nodes)
+    while missed is None:
+        count += 1
+        free, missed = _first_fit(plan, free)
+    return count
 
 
 def side_by_side(bundle: Mapping[str, float], selector: Mapping[str, str], nodes: Sequence[Node]) -> int:

@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import pytest
 import ray
+from hypothesis import given
+from hypothesis import strategies as st
 from ray._private.label_utils import validate_label_selector
 from ray.util.placement_group import placement_group, placement_group_table
 from rich.console import Console
@@ -113,6 +115,42 @@ def test_as_many_runs_at_once_as_the_labelled_nodes_hold() -> None:
     assert room(plan, [labelled(100, STEADY), labelled(7, SPOT)]) == 3
     assert room(plan, [labelled(3, STEADY), labelled(8, SPOT)]) == 2
     assert room(plan, [labelled(6, None), labelled(6, None)]) == 3
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 6))
+def test_runs_of_one_bundle_are_counted_node_by_node(sizes: list[int], cpus: int) -> None:
+    """A bundle does not straddle nodes: with sums, 2 nodes of 8 would hold 3 runs that take 5."""
+    roles = {"learner": {"replicas": 1}, "rollout": {"replicas": 1}}
+    plan = bundles(make(placement={"cpus_per_actor": cpus / 3}, **roles), "cpu")
+    assert [round(bundle["CPU"], 3) for bundle in plan.bundles] == [cpus]
+    assert room(plan, [labelled(size, None) for size in sizes]) == sum(size // cpus for size in sizes)
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=3),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.sampled_from(["PACK", "STRICT_PACK", "SPREAD"]),
+)
+def test_that_many_runs_pass_the_check_together_and_no_more(
+    sizes: list[int], replicas: int, ranks: int, strategy: str
+) -> None:
+    """Against the check itself: so many runs as one large plan are served; one more never by the sums."""
+    roles = {"learner": {"replicas": ranks}, "rollout": {"replicas": replicas}}
+    placed = {"type": "disaggregated", "strategy": strategy, "cpus_per_actor": 1}
+    plan = bundles(make(placement=placed, **roles), "cpu")
+    nodes = [labelled(size, None) for size in sizes]
+    count = room(plan, nodes)
+    assert count * plan.total("CPU") <= sum(sizes)
+    if strategy == "STRICT_PACK":
+        assert count == sum(size // int(plan.total("CPU")) for size in sizes)
+    else:  # bundles of one CPU leave no gap
+        assert count == sum(sizes) // int(plan.total("CPU"))
+    if count:
+        check_against(plan, nodes)
+    else:
+        with pytest.raises(PlacementError):
+            check_against(plan, nodes)
 
 
 def test_a_promised_node_takes_any_label_and_kinds_are_counted() -> None:
