@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from rairl_ray.errors import DataError
+from rairl_ray.errors import DataError, PlacementError
 
 REWARD_FILE = "reward.json"
 """The settings in the folder of a saved reward model; light readers know a whole one by it."""
+SEEN_SECONDS = 10.0
+"""How long a node may take to see what another one has written: network file systems keep lists of folders."""
+LOOK_SECONDS = 0.5
+SIGN = ".seen-"
+"""How the name of a file begins that says whose disk a folder is on."""
 
 
 def fsync_folder(folder: Path) -> None:
@@ -116,3 +123,37 @@ def read_json_lines(path: Path, *, skip_broken: bool = False) -> list[dict[str, 
             ) from error
         rows.append(row)
     return rows
+
+
+@contextmanager
+def planted(folder: Path) -> Iterator[Path]:
+    """A new file in a folder while the block lasts: a folder of the same name on another disk has none.
+
+    What a killed process has left is removed. Raises OSError where the folder cannot be written.
+    """
+    for old in folder.glob(f"{SIGN}*"):
+        old.unlink(missing_ok=True)
+    sign = folder / f"{SIGN}{uuid.uuid4().hex[:12]}"
+    sign.touch()
+    try:
+        yield sign
+    finally:
+        sign.unlink(missing_ok=True)
+
+
+def unseen(paths: Iterable[str | Path]) -> list[str]:
+    """Those of the paths that this machine does not see within SEEN_SECONDS."""
+    missing, until = [str(path) for path in paths], time.monotonic() + SEEN_SECONDS
+    while missing := [path for path in missing if not Path(path).exists()]:
+        if time.monotonic() > until:
+            break
+        time.sleep(LOOK_SECONDS)
+    return missing
+
+
+def not_shared(key: str, path: str | Path, node: str) -> PlacementError:
+    """The line about a path that a node does not see. `key`: what names the path."""
+    return PlacementError(
+        f"{key}: node {node} does not see {path}; put it on a disk that all nodes share (an output_dir with a "
+        "scheme is staged in $RAIRL_STAGING, a model of the hub in $HF_HOME)"
+    )

@@ -7,9 +7,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -35,8 +37,26 @@ def cold() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("RAIRL_WARM")}
 
 
-def local(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    command = ["bash", SCRIPT, *arguments]
+@cache
+def refused_apart() -> str:
+    """Why no process of this machine can have a disk of its own; empty where one can."""
+    if shutil.which("unshare") is None:
+        return "needs unshare (util-linux)"
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([*on_own_disk(Path(folder)), "true"], capture_output=True, text=True, timeout=30)
+    return f"this kernel, or this user, gives no mount namespaces: {done.stderr}" if done.returncode else ""
+
+
+def on_own_disk(folder: Path) -> list[str]:
+    """The beginning of a command for whose processes a folder is another, empty disk."""
+    return ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folder)]
+
+
+def local(
+    *arguments: str, timeout: float = 200, before: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """`cluster/local.sh ARGUMENTS`; `before`: the beginning of the command."""
+    command = [*before, "bash", SCRIPT, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=cold())
 
 
@@ -71,12 +91,20 @@ class SeparateNodes:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
         return {**kept, **token, "MLFLOW_DISABLE_TELEMETRY": "true"}
 
-    def call(self, *arguments: str) -> None:
+    def launch(self, *arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+        """`python launch.py ARGUMENTS` with the cluster's token."""
+        command = [sys.executable, "launch.py", *arguments]
+        environment = {**self.environment, "COLUMNS": "400"}
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+
+    def call(self, *arguments: str, before: Sequence[str] = ()) -> None:
         """A verb of the script. Raises AssertionError with what it said where it fails."""
         if self._begun is not None:
             assert self._begun.wait(200) == 0
             self._begun = None
-        done = local(*arguments, *self.options)
+        done = local(*arguments, *self.options, before=before)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def begin(self, *arguments: str) -> None:
@@ -109,11 +137,15 @@ def marked(folder: Path) -> list[psutil.Process]:
 
 
 @contextmanager
-def separate_nodes(workers: int, *options: str) -> Iterator[SeparateNodes]:
-    """Such a cluster, in a short folder (sockets lie below it); nothing of it is left afterwards."""
+def separate_nodes(workers: int, *options: str, apart: Path | None = None) -> Iterator[SeparateNodes]:
+    """Such a cluster, in a short folder (sockets lie below it); nothing of it is left afterwards.
+
+    Args:
+        apart: a folder that is an empty disk for all nodes (`refused_apart`).
+    """
     nodes = SeparateNodes(Path(f"/tmp/rairl-t-{uuid.uuid4().hex[:8]}"), free_ports())
     try:
-        nodes.call("up", str(workers), *options)
+        nodes.call("up", str(workers), *options, before=() if apart is None else on_own_disk(apart))
         yield nodes
     finally:
         local("down", *nodes.options)

@@ -22,8 +22,9 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import ExecutionTimeoutError
 
+from rairl_ray.actors.shared_disk import require_shared
 from rairl_ray.errors import DataError, RunFailure, UserError
-from rairl_ray.files import stream_json_lines, write_json_lines
+from rairl_ray.files import planted, stream_json_lines, write_json_lines
 
 RETRIES = 2
 """Times that the pool is started again after an actor died, for the chunks that have no part yet."""
@@ -125,9 +126,15 @@ class ChunkActor:
     """One process of the pool."""
 
     def __init__(
-        self, source: Path, parts: Path, make: Callable[..., LineMap], arguments: Mapping[str, Any]
+        self,
+        source: Path,
+        parts: Path,
+        sign: Path,
+        make: Callable[..., LineMap],
+        arguments: Mapping[str, Any],
     ) -> None:
-        self._source, self._parts = source, parts
+        """Args: sign: what the driver planted among the parts."""
+        self._source, self._parts, self._sign = source, parts, sign
         self._make, self._arguments = make, arguments
         self._map: LineMap | None = None
 
@@ -136,6 +143,7 @@ class ChunkActor:
         chunk = Chunk(**{name: int(values[0]) for name, values in batch.items()})
         try:
             if self._map is None:
+                require_shared(self._sign, self._source)
                 self._map = self._make(**self._arguments)
             write_json_lines(part_of(self._parts, chunk), self._map(read_chunk(self._source, chunk)))
         except UserError as error:
@@ -175,9 +183,10 @@ def map_file(
         if not missing:
             return
         try:
-            for _ in _finished(source, missing, parts, make, arguments, pool):
-                done += 1
-                progress(done)
+            with planted(parts) as sign:
+                for _ in _finished(source, missing, parts, sign, make, arguments, pool):
+                    done += 1
+                    progress(done)
             return
         except (ExecutionTimeoutError, ray.exceptions.RayError) as error:
             if attempt == RETRIES:
@@ -191,6 +200,7 @@ def _finished(
     source: Path,
     chunks: Sequence[Chunk],
     parts: Path,
+    sign: Path,
     make: Callable[..., LineMap],
     arguments: Mapping[str, Any],
     pool: Pool,
@@ -204,7 +214,7 @@ def _finished(
             ChunkActor,
             batch_size=1,
             compute=ActorPoolStrategy(size=min(pool.actors, len(chunks)), max_tasks_in_flight_per_actor=2),
-            fn_constructor_args=(source.absolute(), parts.absolute(), make, dict(arguments)),
+            fn_constructor_args=(source.absolute(), parts.absolute(), sign.absolute(), make, dict(arguments)),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
             runtime_env={"env_vars": dict(pool.environment)},

@@ -22,6 +22,7 @@ from rairl_ray.actors.head import ANEW_SECONDS, Stranded, check_own, insist, nev
 from rairl_ray.actors.placement import PlacementPlan, Slot
 from rairl_ray.actors.process_monitor import FAULTS, ActorProcess, ProcessMonitor
 from rairl_ray.errors import PlacementError, RunFailure, UserError
+from rairl_ray.files import unseen
 
 LOOK_SECONDS = 0.5
 """Between two looks at whether a wait is still wanted."""
@@ -84,6 +85,10 @@ class RankActor:
     def whereabouts(self) -> tuple[str, int, str]:
         """(node address, process id, Ray's node id)"""
         return whereabouts()
+
+    def unseen(self, paths: Sequence[str]) -> list[str]:
+        """Those of the paths that this rank's node does not see."""
+        return unseen(paths)
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port on this rank's node, for the group's collectives."""

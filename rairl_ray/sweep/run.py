@@ -49,7 +49,7 @@ from rairl_ray.sweep.schedulers import id_of, scheduler_of
 from rairl_ray.sweep.search import Points
 from rairl_ray.sweep.status import SweepDisplay
 from rairl_ray.sweep.stopping import WHOLE, forget_requests, leave_request, listening, stop_request
-from rairl_ray.sweep.supervise import trainable
+from rairl_ray.sweep.supervise import WHY, trainable
 from rairl_ray.trainer.outputs import staged
 from rairl_ray.trainer.run import filled_in, made_by, train
 from rairl_ray.trainer.run_context import code_version, refuse_other
@@ -229,7 +229,8 @@ class Progress(tune.Callback):
             return
         state = state_of(self._file, id_of(trial))
         if state not in DONE:
-            self.note(f"{id_of(trial)}: failed; {last_line(trial_log(self._file, id_of(trial)))}")
+            why = (trial.last_result or {}).get(WHY) or last_line(trial_log(self._file, id_of(trial)))
+            self.note(f"{id_of(trial)}: failed; {why}")
             return
         self._done += 1
         last = trial.last_result or {}

@@ -23,6 +23,7 @@ import ray
 from ray import tune
 
 from rairl_ray.actors.draining import Drained, draining_nodes
+from rairl_ray.files import not_shared, unseen
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.sweep.points import newest_run, override
 from rairl_ray.sweep.remote import asked_elsewhere, on_this_node, send_log
@@ -37,6 +38,8 @@ ENDED = -1
 """`step` of a trial's last report, which holds its final evaluation."""
 REPORT = "report"
 """Number of the report, counted over the whole run whatever process made it; the last one has none."""
+WHY = "why"
+"""In the last report of a trial that did not run: the reason. There is no log that the sweep could read."""
 _PR_SET_PDEATHSIG = 1
 _KEPT = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
 
@@ -55,6 +58,9 @@ def run_trial(spec: dict[str, Any]) -> None:
     final evaluation lacks is reported as NaN; the sweep's end says so. Where one of the files `stops` exists
     (stopping.py), the run saves and leaves, or does not start.
     """
+    if problem := _not_here(spec):
+        tune.report({**dict.fromkeys(spec["metrics"], math.nan), "step": ENDED, WHY: problem})
+        return
     spec = on_this_node(spec)
     folder, failures, code = _newest(spec), 0, 0
     # A run that has ended without all of it having arrived in a bucket is resumed, which uploads the rest.
@@ -73,6 +79,14 @@ def run_trial(spec: dict[str, Any]) -> None:
             break
     values = final_values(folder) if finished(folder) else {}
     tune.report({**dict.fromkeys(spec["metrics"], math.nan), **values, "step": ENDED})
+
+
+def _not_here(spec: dict[str, Any]) -> str:
+    """Why the trial cannot run on this node, where its folder would be on another disk than the sweep's."""
+    above = Path(spec["stops"][0]).parents[1]
+    if spec.get("remote") or not unseen([above]):
+        return ""
+    return str(not_shared("output_dir", above, ray.util.get_node_ip_address()))
 
 
 def _newest(spec: dict[str, Any]) -> RunFolder:

@@ -20,6 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -33,6 +34,7 @@ from rairl_ray.actors.weight_sync import put_update
 from rairl_ray.config.machine_schema import Timeouts
 from rairl_ray.engines.weights import saved_chunks
 from rairl_ray.errors import UserError
+from rairl_ray.files import planted
 from rairl_ray.runfolder import Summary
 from rairl_ray.trainer.async_checkpointer import AsyncCheckpointer
 from rairl_ray.trainer.evaluator import Evaluator, values_of
@@ -156,7 +158,8 @@ class Fit:
 
     def _fit(self) -> None:
         try:
-            _trainer(self._context, self._workers, self._channel).fit()
+            with planted(self._context.folder.root) as sign:
+                _trainer(self._context, self._workers, self._channel, sign).fit()
         except BaseException as error:
             self._error = error
 
@@ -240,7 +243,7 @@ def phase_seconds(timeouts: Timeouts, phase: str) -> float:
     }[phase]
 
 
-def _trainer(context: RunContext, workers: WorkerGroups, channel: SftChannel) -> TorchTrainer:
+def _trainer(context: RunContext, workers: WorkerGroups, channel: SftChannel, sign: Path) -> TorchTrainer:
     config = context.config
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     resources = dict(context.plan.roles["policy"][0].resources)
@@ -255,6 +258,7 @@ def _trainer(context: RunContext, workers: WorkerGroups, channel: SftChannel) ->
             "policy_path": context.prepared.policy_path,
             "device": workers.device,
             "folder": str(context.folder.root),
+            "sign": sign,
             "verified": context.verified,
             "channel": channel.handle,
         },

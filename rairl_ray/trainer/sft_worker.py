@@ -22,6 +22,7 @@ import torch.distributed as dist
 from rairl_ray import metrics as names
 from rairl_ray.actors.learner import merged, shard
 from rairl_ray.actors.policy import IDLE
+from rairl_ray.actors.shared_disk import require_shared
 from rairl_ray.checkpoint import CheckpointStore
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.data.batching import policy_tensors
@@ -48,6 +49,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     else:  # Ray Train shows a rank all its node's GPUs; DeepSpeed takes the one that LOCAL_RANK counts
         os.environ["LOCAL_RANK"] = str(ray.train.torch.get_device().index)
     try:
+        require_shared(settings["sign"])
         Worker(settings, channel, context.get_world_rank(), context.get_world_size()).run()
     except Exception as error:
         # Ray Train would hand on the traceback alone. A channel that is gone has no use for it either.
