@@ -131,6 +131,8 @@ def test_nodes_with_a_disk_of_their_own_refuse_every_job(tmp_path: Path) -> None
             told[name] = done.stderr.strip().splitlines()[-1:]
             assert done.returncode == 2, (name, done.stdout, done.stderr)
         done = nodes.launch("sweep", sweep, f"address={nodes.address}")
-        told["sweep"] = [line for line in done.stderr.splitlines() if "does not see" in line][-1:]
+        said = (done.stdout + done.stderr).splitlines()
+        told["sweep"] = [line for line in said if "does not see" in line][-1:]
+        assert done.returncode == 1, said
     print(told)
     assert all(len(line) == 1 and f"does not see {own}" in line[0] for line in told.values()), told

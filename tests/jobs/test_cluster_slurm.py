@@ -62,7 +62,10 @@ def processes_of(job: str) -> list[str]:
 
 
 def nothing_left(job: str) -> None:
-    until(lambda: not processes_of(job), Path("/nonexistent"), 60)
+    deadline = time.monotonic() + 60
+    while left := processes_of(job):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
     assert not Path(f"/tmp/rairl-{job}").exists()
     assert not (ROOT / "runs" / ".slurm" / job / "token").exists()
     shutil.rmtree(ROOT / "runs" / ".slurm" / job)
