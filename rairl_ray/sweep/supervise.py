@@ -83,7 +83,7 @@ def run_trial(spec: dict[str, Any]) -> None:
 
 def _not_here(spec: dict[str, Any]) -> str:
     """Why the trial cannot run on this node, where its folder would be on another disk than the sweep's."""
-    above = Path(spec["stops"][0]).parents[1]
+    above = Path(spec["folder"]).parents[1]
     if spec.get("remote") or not unseen([above]):
         return ""
     return str(not_shared("output_dir", above, ray.util.get_node_ip_address()))

@@ -22,9 +22,7 @@ from rairl_ray.actors.draining import Drained
 from rairl_ray.actors.group import GroupFailure, pause_after
 from rairl_ray.actors.head import Stranded
 from rairl_ray.actors.process_monitor import ProcessMonitor
-from rairl_ray.actors.shared_disk import check_shared
 from rairl_ray.errors import PlacementError, RunFailure
-from rairl_ray.files import planted
 from rairl_ray.trainer.run_context import RunContext
 from rairl_ray.trainer.worker_groups import WorkerGroups, start_worker_groups
 
@@ -114,15 +112,8 @@ class Recovery:
     def start_workers(self) -> WorkerGroups:
         """The workers of this attempt, on nodes that see the run's files."""
         assert self._monitor is not None
-        context, prepared = self._context, self._context.prepared
-        workers = start_worker_groups(prepared, context.plan, self._monitor)
-        models = {
-            "model.policy.path": prepared.policy_path,
-            "model.discriminator.path": prepared.discriminator_path,
-        }
-        with planted(context.folder.root) as sign:
-            check_shared(self._monitor, sign, models, context.config.timeouts.start_seconds)
-        return workers
+        context = self._context
+        return start_worker_groups(context.prepared, context.plan, self._monitor, context.folder.root)
 
     def ready(self) -> None:
         """Training goes on where it should: after a failure, say what that took."""

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import ray
@@ -34,8 +35,10 @@ from rairl_ray.actors.pool import Spawn
 from rairl_ray.actors.process_monitor import ActorProcess, ProcessMonitor
 from rairl_ray.actors.rollout import RolloutWorkers
 from rairl_ray.actors.rollout_actor import RolloutActor, rollout_environment
+from rairl_ray.actors.shared_disk import check_shared
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import PlacementError
+from rairl_ray.files import planted
 from rairl_ray.trainer.prepare import Prepared
 
 SOCKET_BYTES = 107
@@ -167,10 +170,15 @@ class WorkerGroups:
             ask(self.monitor.release, patience())
 
 
-def start_worker_groups(prepared: Prepared, plan: PlacementPlan, monitor: ProcessMonitor) -> WorkerGroups:
+def start_worker_groups(
+    prepared: Prepared, plan: PlacementPlan, monitor: ProcessMonitor, folder: Path
+) -> WorkerGroups:
     """Reserve the plan's bundles and start its roles (of SFT only the rollout engine, for evaluation).
 
     Whatever fails, the process monitor knows what there is to end.
+
+    Args:
+        folder: the run's, which all nodes must see.
     """
     config = prepared.config
     device: Literal["cpu", "cuda"] = "cuda" if plan.device == "gpu" else "cpu"
@@ -196,6 +204,10 @@ def start_worker_groups(prepared: Prepared, plan: PlacementPlan, monitor: Proces
         for role in plan.roles
     }
     processes = start_processes(created, monitor, config.timeouts.start_seconds)
+    paths = (prepared.policy_path, prepared.discriminator_path)
+    models = dict(zip(("model.policy.path", "model.discriminator.path"), paths, strict=True))
+    with planted(folder) as sign:
+        check_shared(monitor, sign, models, config.timeouts.start_seconds)
 
     def spawn(rank: int, group: PlacementGroup, slot: Slot) -> ActorProcess:
         kind, environment, arguments = roles["rollout"]

@@ -152,6 +152,7 @@ def failing_context(
         config=config,
         prepared=None,
         plan=None,
+        folder=SimpleNamespace(root=None),
         resumed=False,
         stop=StopRequest(),
         lent=None,

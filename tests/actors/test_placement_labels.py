@@ -69,7 +69,7 @@ def test_ray_train_reserves_sft_learners_by_the_policys_labels(
         )  # fmt: skip
         given: Any = sft._trainer(
             cast(Any, context), cast(Any, SimpleNamespace(device="cpu", monitor=monitor)),
-            cast(Any, SimpleNamespace(handle=None)),
+            cast(Any, SimpleNamespace(handle=None)), tmp_path,
         )  # fmt: skip
         assert given["scaling_config"].label_selector == found
         assert given["scaling_config"].num_workers == 2

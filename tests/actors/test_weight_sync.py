@@ -81,7 +81,7 @@ class Machine:
 def started(output: Path, *overrides: str) -> Machine:
     config = load_config(ROOT / "experiments/demo/grpo.yaml", [*SMALL, f"output_dir={output}", *overrides])
     prepared = prepare(config)
-    workers = start_worker_groups(prepared, place(config), ProcessMonitor(probe_seconds=30))
+    workers = start_worker_groups(prepared, place(config), ProcessMonitor(probe_seconds=30), output)
     workers.rollouts.open()
     assert workers.policy is not None
     workers.policy.open(10)

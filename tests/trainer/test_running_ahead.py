@@ -88,7 +88,7 @@ def test_without_staleness_it_is_the_plain_synchronous_run(tmp_path: Path) -> No
 def workers_of(prepared: Prepared) -> Iterator[WorkerGroups]:
     monitor = ProcessMonitor(probe_seconds=30)
     try:
-        yield start_worker_groups(prepared, place(prepared.config), monitor)
+        yield start_worker_groups(prepared, place(prepared.config), monitor, Path(prepared.config.output_dir))
     finally:
         monitor.end(60)
 
