@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 
+from rairl_ray.actors.process_monitor import MARK
 from rairl_ray.engines.environment import compute_environment
 
 pytestmark = pytest.mark.skipif("RAIRL_COLD" in os.environ, reason="RAIRL_COLD: no actor is a fork")
@@ -32,7 +33,8 @@ class Worker:
             "group": os.getpgrp(),
             "folder": os.getcwd(),
             "threads": torch.get_num_threads(),
-            "mark": os.environ["MARK"],
+            "mark": os.environ[MARK],
+            "cores": len(os.sched_getaffinity(0)),
             "raylet": int(os.environ["RAY_RAYLET_PID"]),
             "imported": "deepspeed" in self.modules,
         }
@@ -47,7 +49,7 @@ def private_ray() -> Iterator[None]:
 
 def forked(threads: int, mark: str) -> Any:
     kind: Any = ray.remote(Worker)
-    variables = {**compute_environment("cpu", threads), "MARK": mark}
+    variables = {**compute_environment("cpu", threads), MARK: mark}
     for _ in range(3):  # on a busy machine a server may come too late for the first
         actor = kind.options(num_cpus=0, runtime_env={"env_vars": variables}).remote()
         if ray.get(actor.about.remote())["imported"]:
@@ -64,7 +66,10 @@ def test_forks_are_the_workers_they_stand_for() -> None:
     assert (one["mark"], two["mark"]) == ("a", "b" * 3000)
     for about in (one, two):
         assert about["pid"] == about["group"] and about["folder"] != os.path.dirname(__file__)
-        assert psutil.Process(about["pid"]).environ()["MARK"] == about["mark"], "as /proc shows it"
+        assert psutil.Process(about["pid"]).environ()[MARK] == about["mark"], "as /proc shows it"
+        server = psutil.Process(about["pid"]).parent()
+        assert server is not None and MARK not in server.environ(), "a run would count, or end, its server"
+        assert about["cores"] == len(os.sched_getaffinity(0))
     here = Worker().numbers()
     assert ray.get([actor.numbers.remote() for actor in actors]) == [here, here]
     for actor in actors:

@@ -209,6 +209,7 @@ def test_a_trial_that_did_not_arrive_whole_is_resumed_to_upload_the_rest(
     changes = {"output_dir": uri} if place == "bucket" else {}
     file = load_sweep(written(tmp_path, overrides=WITHOUT_MLFLOW, **changes))
     item, codes, reports = trials(file)[0], iter([1, 0]), list[dict[str, float]]()
+    sweep_folder(file).mkdir(parents=True)  # as the sweep's process has made it
 
     def ended(_spec: dict[str, Any], _folder: RunFolder) -> int:
         if not trial_folder(file, item.id).exists():

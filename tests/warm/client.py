@@ -73,12 +73,13 @@ def start(path: Path, lock: int) -> None:
 
     Ray keeps from its import to which job a worker belongs (so each job has its servers) and whose end it
     follows: of forks it is the test session's, and this process, which Ray has started, follows its raylet for
-    them (`ended`).
+    them (`ended`). It bears no run's mark: it belongs to none, and would be ended, or counted, with its forks.
     """
     command = [sys.executable, str(Path(__file__).with_name("server.py")), str(path), "-" * 4096]
     places = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": places, "RAIRL_WARM_ROOM": "x" * 65536}
     environment["RAY_RAYLET_PID"] = environment["RAIRL_WARM_OWNER"]
+    environment.pop("RAIRL_MEMBER", None)
     with open(f"{path}.log", "a") as log:
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
