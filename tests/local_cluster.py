@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.runs import ROOT
+from tests.runs import ROOT, launch
 
 DRAIN = """
 import sys, time, ray
@@ -93,11 +93,7 @@ class SeparateNodes:
 
     def launch(self, *arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
         """`python launch.py ARGUMENTS` with the cluster's token."""
-        command = [sys.executable, "launch.py", *arguments]
-        environment = {**self.environment, "COLUMNS": "400"}
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-        )
+        return launch(*arguments, timeout=timeout, environment={**self.environment, "COLUMNS": "400"})
 
     def call(self, *arguments: str, before: Sequence[str] = ()) -> None:
         """A verb of the script. Raises AssertionError with what it said where it fails."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.runs import ROOT
+from tests.runs import launch
 
 START_SECONDS = 120.0
 
@@ -32,11 +32,7 @@ class LocalCluster:
 
     def launch(self, *arguments: str, timeout: float = 400, **extra: str) -> subprocess.CompletedProcess[str]:
         """`python launch.py ARGUMENTS` with the cluster's token."""
-        return subprocess.run(
-            [sys.executable, "launch.py", *arguments],
-            cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
-            env={**self.environment, **extra},
-        )  # fmt: skip
+        return launch(*arguments, timeout=timeout, environment={**self.environment, **extra})
 
     def processes(self) -> list[psutil.Process]:
         """Every process of this cluster: its folder is in their arguments or their environment."""

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +46,9 @@ TINY_AIRL = [
 ]
 
 
-def launch(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def launch(
+    *arguments: str, timeout: float = 600, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
     """`python launch.py ARGUMENTS` in a process of its own, from the project's root."""
     return subprocess.run(
         [sys.executable, "launch.py", *arguments],
@@ -53,7 +56,7 @@ def launch(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true"},
     )
 
 

@@ -28,8 +28,7 @@ def require_shared(sign: Path, *files: Path) -> None:
         PlacementError: naming the folder, or the first of the other files.
     """
     if missing := unseen([sign, *files]):
-        seen = missing[0] != str(sign)
-        key, path = ("file", missing[0]) if seen else ("output_dir", str(sign.parent))
+        key, path = ("output_dir", str(sign.parent)) if missing[0] == str(sign) else ("file", missing[0])
         raise not_shared(key, path, ray.util.get_node_ip_address())
 
 

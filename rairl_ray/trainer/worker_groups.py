@@ -204,8 +204,10 @@ def start_worker_groups(
         for role in plan.roles
     }
     processes = start_processes(created, monitor, config.timeouts.start_seconds)
-    paths = (prepared.policy_path, prepared.discriminator_path)
-    models = dict(zip(("model.policy.path", "model.discriminator.path"), paths, strict=True))
+    models = {
+        "model.policy.path": prepared.policy_path,
+        "model.discriminator.path": prepared.discriminator_path,
+    }
     with planted(folder) as sign:
         check_shared(monitor, sign, models, config.timeouts.start_seconds)
 

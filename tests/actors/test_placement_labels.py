@@ -132,10 +132,10 @@ def test_runs_of_one_bundle_are_counted_node_by_node(sizes: list[int], cpus: int
     st.integers(1, 2),
     st.sampled_from(["PACK", "STRICT_PACK", "SPREAD"]),
 )
-def test_that_many_runs_pass_the_check_together_and_no_more(
+def test_runs_of_bundles_without_gaps_are_counted_as_their_sums_and_none_is_what_the_check_refuses(
     sizes: list[int], replicas: int, ranks: int, strategy: str
 ) -> None:
-    """Against the check itself: so many runs as one large plan are served; one more never by the sums."""
+    """Bundles of one CPU fill every node, STRICT_PACK's runs each want one node for all of theirs."""
     roles = {"learner": {"replicas": ranks}, "rollout": {"replicas": replicas}}
     placed = {"type": "disaggregated", "strategy": strategy, "cpus_per_actor": 1}
     plan = bundles(make(placement=placed, **roles), "cpu")
@@ -144,7 +144,7 @@ def test_that_many_runs_pass_the_check_together_and_no_more(
     assert count * plan.total("CPU") <= sum(sizes)
     if strategy == "STRICT_PACK":
         assert count == sum(size // int(plan.total("CPU")) for size in sizes)
-    else:  # bundles of one CPU leave no gap
+    else:
         assert count == sum(sizes) // int(plan.total("CPU"))
     if count:
         check_against(plan, nodes)

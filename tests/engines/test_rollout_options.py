@@ -19,6 +19,7 @@ from rairl_ray.engines.rollout_engine import EngineOptions, SamplingSettings, ch
 from rairl_ray.engines.vllm_engine import llm_arguments, vllm_environment
 from rairl_ray.errors import ModelError
 from rairl_ray.keys import occurrences
+from tests.runs import ROOT
 
 SAMPLING = SamplingSettings(max_tokens=1)
 
@@ -104,13 +105,19 @@ print(bin(int(said.split()[1].replace(b",", b""), 16)).count("1"), len(os.sched_
 """
 
 
-def test_processes_begun_beside_intels_openmp_keep_all_cores() -> None:
+@pytest.mark.parametrize("who", ["driver", "actor"])
+def test_processes_begun_beside_intels_openmp_keep_all_cores(who: str) -> None:
     """A driver under LD_PRELOAD, as vLLM's pages advise, once gave its whole cluster one core."""
-    variables = compute_environment("cpu", 2)
-    if "KMP_BLOCKTIME" not in variables or len(os.sched_getaffinity(0)) < 2:
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if not library.exists() or len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs Intel's OpenMP and two cores")
-    command = [sys.executable, "-c", AFTER_A_FORK]
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KMP_")}
+    variables = compute_environment("cpu", 2) if who == "actor" else {"LD_PRELOAD": str(library)}
+    code = AFTER_A_FORK if who == "actor" else f"import launch\n{AFTER_A_FORK}"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**inherited, **variables}, capture_output=True, text=True, timeout=120
+    )
     child, own = done.stdout.split()
     assert child == own, done.stderr
 
