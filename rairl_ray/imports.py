@@ -31,3 +31,20 @@ def without(*libraries: str) -> Iterator[None]:
                 del sys.modules[name]
         if collects:
             gc.enable()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Functions that are defined within under `torch.compile` stay as they are written.
+
+    For modules whose functions nobody here calls: the decorator alone loads torch's compiler, a second and a
+    thousand modules.
+    """
+    import torch
+
+    compiler = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler

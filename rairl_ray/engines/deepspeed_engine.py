@@ -36,7 +36,7 @@ from rairl_ray.engines.optimizer import RecordingAdamW, learning_rate_factor
 from rairl_ray.engines.outgoing import Outgoing, trained
 from rairl_ray.engines.safe_files import refuse_foreign_code
 from rairl_ray.engines.weights import CHUNK_BYTES, bounded
-from rairl_ray.imports import without
+from rairl_ray.imports import uncompiled, without
 from rairl_ray.keys import key_seed
 from rairl_ray.types import Written
 
@@ -44,6 +44,9 @@ with without("mlflow"):  # which DeepSpeed loads for its autotuner alone
     import deepspeed
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from deepspeed.utils import logger as deepspeed_logger
+
+    with uncompiled():  # its Muon, which ZeRO loads when it starts and nobody here uses
+        import deepspeed.runtime.zero.muon.original_muon
 
 deepspeed_logger.setLevel(logging.WARNING)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as hf_logging
@@ -192,6 +191,8 @@ class HfEngine:
     def load_adapter(
         self, tensors: Mapping[str, Tensor], adapter_config: Mapping[str, Any], version: int
     ) -> SyncReport:
+        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
         started = time.perf_counter()
         check_adapter(adapter_config, self._options)
         self.wake()

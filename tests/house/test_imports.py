@@ -7,21 +7,27 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from rairl_ray.imports import without
+from rairl_ray.imports import uncompiled, without
 from rairl_ray.sweep.run import trainable
 from tests.runs import ROOT
 
-LEARNER = "rairl_ray.actors.policy, rairl_ray.engines.deepspeed_engine, rairl_ray.engines.reward_heads"
+COMPILER = "torch._inductor.codecache"
+LEARNER = (
+    "rairl_ray.actors.policy, rairl_ray.engines.deepspeed_engine, rairl_ray.engines.reward_heads, "
+    # what ZeRO loads when it starts
+    "deepspeed.runtime.zero.stage3, deepspeed.runtime.zero.muon.muon_optimizer"
+)
 
 
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        (LEARNER, {"sklearn", "mlflow", "pandas", "boto3"}),
+        (LEARNER, {"sklearn", "mlflow", "pandas", "boto3", "peft", COMPILER}),
         (
             "rairl_ray.actors.rollout_actor, rairl_ray.engines.hf_engine",
-            {"sklearn", "mlflow", "pandas", "boto3"},
+            {"sklearn", "mlflow", "pandas", "boto3", "peft", COMPILER},
         ),
         (
             "rairl_ray.trainer.run, rairl_ray.trainer.rl_trainer",
@@ -42,6 +48,19 @@ def test_a_process_loads_nothing_that_it_does_not_use(modules: str, absent: set[
 def test_tunes_worker_imports_the_watcher_alone() -> None:
     """A function travels to a worker as the name of its module, which is imported there."""
     assert trainable.__module__ == "rairl_ray.sweep.supervise"
+
+
+def test_functions_stay_as_they_are_written_within_and_are_compiled_afterwards() -> None:
+    compiler = torch.compile
+    with pytest.raises(ValueError), uncompiled():
+
+        @torch.compile
+        def double(x: int) -> int:
+            return 2 * x
+
+        assert type(double) is type(uncompiled) and double(2) == 4
+        raise ValueError
+    assert torch.compile is compiler
 
 
 def test_a_library_is_missing_within_and_there_afterwards() -> None:
