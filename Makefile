@@ -37,7 +37,7 @@ test-ci: install
 	$(BIN)/python -m pytest -m "$(CI_TESTS)" $(TWO) $(PYTEST_ARGS)
 
 test-matrix: install
-	$(BIN)/python -m pytest -m matrix $(PYTEST_ARGS)
+	RAIRL_COLD=1 $(BIN)/python -m pytest -m matrix $(PYTEST_ARGS)
 
 cluster-test: install
 	$(BIN)/python -m pytest -m cluster -rs $(PYTEST_ARGS)

@@ -1,20 +1,22 @@
-"""One rank of a DeepSpeed test, run as its own process by `launch` (used by test_deepspeed.py).
+"""The ranks of a DeepSpeed test, each a process of its own, started by `launch` (used by test_deepspeed.py).
 
-A spec is JSON: {"folder", "cases": [{"kind", "stage", "sizes", ...}]}. All cases of one launch share the
-processes, one engine after another, because importing and joining costs more than training tiny models.
+A case is a dictionary: {"name", "kind", "stage", "sizes", ...}. All cases of one launch share the processes,
+one engine after another, because joining costs more than training tiny models.
 """
 
 from __future__ import annotations
 
-import json
+import functools
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from rairl_ray.algorithms.discriminator_losses import gradient_penalty, segment_
 from rairl_ray.config.machine_schema import Learner
 from rairl_ray.config.schema import Build, Lora, Model, Optimizer
 from rairl_ray.data.batching import DiscriminatorTensors, discriminator_tensors
+from rairl_ray.engines.environment import setup_environment
 from rairl_ray.engines.heads import ImplicitModel, LogprobModel, ScalarModel
 from rairl_ray.engines.models import load_causal_lm, load_token_classifier, resolve_model
 from rairl_ray.engines.outgoing import merged, trained
@@ -148,33 +151,39 @@ def launch(cases: list[dict[str, Any]], folder: Path, world: int, timeout: float
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    spec = json.dumps({"folder": str(folder), "cases": cases})
-    command = [sys.executable, "-m", "tests.deepspeed_rank", spec]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(port)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=Path(__file__).resolve().parents[1],
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "TOKENIZERS_PARALLELISM": "false",
-                "TORCH_EXTENSIONS_DIR": str(stale_locks(folder)),
-            },
-        )
-        for rank in range(world)
-    ]
+    ranks = [forks().Process(target=one_rank, args=(cases, folder, rank, world, port)) for rank in range(world)]
+    deadline = time.monotonic() + timeout
     try:
-        outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(deadline - time.monotonic())
     finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, output in zip(ranks, outputs, strict=True):
-        if rank.returncode != 0:
-            raise AssertionError(f"a rank ended with {rank.returncode}:\n{output[-4000:]}")
+        for process in ranks:
+            process.kill()
+            process.join()
+    for rank, process in enumerate(ranks):
+        if process.exitcode != 0:
+            output = output_of(folder, rank).read_text()
+            raise AssertionError(f"rank {rank} ended with {process.exitcode}:\n{output[-4000:]}")
     return torch.load(folder / "result.pt")
+
+
+@functools.cache
+def forks() -> Any:
+    """Starts processes that have this file's imports: those take longer than most launches' training."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "rairl_ray.engines.deepspeed_engine"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        patch.setenv("DS_ACCELERATOR", DEVICE)
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def output_of(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.log"
 
 
 def stale_locks(folder: Path) -> Path:
@@ -338,21 +347,18 @@ def step_once(engine: Any, case: dict[str, Any], step: int, rank: int, world: in
     return engine.update(losses)
 
 
-def main() -> None:
-    spec, rank, world = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    from rairl_ray.engines.environment import setup_environment
-
+def one_rank(cases: list[dict[str, Any]], folder: Path, rank: int, world: int, port: int) -> None:
+    """What a process of `launch` does."""
+    with open(output_of(folder, rank), "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(stale_locks(folder))
     if DEVICE == "cuda":
         # as Ray does for an actor: a rank sees its own device alone
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank] if visible != [""] else str(rank)
-    setup_environment(rank, world, "127.0.0.1", int(sys.argv[4]), DEVICE, 1)
-    folder = Path(spec["folder"])
-    results = {case["name"]: run_case(case, folder, rank, world) for case in spec["cases"]}
+    setup_environment(rank, world, "127.0.0.1", port, DEVICE, 1)
+    results = {case["name"]: run_case(case, folder, rank, world) for case in cases}
     if rank == 0:
         torch.save(results, folder / "result.pt")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

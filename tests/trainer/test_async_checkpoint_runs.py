@@ -8,16 +8,28 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from rairl_ray import metrics as names
 from rairl_ray.checkpoint import CheckpointStore, verify
+from rairl_ray.config.schema import RunConfig
+from rairl_ray.metrics import (
+    DISCRIMINATOR_LOSS,
+    POLICY_LEARNING_RATE,
+    POLICY_LOSS,
+    REWARD_MEAN,
+    ROLLOUT_TOKENS,
+)
 from rairl_ray.runfolder import RunFolder
-from tests.runs import TINY, TINY_AIRL, descendants, launch, launch_background
+from rairl_ray.trainer.run import run
+from rairl_ray.trainer.run_context import StopRequest
+from rairl_ray.trainer.worker_groups import cluster
+from tests.inprocess import config_of, killed_after, rows_of
+from tests.runs import TINY, descendants, launch_background
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -71,81 +83,77 @@ def test_a_run_goes_on_beside_a_disk_that_refuses_and_fails_only_where_it_must_s
     assert len(error) == 1 and "could not be written" in error[0] and "File too large" in error[0]
     latest = CheckpointStore(folder).latest_valid()
     assert latest is not None and verify(latest) is None
-    steps_logged = [row["step"] for row in RunFolder(folder).read_metrics() if names.POLICY_LOSS in row]
+    steps_logged = [row["step"] for row in RunFolder(folder).read_metrics() if POLICY_LOSS in row]
     assert steps_logged == list(range(1, len(steps_logged) + 1))
 
 
-def stop_after(arguments: list[str], folder: Path, step: int) -> None:
-    """Start (or resume) the run, and Ctrl-C once it has logged the step."""
-    process = launch_background(*arguments)
-    rows = RunFolder(folder)
-    try:
-        wait_for(lambda: any(row["step"] >= step for row in rows.read_metrics()), process)
-        os.kill(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=300)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130, output
+def resumed(config: RunConfig, updates: dict[str, Any], until: int | None = None) -> None:
+    """Go on with the run on other ranks, to its end or until the step is logged."""
+    stop = StopRequest()
+
+    def look(step: int, _: dict[str, float]) -> None:
+        if step == until:
+            stop.ask()
+
+    changed = config.model_copy(update={"learner": config.learner.model_copy(update=updates)})
+    ended = run(changed, resume=config.name, stop=stop, sinks=[look])
+    assert ended.status == ("finished" if until is None else "stopped")
 
 
-def learner_of(folder: Path, role: str) -> tuple[int, int]:
-    """(ranks, ZeRO stage) that wrote the newest checkpoint."""
-    path = CheckpointStore(folder).latest_valid()
-    assert path is not None
-    facts = json.loads((path / role / "learner.json").read_text())
+def learner_of(folder: Path, role: str, step: int) -> tuple[int, int]:
+    """(ranks, ZeRO stage) that wrote a checkpoint."""
+    facts = json.loads((CheckpointStore(folder).path(step) / role / "learner.json").read_text())
     return facts["ranks"], facts["zero_stage"]
 
 
-@pytest.mark.parametrize("adapter", ["null", "4"], ids=["full", "adapter"])
-def test_ranks_and_stage_may_change_when_a_run_is_resumed(adapter: str, tmp_path: Path) -> None:
-    """Two ranks, one, two: the numbers are those of the run that was never stopped."""
-    arguments = ["train", "experiments/demo/airl.yaml", *TINY_AIRL, "warm_start=null", "trainer.steps=6",
-                 "discriminator.replay.capacity=16", "discriminator.replay.share=0.25", "tracking.uri=none",
-                 f"model.policy.lora.rank={adapter}", f"model.discriminator.lora.rank={adapter}",
-                 "trainer.checkpoint_every=0", "eval.at_end=false",
-                 "placement.cpus_per_actor=0.25"]  # fmt: skip
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    two = ["learner.replicas=2", "learner.discriminator_replicas=1", "learner.zero_stage=2"]
-    done = launch(*arguments, *two, f"output_dir={straight}", timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = stopped / "demo" / "airl"
-    here = [*arguments, f"output_dir={stopped}"]
-    resume = ["--resume", "demo/airl"]
-    stop_after([*here, *two], folder, 1)
-    assert learner_of(folder, "policy") == (2, 2) and learner_of(folder, "discriminator") == (1, 2)
-    one = ["learner.replicas=1", "learner.discriminator_replicas=2", "learner.zero_stage=3"]
-    stop_after([*here, *one, *resume], folder, 3)
-    assert learner_of(folder, "policy") == (1, 3) and learner_of(folder, "discriminator") == (2, 3)
-    done = launch(*here, *two, *resume, timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [
-        {
-            row["step"]: row
-            for row in RunFolder(path / "demo" / "airl").read_metrics()
-            if names.POLICY_LOSS in row
-        }
-        for path in (straight, stopped)
-    ]
-    assert list(rows[1]) == list(rows[0]) == [1, 2, 3, 4, 5, 6]
-    for name in (names.POLICY_LOSS, names.REWARD_MEAN, names.DISCRIMINATOR_LOSS, names.ROLLOUT_TOKENS):
+def close(whole: RunConfig, stopped: RunConfig, names: Sequence[str]) -> None:
+    """The same steps, with the same values up to the order of sums."""
+    rows = [{row["step"]: row for row in rows_of(c) if POLICY_LOSS in row} for c in (whole, stopped)]
+    assert list(rows[1]) == list(rows[0])
+    for name in names:
         values = [[row[name] for row in run.values()] for run in rows]
         assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-5), name
-    learning_rates = [[row[names.POLICY_LEARNING_RATE] for row in run.values()] for run in rows]
-    assert learning_rates[0] == learning_rates[1]
 
 
+@pytest.fixture(scope="module")
+def ray_started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with cluster(config_of("grpo", tmp_path_factory.mktemp("cluster"))):
+        yield
+
+
+@pytest.mark.usefixtures("ray_started")
+@pytest.mark.parametrize("rank", ["null", "4"], ids=["full", "adapter"])
+def test_ranks_and_stage_may_change_when_a_run_is_resumed(rank: str, tmp_path: Path) -> None:
+    """Two ranks, one, two: the numbers are those of the run that was never stopped."""
+    two = {"replicas": 2, "discriminator_replicas": 1, "zero_stage": 2}
+    one = {"replicas": 1, "discriminator_replicas": 2, "zero_stage": 3}
+    whole = config_of(
+        "airl", tmp_path / "whole", "trainer.steps=4", "trainer.keep_checkpoints=9", "eval.at_end=false",
+        "eval.at_start=false", "discriminator.replay.capacity=16", "discriminator.replay.share=0.25",
+        f"model.policy.lora.rank={rank}", f"model.discriminator.lora.rank={rank}",
+        *(f"learner.{key}={value}" for key, value in two.items()),
+    )  # fmt: skip
+    run(whole)
+    stopped = killed_after(whole, 1, tmp_path / "stopped")
+    folder = tmp_path / "stopped" / whole.name
+    resumed(stopped, one, until=2)
+    resumed(stopped, two)
+    ranks = [[learner_of(folder, role, step) for role in ("policy", "discriminator")] for step in (1, 2, 3)]
+    assert ranks == [[(2, 2), (1, 2)], [(1, 3), (2, 3)], [(2, 2), (1, 2)]]
+    close(whole, stopped, (POLICY_LOSS, REWARD_MEAN, DISCRIMINATOR_LOSS, ROLLOUT_TOKENS))
+    rates = [[row[POLICY_LEARNING_RATE] for row in rows_of(c) if POLICY_LOSS in row] for c in (whole, stopped)]
+    assert rates[0] == rates[1] and len(rates[0]) == 4
+
+
+@pytest.mark.usefixtures("ray_started")
 def test_sft_resumes_on_other_ranks(tmp_path: Path) -> None:
-    arguments = ["train", "experiments/demo/sft.yaml", *TINY, "trainer.steps=400", "trainer.checkpoint_every=2",
-                 f"output_dir={tmp_path}", "tracking.uri=none", "eval.at_start=false",
-                 "eval.at_end=false"]  # fmt: skip
-    folder = tmp_path / "demo" / "sft"
-    two = ["learner.replicas=2", "learner.zero_stage=1", "placement.cpus_per_actor=0.25"]
-    stop_after([*arguments, *two], folder, 3)
-    assert learner_of(folder, "policy") == (2, 1)
-    stopped = newest(folder)
-    stop_after([*arguments, "--resume", "demo/sft"], folder, stopped + 3)
-    assert learner_of(folder, "policy")[0] == 1
-    rows = RunFolder(folder).read_metrics()
-    steps = [row["step"] for row in rows if names.POLICY_LOSS in row]
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= stopped + 3
+    whole = config_of(
+        "sft", tmp_path / "whole", "trainer.steps=4", "trainer.keep_checkpoints=9", "eval.at_end=false",
+        "eval.at_start=false", "learner.replicas=2", "learner.zero_stage=1",
+    )  # fmt: skip
+    run(whole)
+    stopped = killed_after(whole, 2, tmp_path / "stopped")
+    resumed(stopped, {"replicas": 1, "zero_stage": 2})
+    folder = tmp_path / "stopped" / whole.name
+    assert [learner_of(folder, "policy", step) for step in (2, 3, 4)] == [(2, 1), (1, 2), (1, 2)]
+    close(whole, stopped, (POLICY_LOSS, POLICY_LEARNING_RATE))

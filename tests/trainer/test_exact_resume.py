@@ -1,7 +1,8 @@
 """A resumed run's metrics equal the uninterrupted run's bit for bit (hf engine, torch AdamW).
 
 Every case runs once without interruption. Then its folder is cut back to what kill -9 leaves behind when a
-given checkpoint is the newest (later rows of metrics.jsonl remain), and the run is resumed.
+given checkpoint is the newest (later rows of metrics.jsonl remain), and the run is resumed. Actors are forks;
+begun as users' are they are in test_cold_resume.py, and in `make test-matrix` for every case.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from rairl_ray.config.schema import Density, DiscriminatorLoss, RunConfig
 from rairl_ray.trainer.worker_groups import cluster
 from tests.faults import events
 from tests.inprocess import config_of, differing, killed_after, mediocre, moved, rows_of, run
-
-pytestmark = pytest.mark.cold  # the guarantee is about processes as users have them
 
 COMMON = (
     "placement.threads_per_actor=2",
@@ -110,13 +109,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             yield folder
 
 
-@pytest.mark.parametrize(("case", "checkpoint"), cases())
-def test_the_resumed_run_equals_the_uninterrupted_one(
-    case: str, checkpoint: int, tmp_path: Path, compiled: Path
-) -> None:
+def check_resume(case: str, checkpoint: int, folder: Path, compiled: Path) -> None:
+    """Run it whole and from a checkpoint; `compiled` is what the fixture gives."""
     experiment, overrides = CASES[case]
     start = mediocre() if experiment == "grpo" else ()
-    config = config_of(experiment, tmp_path / "whole", *COMMON, *overrides, *start)
+    config = config_of(experiment, folder / "whole", *COMMON, *overrides, *start)
     whole = run(config)
     assert moved(whole)
     if experiment == "airl":
@@ -127,11 +124,18 @@ def test_the_resumed_run_equals_the_uninterrupted_one(
             for name in (names.DISCRIMINATOR_LOSS, names.REWARD_MEAN)
         )
     # A second start in one run is work done twice, which the numbers alone would not show.
-    starts = events(tmp_path / "whole" / config.name, "workers start from")
+    starts = events(folder / "whole" / config.name, "workers start from")
     assert len(starts) == (experiment == "sft")
     assert not list(compiled.iterdir())
-    resumed = run(killed_after(config, checkpoint, tmp_path / "resumed"), resume=True)
+    resumed = run(killed_after(config, checkpoint, folder / "resumed"), resume=True)
     assert differing(whole, resumed) == []
+
+
+@pytest.mark.parametrize(("case", "checkpoint"), cases())
+def test_the_resumed_run_equals_the_uninterrupted_one(
+    case: str, checkpoint: int, tmp_path: Path, compiled: Path
+) -> None:
+    check_resume(case, checkpoint, tmp_path, compiled)
 
 
 @pytest.fixture(scope="module")

@@ -162,9 +162,9 @@ def test_a_sweep_of_forks(source: RunFolder, tmp_path: Path, monkeypatch: pytest
 # --- real ones -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_cluster(tmp_path: Path) -> Iterator[None]:
-    with cluster(config_of("grpo", tmp_path)):
+@pytest.fixture(scope="module")
+def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with cluster(config_of("grpo", tmp_path_factory.mktemp("cluster"))):
         yield
 
 

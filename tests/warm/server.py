@@ -26,11 +26,15 @@ from typing import Any
 
 ACTORS = ("rairl_ray.actors.policy", "rairl_ray.actors.discriminator", "rairl_ray.actors.rollout_actor")
 ENGINES = ("rairl_ray.engines.deepspeed_engine", "rairl_ray.engines.heads", "rairl_ray.engines.models")
+MODELS = ("transformers.models.llama.modeling_llama", "transformers.models.llama.configuration_llama", "peft")
 IMPORTS = {
-    "learner": (*ACTORS, *ENGINES),
+    "learner": (*ACTORS, *ENGINES, *MODELS),
     "vllm": (
         *ACTORS,
         "rairl_ray.engines.vllm_engine",
+        "rairl_ray.engines.weight_transfer_vllm",
+        "vllm.entrypoints.llm",
+        "vllm.v1.attention.backends.cpu_attn",
         "vllm.v1.engine.llm_engine",
         "vllm.v1.worker.cpu_worker",
     ),
