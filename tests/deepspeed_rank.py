@@ -297,8 +297,8 @@ def run_part(engine: Any, case: dict[str, Any], folder: Path, train: Callable[..
     for step in range(case["steps_from"] + 1, case["steps_to"] + 1):
         (result["reports"][step],) = train(engine, range(step - 1, step))
         result["after"][step] = full_state(engine)
-        if str(step) in case.get("save", {}):
-            engine.save(folder / case["save"][str(step)], {"version": step})
+        if step in case.get("save", {}):
+            engine.save(folder / case["save"][step], {"version": step})
     result["state"] = whole(engine.trainable_state())
     if "save" in case:
         assert engine.written(wait=True).error is None

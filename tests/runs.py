@@ -49,14 +49,14 @@ TINY_AIRL = [
 def launch(
     *arguments: str, timeout: float = 600, environment: Mapping[str, str] = os.environ
 ) -> subprocess.CompletedProcess[str]:
-    """`python launch.py ARGUMENTS` in a process of its own, from the project's root."""
+    """`python launch.py ARGUMENTS` in a process of its own (see tests/warm), from the project's root."""
     return subprocess.run(
         [sys.executable, "launch.py", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true", "RAIRL_WARM_DRIVER": "1"},
     )
 
 

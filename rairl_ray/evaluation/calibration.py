@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 # --- right against wrong, pair by pair -------------------------------------------------------------
 
@@ -179,6 +178,8 @@ def welch_t_test(right: np.ndarray, wrong: np.ndarray) -> tuple[float, float, fl
     """
     if min(len(right), len(wrong)) < 2:
         return float("nan"), float("nan"), float("nan")
+    from scipy import stats  # half a second that a run's start does not wait for
+
     with np.errstate(divide="ignore", invalid="ignore"):
         found = stats.ttest_ind(right, wrong, equal_var=False)
     return float(found.statistic), float(found.df), float(found.pvalue)

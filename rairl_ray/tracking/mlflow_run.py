@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rairl_ray.errors import brief
+from rairl_ray.imports import without
 from rairl_ray.metrics import legal_name
 from rairl_ray.tracking.spool import Record, Spool
 
@@ -56,9 +57,10 @@ def import_mlflow() -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import mlflow
+    with without("pandas"):  # for tables of datasets, of which we log none
+        import mlflow
 
-    assert mlflow.MlflowClient
+        assert mlflow.MlflowClient
     for name in ("mlflow", "alembic", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -31,11 +31,12 @@ LEARNER = (
         ),
         (
             "rairl_ray.trainer.run, rairl_ray.trainer.rl_trainer",
-            {"sklearn", "mlflow", "deepspeed", "boto3", "peft", "ray.train"},
+            {"sklearn", "scipy.stats", "mlflow", "deepspeed", "boto3", "peft", "ray.train"},
         ),
+        ("rairl_ray.tracking.tracker; rairl_ray.tracking.tracker.import_mlflow()", {"pandas", "torch"}),
         ("rairl_ray.sweep.supervise", {"torch", "transformers", "sklearn", "scipy", "optuna", "mlflow"}),
     ],
-    ids=["learner", "rollout", "driver", "trial's watcher"],
+    ids=["learner", "rollout", "driver", "driver's tracker", "trial's watcher"],
 )
 def test_a_process_loads_nothing_that_it_does_not_use(modules: str, absent: set[str]) -> None:
     code = f"import sys, {modules}; print('loaded', *sys.modules); import sklearn.metrics"

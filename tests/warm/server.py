@@ -38,6 +38,7 @@ IMPORTS = {
         "vllm.v1.engine.llm_engine",
         "vllm.v1.worker.cpu_worker",
     ),
+    "driver": ("launch", "rairl_ray.trainer.run", "rairl_ray.trainer.rl_trainer", "mlflow"),
 }
 IDLE_SECONDS = 300.0
 """After so long without a fork a server ends: jobs come and go, each with servers of its own."""

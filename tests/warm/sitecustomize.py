@@ -1,20 +1,25 @@
-"""Python's start-up hook where tests put this folder on PYTHONPATH: actors that compute are forks.
+"""Python's start-up hook where tests put this folder on PYTHONPATH: drivers and computing actors are forks.
 
-Each imports torch, transformers, DeepSpeed or vLLM for ten CPU seconds, the same modules each time, more than
-most tests' own work takes. Here the process that Ray starts for such an actor asks a server (server.py), which
-has imported them once, for a fork that does its work, and only waits for that fork's end. Drivers begin by
-themselves. `tests/conftest.py::warm_actors` says which tests do without.
+Each imports torch, transformers, DeepSpeed or vLLM for up to ten CPU seconds, the same modules each time, more
+than most tests' own work takes. Here the process that was started for it asks a server (server.py), which has
+imported them once, for a fork that does its work, and only waits for that fork's end. Drivers that get signals
+begin by themselves (`tests.runs.launch_background`); what else does, `tests/conftest.py::warm_actors` says.
 """
 
 import os
 import sys
 
-if all(name in os.environ for name in ("RAIRL_WARM", "TOKENIZERS_PARALLELISM")):
-    for _place, _word in enumerate(sys.orig_argv):
-        if _word.endswith("ray/_private/workers/default_worker.py"):
-            import client
+if "RAIRL_WARM" in os.environ:
+    if os.environ.pop("RAIRL_WARM_DRIVER", None) and sys.orig_argv[1:2] == ["launch.py"]:
+        import client
 
-            # with `vllm_environment` a rollout engine, else a learner
-            _vllm = any(name.startswith("VLLM_") for name in os.environ)
-            client.fork_instead("vllm" if _vllm else "learner", sys.orig_argv[_place:])
-            break
+        client.fork_instead("driver", sys.orig_argv[1:])
+    elif "TOKENIZERS_PARALLELISM" in os.environ:
+        for _place, _word in enumerate(sys.orig_argv):
+            if _word.endswith("ray/_private/workers/default_worker.py"):
+                import client
+
+                # with `vllm_environment` a rollout engine, else a learner
+                _vllm = any(name.startswith("VLLM_") for name in os.environ)
+                client.fork_instead("vllm" if _vllm else "learner", sys.orig_argv[_place:])
+                break
