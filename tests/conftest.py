@@ -75,6 +75,16 @@ def warm_actors(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def one_cluster(warm_actors: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One private Ray, which all runs of a file join."""
+    from rairl_ray.trainer.worker_groups import cluster
+    from tests.inprocess import config_of
+
+    with cluster(config_of("grpo", tmp_path_factory.mktemp("cluster"))):
+        yield
+
+
+@pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """Address of a real S3 server."""
     from tests.s3_server import s3_server

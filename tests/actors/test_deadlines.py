@@ -255,6 +255,7 @@ def test_errors_of_the_user_are_not_tried_again_and_a_shrunken_cluster_says_what
 # --- one stopped process of each role in a real run ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_recovers_from_a_stopped_process_of_each_role(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,10 @@ import torch
 from rairl_ray.actors.process_monitor import MARK
 from rairl_ray.engines.environment import compute_environment
 
-pytestmark = pytest.mark.skipif("RAIRL_COLD" in os.environ, reason="RAIRL_COLD: no actor is a fork")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("RAIRL_COLD" in os.environ, reason="RAIRL_COLD: no actor is a fork"),
+]
 
 
 class Worker:

@@ -189,6 +189,7 @@ def stand_in(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_cluster")
 @pytest.mark.parametrize("more", [{}, {"metric": [METRIC, "eval/truncated"], "mode": ["max", "min"]}])
 def test_tune_runs_the_search_and_its_resume(
     more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

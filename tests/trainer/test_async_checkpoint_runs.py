@@ -8,7 +8,7 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from rairl_ray.metrics import (
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.trainer.run import run
 from rairl_ray.trainer.run_context import StopRequest
-from rairl_ray.trainer.worker_groups import cluster
 from tests.inprocess import config_of, killed_after, rows_of
 from tests.runs import TINY, descendants, launch_background
 
@@ -115,13 +114,7 @@ def close(whole: RunConfig, stopped: RunConfig, names: Sequence[str]) -> None:
         assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-5), name
 
 
-@pytest.fixture(scope="module")
-def ray_started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with cluster(config_of("grpo", tmp_path_factory.mktemp("cluster"))):
-        yield
-
-
-@pytest.mark.usefixtures("ray_started")
+@pytest.mark.usefixtures("one_cluster")
 @pytest.mark.parametrize("rank", ["null", "4"], ids=["full", "adapter"])
 def test_ranks_and_stage_may_change_when_a_run_is_resumed(rank: str, tmp_path: Path) -> None:
     """Two ranks, one, two: the numbers are those of the run that was never stopped."""
@@ -145,7 +138,7 @@ def test_ranks_and_stage_may_change_when_a_run_is_resumed(rank: str, tmp_path: P
     assert rates[0] == rates[1] and len(rates[0]) == 4
 
 
-@pytest.mark.usefixtures("ray_started")
+@pytest.mark.usefixtures("one_cluster")
 def test_sft_resumes_on_other_ranks(tmp_path: Path) -> None:
     whole = config_of(
         "sft", tmp_path / "whole", "trainer.steps=4", "trainer.keep_checkpoints=9", "eval.at_end=false",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,6 @@ from rairl_ray.sweep.file import SweepFile, load_sweep
 from rairl_ray.sweep.points import trials
 from rairl_ray.trainer.fork import fork_of, take_over
 from rairl_ray.trainer.run import train
-from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.types import Written
 from tests.inprocess import config_of, differing, moved, rows_in, rows_of, run
 from tests.runs import ROOT
@@ -160,12 +158,6 @@ def test_a_sweep_of_forks(source: RunFolder, tmp_path: Path, monkeypatch: pytest
 
 
 # --- real ones -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with cluster(config_of("grpo", tmp_path_factory.mktemp("cluster"))):
-        yield
 
 
 @pytest.mark.slow

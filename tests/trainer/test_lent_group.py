@@ -14,17 +14,13 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from rairl_ray.actors.process_monitor import MARK
 from rairl_ray.errors import PlacementError
 from rairl_ray.trainer.run import run as run_of
-from rairl_ray.trainer.worker_groups import cluster, place
+from rairl_ray.trainer.worker_groups import place
 from tests.faults import marked_processes
 from tests.inprocess import config_of, differing, rows_in, run
 
+pytestmark = pytest.mark.usefixtures("one_cluster")
+
 WORDS = ("trainer.steps=3", "trainer.checkpoint_every=1", "trainer.retry_backoff_seconds=0.1")
-
-
-@pytest.fixture(autouse=True)
-def one_cluster(tmp_path: Path) -> Iterator[None]:
-    with cluster(config_of("grpo", tmp_path)):
-        yield
 
 
 def groups() -> set[str]:

@@ -23,7 +23,7 @@ from rairl_ray.trainer.loop import policy_batches
 from rairl_ray.trainer.prepare import Prepared, prepare
 from rairl_ray.trainer.prompt_sampler import PromptSampler
 from rairl_ray.trainer.rollout_buffer import RolloutBuffer
-from rairl_ray.trainer.worker_groups import WorkerGroups, cluster, place, start_worker_groups
+from rairl_ray.trainer.worker_groups import WorkerGroups, place, start_worker_groups
 from tests.inprocess import config_of, differing, killed_after, mediocre, moved, rows_of, run
 
 AHEAD = (
@@ -35,14 +35,11 @@ AHEAD = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with cluster(config_of("grpo", tmp_path_factory.mktemp("cluster"))):
-        yield
+pytestmark = pytest.mark.usefixtures("one_cluster")
 
 
 @pytest.fixture(scope="module")
-def ahead_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def ahead_run(one_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = config_of("airl", tmp_path_factory.mktemp("ahead"), *AHEAD)
     run(config)
     return config

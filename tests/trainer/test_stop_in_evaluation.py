@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,10 @@ import pytest
 from rairl_ray.trainer.evaluator import Evaluator
 from rairl_ray.trainer.run import run as run_of
 from rairl_ray.trainer.run_context import StopRequest
-from rairl_ray.trainer.worker_groups import cluster
 from rairl_ray.types import RolloutGroup
 from tests.inprocess import config_of, differing, rows_of, run
 
-
-@pytest.fixture(autouse=True)
-def one_cluster(tmp_path: Path) -> Iterator[None]:
-    """The five runs join one Ray."""
-    with cluster(config_of("airl", tmp_path)):
-        yield
-
+pytestmark = pytest.mark.usefixtures("one_cluster")
 
 RUN = ("trainer.steps=3", "eval.every=2", "eval.at_start=true", "trainer.checkpoint_every=0")
 
