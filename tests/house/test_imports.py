@@ -15,7 +15,8 @@ from tests.runs import ROOT
 
 COMPILER = "torch._inductor.codecache"
 LEARNER = (
-    "rairl_ray.actors.policy, rairl_ray.engines.deepspeed_engine, rairl_ray.engines.reward_heads, "
+    "rairl_ray.actors.policy, rairl_ray.engines.deepspeed_engine, rairl_ray.engines.models, "
+    "rairl_ray.engines.heads, rairl_ray.engines.reward_heads, transformers.models.llama.modeling_llama, "
     # what ZeRO loads when it starts
     "deepspeed.runtime.zero.stage3, deepspeed.runtime.zero.muon.muon_optimizer"
 )

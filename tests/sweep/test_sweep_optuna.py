@@ -17,8 +17,8 @@ from rairl_ray.sweep.file import SweepFile, load_sweep
 from rairl_ray.sweep.points import Trial, drawn, drawn_file, stop_mark, sweep_folder, to_draw, trials
 from rairl_ray.sweep.result import DONE, conclude, trial_state
 from rairl_ray.sweep.search import REPEAT, Points, reached
-from rairl_ray.sweep.supervise import ENDED
 from tests.runs import ROOT
+from tests.stand_ins import objective, reports_the_objective
 from tests.sweeps import end, table, written
 
 METRIC = "eval/pass_at_1"
@@ -34,13 +34,6 @@ def optuna_sweep(folder: Path, **changes: Any) -> SweepFile:
     settings = {"search": {"type": "optuna", "seed": 3}, "space": SPACE, "trials": 16, "seeds": [0], **changes}
     folder.mkdir(exist_ok=True)
     return load_sweep(written(folder, **settings))
-
-
-def objective(item: Trial) -> float:
-    """Best at a rate of 1e-4, gamma 0.5, interval."""
-    rate = math.log10(item.config.policy.learning_rate) + 4
-    interval = item.config.reward.density.type == "interval"
-    return interval - rate**2 - 4 * (item.config.advantage.gamma - 0.5) ** 2 + item.seed / 10
 
 
 def go_on(file: SweepFile, most: int = 10_000, value: Callable[[Trial], Any] = objective) -> int:
@@ -176,25 +169,13 @@ def test_a_bad_search_starts_nothing(changes: dict[str, Any], said: str, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
-def stand_in(config: dict[str, Any]) -> None:
-    """A trial that ends at once, in the place of a run."""
-    from ray import tune
-
-    spec = config["spec"]
-    file = SweepFile.model_validate_json((Path(spec["folder"]).parents[1] / run.SAVED).read_text())
-    (item,) = [item for item in trials(file) if item.id == Path(spec["folder"]).name]
-    values = {metric: (1 - 2 * place) * objective(item) for place, metric in enumerate(file.metrics)}
-    end(file, item, values)
-    tune.report(values | {"step": ENDED})
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_cluster")
 @pytest.mark.parametrize("more", [{}, {"metric": [METRIC, "eval/truncated"], "mode": ["max", "min"]}])
 def test_tune_runs_the_search_and_its_resume(
     more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "trainable", stand_in)
+    monkeypatch.setattr(run, "trainable", reports_the_objective)
     alone = optuna_sweep(tmp_path / "alone", trials=4, seeds=[0, 1])
     go_on(alone)
     overrides = {"warm_start": None, "placement.cpus_per_actor": 0.25}

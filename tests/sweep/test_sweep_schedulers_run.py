@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,10 @@ from rairl_ray.sweep import run
 from rairl_ray.sweep.file import SweepFile, load_sweep
 from rairl_ray.sweep.points import sweep_folder, trials
 from rairl_ray.sweep.result import trial_state
-from rairl_ray.sweep.supervise import ENDED, REPORT
-from tests.sweeps import end, written
+from tests.stand_ins import RATE, reports_three_times
+from tests.sweeps import written
 
-METRIC, RATE = "eval/pass_at_1", "policy.learning_rate"
+METRIC = "eval/pass_at_1"
 RATES = [1e-5, 2e-5, 3e-5, 4e-5]
 GPU_SECONDS = 4.0
 
@@ -33,23 +32,8 @@ def ray_with_gpus() -> Iterator[None]:
     ray.shutdown()
 
 
-def stand_in(config: dict[str, Any]) -> None:
-    """The lower the rate, the better; three reports and an end."""
-    from ray import tune
-
-    folder = Path(config["spec"]["folder"])
-    file = SweepFile.model_validate_json((folder.parents[1] / run.SAVED).read_text())
-    (item,) = [item for item in trials(file) if item.id == folder.name]
-    value = 1 - item.values[RATE]
-    for number in (1, 2, 3):
-        time.sleep(1.0 if file.budget.gpu_hours else 0.0)
-        tune.report({METRIC: value, "step": number, REPORT: number})
-    end(file, item, {METRIC: value})
-    tune.report({METRIC: value, "step": ENDED})
-
-
 def stood_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> SweepFile:
-    monkeypatch.setattr(run, "trainable", stand_in)
+    monkeypatch.setattr(run, "trainable", reports_three_times)
     overrides = {"warm_start": None, "eval.every": 1, "placement.device": "gpu", "tracking.uri": "none"}
     settings = {"space": {RATE: RATES}, "seeds": [0], "max_concurrent": 1, "overrides": overrides}
     return load_sweep(written(folder, **{**settings, **changes}))
