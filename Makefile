@@ -1,6 +1,7 @@
 # make demo   install (once) and run the main job: SFT warm start, R-AIRL, evaluation, result table
 # make test   everything that a laptop can test;  make test-slow: the long end-to-end cases
-# make test-ci  both of them in one go, the longest first: no core waits for the other's last test
+# make test-ci  both of them in one go, the longest first: no core waits for the other's last test. Three at a time,
+#   for slow tests wait for servers and deadlines
 # make test-matrix  every role stopped in every phase: an hour
 # make cluster-test  clusters on this machine taken apart, jobs and Slurm (where it is installed), long sweeps: three quarters of an hour
 # make mutants  ten minutes of small faults that tests must notice (docs/mutants.md)
@@ -12,8 +13,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 PYTEST_ARGS ?=
-# Two at a time: most of an end-to-end test is waiting. More than two need more memory than a laptop has.
+# Two at a time on a laptop, for its memory's sake.
 TWO := -n 2 --dist worksteal --durations=20
+THREE := -n 3 --dist worksteal --durations=20
 CI_TESTS := not gpu and not matrix and (not cluster or in_ci)
 
 # GSM8K=FOLDER: where train.jsonl and test.jsonl are; without it the data come from the hub
@@ -34,7 +36,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m "slow and $(CI_TESTS)" $(TWO) $(PYTEST_ARGS)
 
 test-ci: install
-	$(BIN)/python -m pytest -m "$(CI_TESTS)" $(TWO) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "$(CI_TESTS)" $(THREE) $(PYTEST_ARGS)
 
 test-matrix: install
 	RAIRL_COLD=1 $(BIN)/python -m pytest -m matrix $(PYTEST_ARGS)

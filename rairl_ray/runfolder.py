@@ -20,9 +20,13 @@ from typing import Any
 
 from rairl_ray.errors import ConfigError, DataError, ResumeError
 from rairl_ray.files import append_line, json_text, read_json_lines, write_atomic, write_json_lines
+from rairl_ray.metrics import DISCRIMINATOR_WARMUP_STEP, POLICY_LOSS
 
 Summary = dict[str, dict[str, float]]
 """Metric name -> {"value", "low", "high", "n"}; "low" and "high" are missing where there is no interval."""
+
+TRAINS = {POLICY_LOSS, DISCRIMINATOR_WARMUP_STEP}
+"""A row of metrics.jsonl with none of these only evaluates."""
 
 TRANSFER_PREFIX = "transfer-"
 """How evaluations begin that belong to a transfer matrix (transfer.json), which holds their numbers."""
@@ -124,12 +128,16 @@ class RunFolder:
         rows = read_json_lines(self.metrics, skip_broken=True)
         return [{name: math.nan if x is None else x for name, x in row.items()} for row in rows]
 
-    def truncate_to_step(self, step: int) -> int:
-        """Forget metrics and rollouts of later steps, which a resumed run will write again; lines dropped."""
+    def truncate_to_step(self, step: int, evaluated: int | None = None) -> int:
+        """Forget metrics and rollouts of later steps, which a resumed run will write again; lines dropped.
+
+        `evaluated`: the last step whose evaluation stays where that has a row of its own; `step` by default.
+        """
+        last_evaluated = step if evaluated is None else evaluated
         if not self.metrics.exists():
             return 0
         rows = read_json_lines(self.metrics, skip_broken=True)
-        kept = [row for row in rows if row["step"] <= step]
+        kept = [row for row in rows if row["step"] <= (step if TRAINS & row.keys() else last_evaluated)]
         write_json_lines(self.metrics, kept)
         for path in self.rollouts.glob("step-*.jsonl"):
             if int(path.stem.removeprefix("step-")) > step:

@@ -278,10 +278,16 @@ class RLTrainer:
         self.loop.buffer.restore(state["rollouts"])
         for role, learner in self.learners.items():
             learner.load(path / role)
-        last = self.progress.step
-        if last == 0 and not self.progress.warmed_up and self.airl is not None:
+        last = evaluated = self.progress.step
+        if (
+            self.progress.unevaluated is not None
+        ):  # an earlier resume may have logged the step with its evaluation
+            last = evaluated = last - 1
+        elif self.context.evaluates_at_the_end_of(last):
+            evaluated = last - 1
+        if self.progress.step == 0 and not self.progress.warmed_up and self.airl is not None:
             last = self.progress.warmup - WarmupGate(self.config.discriminator).max_steps
-        dropped = self.context.forget_after(last)
+        dropped = self.context.forget_after(last, evaluated)
         self.context.event(
             f"resumed from {path.name}; {dropped} later rows of metrics.jsonl will be made again"
         )

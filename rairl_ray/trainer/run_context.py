@@ -142,10 +142,17 @@ class RunContext:
         for sink in self.sinks:
             sink(step, metrics)
 
-    def forget_after(self, step: int) -> int:
-        """Rows of later steps belong to a past that a resume has left; the lines dropped from metrics.jsonl."""
+    def forget_after(self, step: int, evaluated: int | None = None) -> int:
+        """Rows of later steps belong to a past that a resume has left; the lines dropped from metrics.jsonl.
+
+        `evaluated`: the last step whose evaluation, in a row of its own, stays (RunFolder.truncate_to_step).
+        """
         self.tracker.go_back_to(step)
-        return self.folder.truncate_to_step(step)
+        return self.folder.truncate_to_step(step, evaluated)
+
+    def evaluates_at_the_end_of(self, step: int) -> bool:
+        """Whether the final evaluation follows this step."""
+        return self.config.eval.at_end and step == self.config.trainer.steps
 
     def event(self, text: str) -> None:
         """A line in events.log and on the screen."""

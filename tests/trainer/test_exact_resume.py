@@ -147,6 +147,7 @@ def warmed(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         *COMMON,
         MIDDLE,
         "trainer.steps=2",
+        "eval.at_start=true",
         "discriminator.warmup_steps=5",
         "discriminator.warmup_max_steps=5",
         "discriminator.warmup_pool_prompts=null",
@@ -158,6 +159,12 @@ def warmed(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 @pytest.mark.slow
 def test_a_kill_right_after_the_warm_up(warmed: RunConfig, tmp_path: Path) -> None:
     assert differing(rows_of(warmed), run(killed_after(warmed, 0, tmp_path), resume=True)) == []
+
+
+@pytest.mark.slow
+def test_a_kill_after_the_final_evaluation(warmed: RunConfig, tmp_path: Path) -> None:
+    """Its row is there, and the resume evaluates again."""
+    assert differing(rows_of(warmed), run(killed_after(warmed, 2, tmp_path), resume=True)) == []
 
 
 @pytest.mark.slow

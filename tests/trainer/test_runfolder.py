@@ -87,6 +87,23 @@ def test_truncation_forgets_what_a_resume_writes_again(folder: RunFolder) -> Non
     assert folder.metrics.read_bytes().endswith(b"}\n")
 
 
+def test_truncation_forgets_evaluations_that_are_made_again_and_no_others(folder: RunFolder) -> None:
+    folder.append_metrics(0, {"eval/pass_at_1": 0.1})
+    for step in (-1, 0):
+        folder.append_metrics(step, {"discriminator/warmup_step": step + 2.0})
+    for step in (1, 2):
+        folder.append_metrics(step, {"policy/loss": 0.5})
+    folder.append_metrics(2, {"eval/pass_at_1": 0.2})
+    assert folder.truncate_to_step(2, 1) == 1
+    assert [row["step"] for row in folder.read_metrics()] == [0, -1, 0, 1, 2]
+    assert folder.truncate_to_step(-1, 0) == 3
+    start, warmup = folder.read_metrics()
+    assert (start["step"], warmup["step"]) == (0, -1), (
+        "a resume in the warm-up does not evaluate the start again"
+    )
+    assert folder.truncate_to_step(-2, -1) == 2
+
+
 def test_events_are_one_line_each(folder: RunFolder) -> None:
     folder.event("first\nwith a second line")
     folder.event("second")

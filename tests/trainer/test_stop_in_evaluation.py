@@ -10,7 +10,7 @@ from rairl_ray.trainer.evaluator import Evaluator
 from rairl_ray.trainer.run import run as run_of
 from rairl_ray.trainer.run_context import StopRequest
 from rairl_ray.types import RolloutGroup
-from tests.inprocess import config_of, differing, rows_of, run
+from tests.inprocess import config_of, differing, killed_after, rows_of, run
 
 pytestmark = pytest.mark.usefixtures("one_cluster")
 
@@ -43,3 +43,7 @@ def test_a_run_stopped_in_each_of_its_evaluations_has_the_rows_of_the_uninterrup
     at = 0
     assert differing(run(config, resume=True), whole) == []
     assert [row["step"] for row in rows_of(config)] == [row["step"] for row in whole]
+    # killed after an evaluation was logged and before the next checkpoint, it begins with that evaluation again
+    for step in (2, 0):
+        again = killed_after(config, step, tmp_path / f"again-{step}")
+        assert differing(run(again, resume=True), whole) == []
