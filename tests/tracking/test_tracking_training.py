@@ -144,7 +144,7 @@ def test_mlflow_changes_neither_the_numbers_nor_the_wait(tmp_path: Path) -> None
 
 def test_a_killed_training_that_is_resumed_has_each_step_once_in_mlflow(tmp_path: Path) -> None:
     arguments = [
-        "train", "experiments/demo/grpo.yaml", *TINY, "warm_start=null", "trainer.steps=15",
+        "train", "experiments/demo/grpo.yaml", *TINY, "warm_start=null", "trainer.steps=40",
         "trainer.checkpoint_every=5", "eval.at_start=false", "tracking.flush_seconds=120",
         f"output_dir={tmp_path}",
     ]  # fmt: skip
@@ -167,4 +167,4 @@ def test_a_killed_training_that_is_resumed_has_each_step_once_in_mlflow(tmp_path
     assert logged == {
         name: [(int(row["step"]), row[name]) for row in rows_in(folder) if name in row] for name in logged
     }
-    assert [step for step, _ in history(client, run_id, names.POLICY_LOSS)] == list(range(1, 16))
+    assert [step for step, _ in history(client, run_id, names.POLICY_LOSS)] == list(range(1, 41))
