@@ -167,6 +167,17 @@ def test_a_run_stopped_on_one_machine_goes_on_on_another(
 # --- last: pyarrow lets a new client wait for the requests of others that hang -----------------------
 
 
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        ("writing '140310/a': AWS Error NETWORK_CONNECTION: Could not connect to server", "check the network"),
+        ("reading 'a': AWS Error UNKNOWN (HTTP status 403)", "set AWS_ACCESS_KEY_ID"),
+    ],
+)
+def test_a_name_with_the_digits_of_a_status_is_no_status(uri: str, error: str, remedy: str) -> None:
+    assert remedy in str(Store(uri).refusal(error))
+
+
 def test_nobody_there_is_one_line_within_the_bound(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(ConfigError, match="check the network and AWS_ENDPOINT_URL"):
