@@ -89,9 +89,7 @@ class Store:
         text = " ".join(str(error).split())
         if "NO_SUCH_BUCKET" in text:
             remedy = "make the bucket, or correct its name"
-        elif any(
-            word in text for word in ("ACCESS_DENIED", "ACCESS_KEY", "SIGNATURE", "CREDENTIAL", "status 403")
-        ):
+        elif re.search(r"ACCESS_DENIED|ACCESS_KEY|SIGNATURE|CREDENTIAL|(status|code)\W*403\b", text):
             remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of a user who may use it"
         elif any(word in text for word in ("NETWORK_CONNECTION", "no answer")):
             remedy = "check the network and AWS_ENDPOINT_URL"
