@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 NOT_FOR_TEXT = ("sklearn", "boto3")
 """What transformers loads for assisted generation alone, and accelerate for SageMaker."""
@@ -35,15 +36,18 @@ def without(*libraries: str) -> Iterator[None]:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Functions that are defined within under `torch.compile` stay as they are written.
+    """Functions that are defined within under `torch.compile`, whatever its options, stay as they are.
 
     For modules whose functions nobody here calls: the decorator alone loads torch's compiler, a second and a
-    thousand modules.
+    thousand modules. Other threads must not compile meanwhile.
     """
     import torch
 
+    def as_written(function: Any = None, **options: Any) -> Any:
+        return as_written if function is None else function
+
     compiler = torch.compile
-    torch.compile = lambda function: function  # type: ignore[assignment]
+    torch.compile = as_written  # type: ignore[assignment]  # one function for all its overloads
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ with without("mlflow"):  # which DeepSpeed loads for its autotuner alone
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from deepspeed.utils import logger as deepspeed_logger
 
-    with uncompiled():  # its Muon, which ZeRO loads when it starts and nobody here uses
+    # its Muon, which ZeRO loads when it starts and nobody here uses; a DeepSpeed without it is as good
+    with uncompiled(), suppress(ImportError):
         import deepspeed.runtime.zero.muon.original_muon
 
 deepspeed_logger.setLevel(logging.WARNING)

@@ -279,12 +279,9 @@ class RLTrainer:
         for role, learner in self.learners.items():
             learner.load(path / role)
         last = evaluated = self.progress.step
-        if (
-            self.progress.unevaluated is not None
-        ):  # an earlier resume may have logged the step with its evaluation
+        if self.progress.unevaluated is not None:
+            # Its evaluation comes next; an earlier resume may have logged the two.
             last = evaluated = last - 1
-        elif self.context.evaluates_at_the_end_of(last):
-            evaluated = last - 1
         if self.progress.step == 0 and not self.progress.warmed_up and self.airl is not None:
             last = self.progress.warmup - WarmupGate(self.config.discriminator).max_steps
         dropped = self.context.forget_after(last, evaluated)

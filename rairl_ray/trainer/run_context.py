@@ -145,14 +145,14 @@ class RunContext:
     def forget_after(self, step: int, evaluated: int | None = None) -> int:
         """Rows of later steps belong to a past that a resume has left; the lines dropped from metrics.jsonl.
 
-        `evaluated`: the last step whose evaluation, in a row of its own, stays (RunFolder.truncate_to_step).
+        `evaluated`: the last step whose evaluation, in a row of its own, stays; `step` by default. The final
+        evaluation never does: a run that goes on from its last step makes it again.
         """
         self.tracker.go_back_to(step)
+        evaluated = step if evaluated is None else evaluated
+        if self.config.eval.at_end and evaluated == self.config.trainer.steps:
+            evaluated -= 1
         return self.folder.truncate_to_step(step, evaluated)
-
-    def evaluates_at_the_end_of(self, step: int) -> bool:
-        """Whether the final evaluation follows this step."""
-        return self.config.eval.at_end and step == self.config.trainer.steps
 
     def event(self, text: str) -> None:
         """A line in events.log and on the screen."""

@@ -178,7 +178,7 @@ class Fit:
         if message.kind == "phase":
             self._phase = message.content
         elif message.kind == "restored":
-            dropped = context.forget_after(step, step - context.evaluates_at_the_end_of(step))
+            dropped = context.forget_after(step)
             self._progress(step)
             self._ready()
             context.event(

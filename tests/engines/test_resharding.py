@@ -26,7 +26,7 @@ QUICK: list[Path3] = [
     ("policy-lora", "bfloat16", (1, 1, 1)),
     ("policy", "float32", (3, 1, 0)),
 ]
-SLOW: list[Path3] = [  # and, of these, the quick ones
+SLOW: list[Path3] = [  # and, of the same kinds, the quick ones above
     *[("policy", "float32", (stage, stage, stage)) for stage in STAGES if stage != 2],
     *[("policy-lora", "float32", (stage, stage, stage)) for stage in STAGES if stage != 3],
     ("shaped-lora", "float32", (3, 3, 3)),

@@ -60,7 +60,11 @@ def test_functions_stay_as_they_are_written_within_and_are_compiled_afterwards()
         def double(x: int) -> int:
             return 2 * x
 
-        assert type(double) is type(uncompiled) and double(2) == 4
+        @torch.compile(dynamic=True)
+        def triple(x: int) -> int:
+            return 3 * x
+
+        assert type(double) is type(triple) is type(uncompiled) and (double(2), triple(2)) == (4, 6)
         raise ValueError
     assert torch.compile is compiler
 

@@ -26,7 +26,7 @@ from typing import Any
 
 ACTORS = ("rairl_ray.actors.policy", "rairl_ray.actors.discriminator", "rairl_ray.actors.rollout_actor")
 ENGINES = ("rairl_ray.engines.deepspeed_engine", "rairl_ray.engines.heads", "rairl_ray.engines.models")
-MODELS = ("transformers.models.llama.modeling_llama", "transformers.models.llama.configuration_llama", "peft")
+MODELS = ("transformers.models.llama.modeling_llama", "peft")
 IMPORTS = {
     "learner": (*ACTORS, *ENGINES, *MODELS),
     "vllm": (
