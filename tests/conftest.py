@@ -15,6 +15,9 @@ settings.register_profile("shared machine", deadline=None)  # a busy neighbour i
 settings.load_profile("shared machine")
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTER = "RAIRL_TESTER"
+"""A variable that all processes of this one inherit, also those that are no children of it."""
+os.environ[TESTER] = str(os.getpid())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,7 @@ from rairl_ray.config.load import load_config
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.trainer import worker_groups
+from tests.conftest import TESTER
 from tests.runs import ROOT, TINY_AIRL
 
 CLASSES = {"rollout": "RolloutActor", "policy": "PolicyActor", "discriminator": "DiscriminatorActor"}
@@ -135,11 +136,16 @@ def steps(folder: Path) -> list[float]:
 
 
 def marked_processes() -> list[psutil.Process]:
-    """Processes of any run's actors on this machine that were started by this test's cluster."""
+    """Processes of any run's actors on this machine that were started by this test's cluster.
+
+    By what they have inherited: forks (tests/warm) are not this process's children.
+    """
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.process_iter():
         try:
-            if MARK in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+            environment = process.environ()
+            ours = environment.get(TESTER) == os.environ[TESTER]
+            if ours and MARK in environment and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.Error, OSError):
             continue

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +46,8 @@ TINY_AIRL = [
     "discriminator.warmup_prompts_per_step=4",
     "discriminator.warmup_gate_auroc=null",
 ]
+BACKGROUND = "RAIRL_BACKGROUND"
+"""A variable by which the processes of one command of `launch_background` are known."""
 
 
 def launch(
@@ -69,18 +73,26 @@ def launch_background(*arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", BACKGROUND: uuid.uuid4().hex},
     )
 
 
 def descendants(pid: int) -> list[int]:
-    """Process ids below `pid`, found by walking /proc."""
+    """Process ids below one of `launch_background`; also forks (tests/warm), which only inherit its mark."""
     import psutil
 
+    found = []
     try:
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+        started = psutil.Process(pid)
+        mark = started.environ()[BACKGROUND]
+        found = [child.pid for child in started.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return []
+        return found
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.pid != pid and process.environ().get(BACKGROUND) == mark:
+                found.append(process.pid)
+    return list(dict.fromkeys(found))
 
 
 def kill_hard(process: subprocess.Popen[str]) -> None:

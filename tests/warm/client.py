@@ -32,7 +32,14 @@ AT_IMPORT = (
     "RAY_",
 )
 """Beginnings of variables that libraries read when they are loaded; others are read when a worker runs."""
-ITS_OWN = ("TORCH_EXTENSIONS_DIR", "RAY_RAYLET_PID")
+ITS_OWN = (
+    "MLFLOW_DISABLE_TELEMETRY",
+    "PYTHONBREAKPOINT",
+    "RAY_NODE_ID",
+    "RAY_RAYLET_PID",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC",
+    "TORCH_EXTENSIONS_DIR",
+)
 """Of these, what differs from fork to fork: read late, or given to the server as below."""
 LOOK_SECONDS = 1.0
 PATIENCE = 50.0
@@ -73,18 +80,24 @@ def start(path: Path, lock: int) -> None:
 
     Ray keeps from its import to which job a worker belongs (so each job has its servers) and whose end it
     follows: of forks it is the test session's, and this process, which Ray has started, follows its raylet for
-    them (`ended`). It bears no run's mark: it belongs to none, and would be ended, or counted, with its forks.
+    them (`ended`). It bears no run's mark and is nobody's child: it belongs to none, and would be ended, or
+    counted, with its forks.
     """
     command = [sys.executable, str(Path(__file__).with_name("server.py")), str(path), "-" * 4096]
     places = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": places, "RAIRL_WARM_ROOM": "x" * 65536}
     environment["RAY_RAYLET_PID"] = environment["RAIRL_WARM_OWNER"]
-    environment.pop("RAIRL_MEMBER", None)
+    for mark in ("RAIRL_MEMBER", "RAIRL_BACKGROUND"):
+        environment.pop(mark, None)
+    if between := os.fork():
+        os.waitpid(between, 0)
+        return
     with open(f"{path}.log", "a") as log:
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
             start_new_session=True, pass_fds=[lock],
         )  # fmt: skip
+    os._exit(0)
 
 
 def ended(there: socket.socket) -> int:
@@ -106,7 +119,9 @@ def fork_instead(kind: str, command: list[str]) -> None:
     there = connected(server_of(kind, dict(os.environ)))
     if there is None:
         return
-    said = json.dumps({"command": command, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+    said = json.dumps(
+        {"kind": kind, "command": command, "environment": dict(os.environ), "folder": os.getcwd()}
+    ).encode()
     streams = array.array("i", [0, 1, 2])
     there.sendmsg([len(said).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
     there.sendall(said)

@@ -39,6 +39,14 @@ IMPORTS = {
         "vllm.v1.worker.cpu_worker",
     ),
     "driver": ("launch", "rairl_ray.trainer.run", "rairl_ray.trainer.rl_trainer", "mlflow"),
+    "worker": ("ray.data", "ray.train.torch", "rairl_ray.actors.chunks"),
+    "daemon": (
+        "ray.dashboard.agent",
+        "ray.dashboard.dashboard",
+        "ray.autoscaler._private.monitor",
+        "ray._private.log_monitor",
+        "ray._private.runtime_env.agent.main",
+    ),
 }
 IDLE_SECONDS = 300.0
 """After so long without a fork a server ends: jobs come and go, each with servers of its own."""
@@ -52,6 +60,10 @@ def preload(kind: str) -> None:
             importlib.import_module(name)
         except ImportError:
             traceback.print_exc()
+    if kind == "daemon":
+        from ray.dashboard.utils import DashboardAgentModule, get_all_modules
+
+        get_all_modules(DashboardAgentModule)
 
 
 def overwrite_environment(values: dict[str, str]) -> None:
@@ -65,13 +77,14 @@ def overwrite_environment(values: dict[str, str]) -> None:
 def become(said: dict[str, Any], streams: list[int]) -> int:
     """Do the work of the process that asked, in this fork; the exit code."""
     os.setpgid(0, 0)  # Ray ends a worker's whole process group
-    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for target, stream in enumerate(streams):
         os.dup2(stream, target)
         os.close(stream)
     os.environ.clear()
     os.environ.update(said["environment"])
+    if said["kind"] == "daemon":  # Ray's end where their parent is another one
+        os.environ["RAY_RAYLET_PID"] = str(os.getppid())
     overwrite_environment(said["environment"])
     os.chdir(said["folder"])
     sys.argv, sys.orig_argv[1:] = said["command"], said["command"]
@@ -140,6 +153,7 @@ class Server:
         said, streams = receive(there)
         pid = os.fork()
         if pid == 0:
+            signal.set_wakeup_fd(-1)
             for one in (self._listener, self._woken, self._wake, there, *self._forks.values()):
                 one.close()
             self._choose.close()

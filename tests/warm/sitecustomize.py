@@ -9,17 +9,32 @@ begin by themselves (`tests.runs.launch_background`); what else does, `tests/con
 import os
 import sys
 
+DAEMONS = (
+    "ray/dashboard/agent.py",
+    "ray/dashboard/dashboard.py",
+    "ray/autoscaler/_private/monitor.py",
+    "ray/_private/log_monitor.py",
+    "ray/_private/runtime_env/agent/main.py",
+)
+
+
+def kind_of(script: str) -> str | None:
+    """What a process that runs a script has to import, as the server calls it; None: it begins by itself."""
+    if script == "launch.py":
+        return "driver" if os.environ.pop("RAIRL_WARM_DRIVER", None) else None
+    if script.endswith(DAEMONS):
+        return "daemon"
+    if not script.endswith("ray/_private/workers/default_worker.py"):
+        return None
+    if "TOKENIZERS_PARALLELISM" not in os.environ:
+        return "worker"
+    # with `vllm_environment` a rollout engine, else a learner
+    return "vllm" if any(name.startswith("VLLM_") for name in os.environ) else "learner"
+
+
 if "RAIRL_WARM" in os.environ:
-    if os.environ.pop("RAIRL_WARM_DRIVER", None) and sys.orig_argv[1:2] == ["launch.py"]:
+    _words = sys.orig_argv[2:] if sys.orig_argv[1:2] == ["-u"] else sys.orig_argv[1:]
+    if _words and (_kind := kind_of(_words[0])):
         import client
 
-        client.fork_instead("driver", sys.orig_argv[1:])
-    elif "TOKENIZERS_PARALLELISM" in os.environ:
-        for _place, _word in enumerate(sys.orig_argv):
-            if _word.endswith("ray/_private/workers/default_worker.py"):
-                import client
-
-                # with `vllm_environment` a rollout engine, else a learner
-                _vllm = any(name.startswith("VLLM_") for name in os.environ)
-                client.fork_instead("vllm" if _vllm else "learner", sys.orig_argv[_place:])
-                break
+        client.fork_instead(_kind, _words)
