@@ -19,6 +19,9 @@ CI_TESTS := not gpu and not matrix and (not cluster or in_ci)
 # GSM8K=FOLDER: where train.jsonl and test.jsonl are; without it the data come from the hub
 BENCH := build/bench
 
+# Images of containers set it; then each of a test's many processes translates the whole package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: audit bench bench-quick install demo test test-slow test-ci test-matrix cluster-test gpu-test mutants lint format clean
 
 install:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         {item.path for item in items if item.get_closest_marker(mark)} for mark in ("timeout", "slow")
     )
     items.sort(key=lambda item: (item.path not in long, item.path not in slow))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector of cycles need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -53,12 +60,13 @@ def warm_folder(owner: int) -> Path:
 
 def pytest_unconfigure() -> None:
     """The main process's folder goes with it; its servers look for it every few seconds."""
+    gc.unfreeze()
     shutil.rmtree(warm_folder(os.getpid()), ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def warm_actors(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Actors that compute are forks of a process that has their imports (tests/warm).
+    """Drivers, Ray's workers and its daemons are forks of processes that have their imports (tests/warm).
 
     Files with the mark `cold` or `cluster`, and all of them with RAIRL_COLD=1, let each begin by itself, as it
     does for users.
@@ -87,9 +95,9 @@ def one_cluster(warm_actors: None, tmp_path_factory: pytest.TempPathFactory) -> 
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server() -> Iterator[str]:
-    """Address of a real S3 server."""
+    """Address of a real S3 server, one for all tests of a process."""
     from tests.s3_server import s3_server
 
     with s3_server() as address:
@@ -109,4 +117,4 @@ def uri(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReq
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
     monkeypatch.setenv(STAGING_ENV, str(tmp_path / "staging"))
     monkeypatch.setattr(mirror, "PAUSE_SECONDS", 0.2)
-    return f"s3://{BUCKET}/{abs(hash(request.node.name))}"
+    return f"s3://{BUCKET}/{abs(hash(request.node.nodeid))}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -42,17 +44,19 @@ def config_of(experiment: str, output: Path, *overrides: str) -> RunConfig:
 def mediocre() -> tuple[str, str]:
     """Overrides that start from a policy which is right now and then: without that grpo has nothing to learn.
 
-    SFT on the eight problems of `data.limit=8`, stopped early; once for all tests of a process.
+    SFT on the eight problems of `data.limit=8`, stopped early; once for all tests of a session.
     """
-    output = Path(tempfile.mkdtemp(prefix="rairl-mediocre-"))
-    atexit.register(shutil.rmtree, output, ignore_errors=True)
+    output = Path(os.environ.get("RAIRL_WARM") or tempfile.mkdtemp(prefix="rairl-mediocre-"))
+    if "RAIRL_WARM" not in os.environ:
+        atexit.register(shutil.rmtree, output, ignore_errors=True)
     schooling = ("trainer.steps=300", "trainer.prompts_per_step=8", "trainer.checkpoint_every=0")
     config = config_of("sft", output, "data.limit=8", *schooling)
-    run(config)
-    return (
-        f"model.policy.path={Path(config.output_dir) / config.name / 'final' / 'policy'}",
-        "model.policy.build=null",
-    )
+    made = output / config.name / "final" / "policy"
+    with open(output / "mediocre.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.is_dir():
+            run(config)
+    return f"model.policy.path={made}", "model.policy.build=null"
 
 
 def moved(rows: Sequence[dict[str, float]]) -> bool:

@@ -32,11 +32,6 @@ assert client.drain_node(node, reason, "spot", deadline)[0]
 SCRIPT = str(ROOT / "cluster" / "local.sh")
 
 
-def cold() -> dict[str, str]:
-    """The environment of separate nodes: their actors begin as users' do (see `warm_actors`)."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("RAIRL_WARM")}
-
-
 @cache
 def refused_apart() -> str:
     """Why no process of this machine can have a disk of its own; empty where one can."""
@@ -57,7 +52,7 @@ def local(
 ) -> subprocess.CompletedProcess[str]:
     """`cluster/local.sh ARGUMENTS`; `before`: the beginning of the command."""
     command = [*before, "bash", SCRIPT, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=cold())
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 def free_ports() -> int:
@@ -87,7 +82,7 @@ class SeparateNodes:
     @property
     def environment(self) -> dict[str, str]:
         """What a driver of this cluster needs: the token's path, and nothing of another cluster."""
-        kept = {key: value for key, value in cold().items() if not key.startswith("RAY_")}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
         return {**kept, **token, "MLFLOW_DISABLE_TELEMETRY": "true"}
 
@@ -106,9 +101,7 @@ class SeparateNodes:
     def begin(self, *arguments: str) -> None:
         """The same, which the next `call` waits for."""
         command = ["bash", SCRIPT, *arguments, *self.options]
-        self._begun = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=cold()
-        )
+        self._begun = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def drain(self, worker: int | str) -> None:
         """Give a worker (its number, or 8 digits of its node's id) the notice of a spot machine that ends."""

@@ -60,7 +60,7 @@ def launch(
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true", "RAIRL_WARM_DRIVER": "1"},
+        env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true"},
     )
 
 

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.local_cluster import cold
-
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 NODES = 3
 
@@ -102,7 +100,7 @@ def slurm(root: Path) -> Iterator[Slurm]:
     key = root / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
-    environment = {k: v for k, v in cold().items() if not k.startswith(("SLURM_", "RAY_"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RAY_"))}
     environment |= {"SLURM_CONF": str(config), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     munged = ["munged", "--foreground", "--force", f"--socket={root}/munge.sock", f"--key-file={key}"]
     munged += [f"--{name}-file={root}/munged.{name}" for name in ("pid", "log", "seed")]

@@ -1,4 +1,4 @@
-"""Training with MLflow healthy, slow by seconds and silent: the same numbers, and no wait on the way."""
+"""Training with MLflow healthy, slow and silent: the same numbers, and no wait on the way."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from tests.tracked import eventually, history, runs, sqlite
 
 pytestmark = pytest.mark.slow
 
+DELAY_SECONDS = 1.5
+"""Between a request to the slow server and its answer."""
 WATCHED = """
 import json, sys, threading, time
 report, port, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
@@ -116,7 +118,7 @@ def test_mlflow_changes_neither_the_numbers_nor_the_wait(tmp_path: Path) -> None
 
     port = free_port()
     with server(tmp_path, port) as backend, proxy(backend) as line:
-        line.delay_seconds = 3.0
+        line.delay_seconds = DELAY_SECONDS
         slow = train(tmp_path / "slow", line.uri, 300, int(line.uri.rpartition(":")[2]))
         assert line.requests
         client = MlflowClient(tracking_uri=backend)
@@ -132,9 +134,9 @@ def test_mlflow_changes_neither_the_numbers_nor_the_wait(tmp_path: Path) -> None
         assert not differing(run.rows(), without.rows())
         assert run.touched == [] and run.threads
         assert all(thread.startswith("tracking-") for thread in run.threads)
-        # The longest a trainer ever waited for its tracker while it trained, against 3 s for one answer.
+        # The longest a trainer ever waited for its tracker while it trained, against the time of one answer.
         during = [run.calls[name] for name in ("log", "log_table", "log_artifacts")]
-        assert max(seconds for call in during for seconds in call) < 3.0
+        assert max(seconds for call in during for seconds in call) < DELAY_SECONDS
     spent = {
         name: {call: round(sum(seconds), 4) for call, seconds in run.calls.items()}
         for name, run in (("without", without), ("healthy", healthy), ("slow", slow), ("silent", silent))

@@ -51,7 +51,8 @@ def server_of(kind: str, environment: dict[str, str]) -> Path:
     counts = {
         name: value for name, value in environment.items() if name.startswith(AT_IMPORT) and name not in ITS_OWN
     }
-    key = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
+    spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "pid")]
+    key = hashlib.sha256(json.dumps([counts, spaces], sort_keys=True).encode()).hexdigest()[:12]
     return Path(environment["RAIRL_WARM"]) / f"{kind}-{key}"
 
 
@@ -85,10 +86,9 @@ def start(path: Path, lock: int) -> None:
     """
     command = [sys.executable, str(Path(__file__).with_name("server.py")), str(path), "-" * 4096]
     places = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": places, "RAIRL_WARM_ROOM": "x" * 65536}
+    kept = {k: v for k, v in os.environ.items() if k.startswith("RAIRL_WARM") or not k.startswith("RAIRL_")}
+    environment = {**kept, "PYTHONPATH": places, "RAIRL_WARM_ROOM": "x" * 65536}
     environment["RAY_RAYLET_PID"] = environment["RAIRL_WARM_OWNER"]
-    for mark in ("RAIRL_MEMBER", "RAIRL_BACKGROUND"):
-        environment.pop(mark, None)
     if between := os.fork():
         os.waitpid(between, 0)
         return
@@ -100,11 +100,18 @@ def start(path: Path, lock: int) -> None:
     os._exit(0)
 
 
-def ended(there: socket.socket) -> int:
-    """Wait for the fork's exit code; 1 once the raylet is gone, and with it this process and its fork."""
+def pass_signals(there: socket.socket) -> None:
+    """From now on the fork gets what asks this process to end."""
+    pid = int.from_bytes(there.recv(8, socket.MSG_WAITALL), "big")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os.kill(pid, number))
+
+
+def ended(there: socket.socket, follows: bool) -> int:
+    """Wait for the fork's exit code; 1 once the raylet that it follows is gone, and so this process and it."""
     raylet, answer = os.getppid(), b""
     while not answer.endswith(b"\n"):
-        if os.getppid() != raylet:
+        if follows and os.getppid() != raylet:
             return 1
         if select.select([there], [], [], LOOK_SECONDS)[0]:
             said = there.recv(64)
@@ -125,7 +132,9 @@ def fork_instead(kind: str, command: list[str]) -> None:
     streams = array.array("i", [0, 1, 2])
     there.sendmsg([len(said).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
     there.sendall(said)
-    code = ended(there)
+    if kind == "driver":
+        pass_signals(there)
+    code = ended(there, follows=kind != "driver")
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

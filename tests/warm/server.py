@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import atexit
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -39,7 +40,13 @@ IMPORTS = {
         "vllm.v1.worker.cpu_worker",
     ),
     "driver": ("launch", "rairl_ray.trainer.run", "rairl_ray.trainer.rl_trainer", "mlflow"),
-    "worker": ("ray.data", "ray.train.torch", "rairl_ray.actors.chunks"),
+    "worker": (
+        "ray.data",
+        "ray.train.torch",
+        "ray.tune",
+        "rairl_ray.actors.chunks",
+        "rairl_ray.sweep.supervise",
+    ),
     "daemon": (
         "ray.dashboard.agent",
         "ray.dashboard.dashboard",
@@ -64,6 +71,7 @@ def preload(kind: str) -> None:
         from ray.dashboard.utils import DashboardAgentModule, get_all_modules
 
         get_all_modules(DashboardAgentModule)
+    gc.freeze()  # or each fork's collector goes through, and so copies, all that is imported
 
 
 def overwrite_environment(values: dict[str, str]) -> None:
@@ -164,6 +172,8 @@ class Server:
             os._exit(code)
         for stream in streams:
             os.close(stream)
+        if said["kind"] == "driver":
+            there.sendall(pid.to_bytes(8, "big"))
         self._forks[pid] = there
         self._choose.register(there, selectors.EVENT_READ, pid)
 

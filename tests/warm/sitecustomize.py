@@ -1,9 +1,10 @@
-"""Python's start-up hook where tests put this folder on PYTHONPATH: drivers and computing actors are forks.
+"""Python's start-up hook where tests put this folder on PYTHONPATH: what runs start are forks.
 
-Each imports torch, transformers, DeepSpeed or vLLM for up to ten CPU seconds, the same modules each time, more
-than most tests' own work takes. Here the process that was started for it asks a server (server.py), which has
-imported them once, for a fork that does its work, and only waits for that fork's end. Drivers that get signals
-begin by themselves (`tests.runs.launch_background`); what else does, `tests/conftest.py::warm_actors` says.
+A driver or a computing actor imports torch, transformers, DeepSpeed or vLLM for up to ten CPU seconds, the
+daemons of one Ray five between them, the same modules each time: more than most tests' own work takes. Here the
+process that was started for it asks a server (server.py), which has imported them once, for a fork that does
+its work, and only waits for that fork's end. What begins by itself all the same, says
+`tests/conftest.py::warm_actors`.
 """
 
 import os
@@ -21,9 +22,11 @@ DAEMONS = (
 def kind_of(script: str) -> str | None:
     """What a process that runs a script has to import, as the server calls it; None: it begins by itself."""
     if script == "launch.py":
-        return "driver" if os.environ.pop("RAIRL_WARM_DRIVER", None) else None
+        return "driver"
     if script.endswith(DAEMONS):
         return "daemon"
+    if script.endswith("ray/_private/workers/setup_worker.py"):
+        return "worker"  # becomes another program with an actor's environment, which comes here again
     if not script.endswith("ray/_private/workers/default_worker.py"):
         return None
     if "TOKENIZERS_PARALLELISM" not in os.environ:
@@ -33,7 +36,9 @@ def kind_of(script: str) -> str | None:
 
 
 if "RAIRL_WARM" in os.environ:
-    _words = sys.orig_argv[2:] if sys.orig_argv[1:2] == ["-u"] else sys.orig_argv[1:]
+    _words = [word for word in sys.orig_argv[1:3] if word != "-u"] + sys.orig_argv[3:]
+    if _words[:2] == ["-m", "launch"]:
+        _words[:2] = ["launch.py"]
     if _words and (_kind := kind_of(_words[0])):
         import client
 
