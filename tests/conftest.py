@@ -68,10 +68,11 @@ def pytest_unconfigure() -> None:
 def warm_actors(request: pytest.FixtureRequest) -> Iterator[None]:
     """Drivers, Ray's workers and its daemons are forks of processes that have their imports (tests/warm).
 
-    Files with the mark `cold` or `cluster`, and all of them with RAIRL_COLD=1, let each begin by itself, as it
-    does for users.
+    Files with the mark `cold` or `cluster`, and all of them with RAIRL_COLD=1 or without Linux's /proc, let
+    each begin by itself, as it does for users.
     """
-    if os.environ.get("RAIRL_COLD") or any(map(request.node.get_closest_marker, ("cold", "cluster"))):
+    cold = os.environ.get("RAIRL_COLD") or not Path("/proc/self/ns").is_dir()
+    if cold or any(map(request.node.get_closest_marker, ("cold", "cluster"))):
         yield
         return
     owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()

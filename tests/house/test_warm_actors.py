@@ -42,6 +42,10 @@ class Worker:
             "imported": "deepspeed" in self.modules,
         }
 
+    def drawn(self) -> tuple[int, str]:
+        """Its server's process, and a random id."""
+        return os.getppid(), ray.ObjectRef.from_random().hex()
+
 
 @pytest.fixture
 def private_ray() -> Iterator[None]:
@@ -78,6 +82,16 @@ def test_forks_are_the_workers_they_stand_for() -> None:
     for actor in actors:
         ray.kill(actor)
     wait_for_the_end([about["pid"] for about in (one, two)])
+
+
+@pytest.mark.usefixtures("private_ray")
+def test_forks_of_one_server_draw_different_ids() -> None:
+    """Ray's workers draw object ids: equal ones crash them, now and then, where they begin at once."""
+    plain = ray.remote(Worker).options(num_cpus=0)
+    pairs = [[plain.remote() for _ in range(2)], [forked(1, mark) for mark in "ab"]]
+    for pair in pairs:
+        (server, one), (same, two) = ray.get([actor.drawn.remote() for actor in pair])
+        assert server == same and one != two
 
 
 @pytest.mark.usefixtures("private_ray")

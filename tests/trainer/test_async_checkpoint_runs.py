@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ def newest(folder: Path) -> int:
     return int(found.name.removeprefix("step-")) if found else -1
 
 
+def title(pid: int) -> str:
+    """What a process calls itself; empty where it has just ended."""
+    with suppress(psutil.Error):
+        return " ".join(psutil.Process(pid).cmdline())
+    return ""
+
+
 def limit_files(pid: int, size: int) -> None:
     """The kernel refuses every write of the process beyond `size` bytes in a file."""
     hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
@@ -60,7 +68,7 @@ def test_a_run_goes_on_beside_a_disk_that_refuses_and_fails_only_where_it_must_s
     process = launch_background(*arguments)
     try:
         wait_for(lambda: folder.is_dir() and newest(folder) >= 1, process)
-        pids = [pid for pid in descendants(process.pid) if "PolicyActor" in psutil.Process(pid).cmdline()[0]]
+        pids = [pid for pid in descendants(process.pid) if "ray::PolicyActor" in title(pid)]
         assert len(pids) == 1
         limit_files(pids[0], 50_000)
         wait_for(lambda: events.exists() and "could not be written" in events.read_text(), process)

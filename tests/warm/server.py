@@ -21,7 +21,8 @@ import socket
 import sys
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +60,41 @@ IDLE_SECONDS = 300.0
 """After so long without a fork a server ends: jobs come and go, each with servers of its own."""
 
 
+@contextmanager
+def no_id_drawn() -> Iterator[None]:
+    """Ray's own generator stays unseeded while this lasts, or all forks would draw the same ids from it.
+
+    Modules of Ray that define actors draw one for each.
+    """
+    import ray.actor
+
+    genuine = ray.actor.ActorClassID
+
+    class Other:
+        @staticmethod
+        def from_random() -> Any:
+            return genuine(os.urandom(genuine.size()))
+
+    ray.actor.ActorClassID = Other
+    try:
+        yield
+    finally:
+        ray.actor.ActorClassID = genuine
+
+
 def preload(kind: str) -> None:
     """Import; what is not installed is the fork's own to complain about."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    for name in IMPORTS[kind]:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            traceback.print_exc()
-    if kind == "daemon":
-        from ray.dashboard.utils import DashboardAgentModule, get_all_modules
+    with no_id_drawn():
+        for name in IMPORTS[kind]:
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                traceback.print_exc()
+        if kind == "daemon":
+            from ray.dashboard.utils import DashboardAgentModule, get_all_modules
 
-        get_all_modules(DashboardAgentModule)
+            get_all_modules(DashboardAgentModule)
     gc.freeze()  # or each fork's collector goes through, and so copies, all that is imported
 
 
