@@ -29,6 +29,7 @@ def line(backend: str) -> Iterator[Proxy]:
         yield made
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_then_up_then_down(tmp_path: Path) -> None:
     port = free_port()
     uri = f"http://127.0.0.1:{port}"

@@ -12,7 +12,7 @@ from rairl_ray.trainer.run_context import StopRequest
 from rairl_ray.types import RolloutGroup
 from tests.inprocess import config_of, differing, killed_after, rows_of, run
 
-pytestmark = pytest.mark.usefixtures("one_cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_cluster")]
 
 RUN = ("trainer.steps=3", "eval.every=2", "eval.at_start=true", "trainer.checkpoint_every=0")
 
