@@ -26,7 +26,7 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.runfolder import RunFolder
 from rairl_ray.trainer import worker_groups
 from tests.conftest import TESTER
-from tests.runs import ROOT, TINY_AIRL
+from tests.runs import ROOT, TINY_AIRL, inheriting
 
 CLASSES = {"rollout": "RolloutActor", "policy": "PolicyActor", "discriminator": "DiscriminatorActor"}
 
@@ -136,25 +136,13 @@ def steps(folder: Path) -> list[float]:
 
 
 def marked_processes() -> list[psutil.Process]:
-    """Processes of any run's actors on this machine that were started by this test's cluster.
-
-    By what they have inherited: forks (tests/warm) are not this process's children.
-    """
-    found = []
-    for process in psutil.process_iter():
-        try:
-            environment = process.environ()
-            ours = environment.get(TESTER) == os.environ[TESTER]
-            if ours and MARK in environment and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
+    """Processes of any run's actors on this machine that were started by this test's cluster."""
+    return inheriting(lambda has: MARK in has and has.get(TESTER) == os.environ[TESTER])
 
 
 def assert_nothing_left() -> None:
     """No process of an actor, running or stopped, and no placement group, a moment after the run's end."""
-    deadline = time.monotonic() + 60  # a worker that Ray had begun to start and no longer needs ends by itself
+    deadline = time.monotonic() + 10
     while (left := marked_processes()) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left, [process.as_dict(["pid", "ppid", "status", "cmdline", "create_time"]) for process in left]

@@ -10,13 +10,13 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import psutil
 
-from tests.runs import ROOT, launch
+from tests.runs import ROOT, inheriting, launch
 
 DRAIN = """
 import sys, time, ray
@@ -117,12 +117,7 @@ class SeparateNodes:
 
 def marked(folder: Path) -> list[psutil.Process]:
     """Processes of the cluster in this folder, by the mark in their environment, sorted by their number."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get("RAIRL_LOCAL_CLUSTER", "").startswith(f"{folder}:"):
-                found.append(process)
-    return sorted(found, key=lambda process: process.pid)
+    return inheriting(lambda has: has.get("RAIRL_LOCAL_CLUSTER", "").startswith(f"{folder}:"))
 
 
 @contextmanager

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,22 +79,29 @@ def launch_background(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def descendants(pid: int) -> list[int]:
-    """Process ids below one of `launch_background`; also forks (tests/warm), which only inherit its mark."""
-    import psutil
+def inheriting(accepts: Callable[[Mapping[str, str]], bool]) -> list[psutil.Process]:
+    """Processes of this machine whose first environment is accepted, by number; a zombie has none.
 
+    The only way to find forks (tests/warm), which are no children of what started them.
+    """
     found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if accepts(process.environ()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids below one of `launch_background`, forks included."""
     try:
         started = psutil.Process(pid)
         mark = started.environ()[BACKGROUND]
-        found = [child.pid for child in started.children(recursive=True)]
+        children = {child.pid for child in started.children(recursive=True)}
     except psutil.NoSuchProcess:
-        return found
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.pid != pid and process.environ().get(BACKGROUND) == mark:
-                found.append(process.pid)
-    return list(dict.fromkeys(found))
+        return []
+    marked = {process.pid for process in inheriting(lambda has: has.get(BACKGROUND) == mark)}
+    return sorted((children | marked) - {pid})
 
 
 def kill_hard(process: subprocess.Popen[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import runpy
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,7 @@ import torch
 
 from rairl_ray.actors.process_monitor import MARK
 from rairl_ray.engines.environment import compute_environment
+from tests.runs import ROOT
 
 pytestmark = [
     pytest.mark.slow,
@@ -92,6 +95,17 @@ def test_forks_of_one_server_draw_different_ids() -> None:
     for pair in pairs:
         (server, one), (same, two) = ray.get([actor.drawn.remote() for actor in pair])
         assert server == same and one != two
+
+
+@pytest.mark.parametrize("sent", [b"", (100).to_bytes(8, "big"), (100).to_bytes(8, "big") + b"half"])
+def test_a_server_outlives_a_process_that_is_killed_while_it_asks(sent: bytes) -> None:
+    server = runpy.run_path(str(ROOT / "tests" / "warm" / "server.py"))
+    here, there = socket.socketpair()
+    with here, there:
+        here.sendall(sent)
+        here.close()
+        with pytest.raises(OSError, match="has ended"):
+            server["receive"](there)
 
 
 @pytest.mark.usefixtures("private_ray")

@@ -132,14 +132,18 @@ def become(said: dict[str, Any], streams: list[int]) -> int:
 
 
 def receive(there: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """What a fork is to be, and its three streams."""
+    """What a fork is to be, and its three streams. Raises OSError where who asks ends in the middle."""
     head, ancillary, _, _ = there.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
     streams = array.array("i")
     for _, _, data in ancillary:
         streams.frombytes(data)
     size, text = int.from_bytes(head, "big"), b""
-    while len(text) < size:
-        text += there.recv(size - len(text))
+    while len(text) < size and (part := there.recv(size - len(text))):
+        text += part
+    if not size or len(text) < size:
+        for stream in streams:
+            os.close(stream)
+        raise ConnectionError("the process that asked has ended")
     return json.loads(text), list(streams)
 
 
@@ -182,7 +186,11 @@ class Server:
 
     def _fork(self) -> None:
         there, _ = self._listener.accept()
-        said, streams = receive(there)
+        try:
+            said, streams = receive(there)
+        except OSError:
+            there.close()
+            return
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
@@ -197,7 +205,8 @@ class Server:
         for stream in streams:
             os.close(stream)
         if said["kind"] == "driver":
-            there.sendall(pid.to_bytes(8, "big"))
+            with suppress(OSError):  # it has ended: its fork is ended as soon as that is seen
+                there.sendall(pid.to_bytes(8, "big"))
         self._forks[pid] = there
         self._choose.register(there, selectors.EVENT_READ, pid)
 

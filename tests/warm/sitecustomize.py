@@ -36,7 +36,7 @@ def kind_of(script: str) -> str | None:
 
 
 if "RAIRL_WARM" in os.environ:
-    _words = [word for word in sys.orig_argv[1:3] if word != "-u"] + sys.orig_argv[3:]
+    _words = sys.orig_argv[2:] if sys.orig_argv[1:2] == ["-u"] else sys.orig_argv[1:]
     if _words[:2] == ["-m", "launch"]:
         _words[:2] = ["launch.py"]
     if _words and (_kind := kind_of(_words[0])):
