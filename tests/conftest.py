@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shutil
@@ -33,6 +34,7 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: the collector of cycles need not go through it again and again."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +62,6 @@ def warm_folder(owner: int) -> Path:
 
 def pytest_unconfigure() -> None:
     """The main process's folder goes with it; its servers look for it every few seconds."""
-    gc.unfreeze()
     shutil.rmtree(warm_folder(os.getpid()), ignore_errors=True)
 
 
@@ -94,6 +95,12 @@ def one_cluster(warm_actors: None, tmp_path_factory: pytest.TempPathFactory) -> 
 
     with cluster(config_of("grpo", tmp_path_factory.mktemp("cluster"))):
         yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of reports are empty files: drawing takes seconds, and other tests look at what is drawn."""
+    monkeypatch.setattr("rairl_ray.report.page.image", lambda figure, kind: b"")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ one engine after another, because joining costs more than training tiny models.
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -358,6 +359,7 @@ def one_rank(cases: list[dict[str, Any]], folder: Path, rank: int, world: int, p
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank] if visible != [""] else str(rank)
     setup_environment(rank, world, "127.0.0.1", port, DEVICE, 1)
+    gc.freeze()  # as LearnerActor.open does
     results = {case["name"]: run_case(case, folder, rank, world) for case in cases}
     if rank == 0:
         torch.save(results, folder / "result.pt")

@@ -4,10 +4,12 @@ adapters, and the reference, a plain transformers forward pass without cache or 
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
+import subprocess
+import sys
 import traceback
-from multiprocessing.connection import Connection
+from multiprocessing import current_process
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rairl_ray.engines.rollout_engine import EngineOptions, GenerationRequest, SamplingSettings
 from rairl_ray.engines.vllm_engine import VllmEngine, vllm_environment
 from rairl_ray.engines.weights import SHARED_MEMORY
+from tests.runs import ROOT
 
 VOCABULARY, EOS, PROMPT, COMPLETION, RANK = 80, 1, 24, 24, 8
 TOLERANCE = 1e-3
@@ -36,40 +39,37 @@ class EngineProcess:
 
     def __init__(self, options: EngineOptions, folder: Path) -> None:
         self.folder, self.stderr = folder, folder / "stderr.txt"
-        spawn = multiprocessing.get_context("spawn")
-        self.connection, child = spawn.Pipe()
-        # a daemon may not have the children that a tensor-parallel engine is
-        self.process = spawn.Process(
-            target=_serve, args=(child, options, str(self.stderr)), daemon=options.tensor_parallel == 1
-        )
         variables = vllm_environment(device=options.device, threads=1) | {"TMPDIR": str(folder)}
-        before = dict(os.environ)
-        os.environ.update(variables)
-        try:
-            self.process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        self.connection, child = Pipe()
+        with child, open(self.stderr, "w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                cwd=ROOT, env=os.environ | variables, stdin=child.fileno(), stdout=stderr, stderr=stderr,
+            )  # fmt: skip
+        # With the key, tensors travel in shared memory, as between multiprocessing's own processes.
+        self.connection.send((bytes(current_process().authkey), options))
 
     def wait_started(self) -> None:
-        self._answer(START_SECONDS)
+        self.pid = self._answer(START_SECONDS)
 
     def assert_closes_cleanly(self) -> None:
         self.close()
-        self.process.join(CALL_SECONDS)
-        assert self.process.exitcode == 0
+        assert self.process.wait(CALL_SECONDS) == 0
         assert "Traceback" not in self.stderr.read_text()
         assert not self.adapter_folders()
 
     def adapter_folders(self) -> list[Path]:
         """What the engine has left of adapters, in shared memory or in its temporary folder."""
-        name = f"rairl-adapter-{self.process.pid}-*"
+        name = f"rairl-adapter-{self.pid}-*"
         return [*self.folder.glob(name), *SHARED_MEMORY.glob(name)]
 
     def _answer(self, seconds: float) -> Any:
         if not self.connection.poll(seconds):
             raise TimeoutError(f"no answer in {seconds} s; {self.stderr.read_text()[-2000:]}")
-        ok, value = self.connection.recv()
+        try:
+            ok, value = self.connection.recv()
+        except EOFError:
+            raise RuntimeError(f"the engine's process has ended: {self.stderr.read_text()[-2000:]}") from None
         if not ok:
             raise value
         return value
@@ -82,12 +82,11 @@ class EngineProcess:
         return call() if name in ("version", "checksum") else call
 
 
-def _serve(connection: Connection, options: EngineOptions, stderr: str) -> None:
-    with open(stderr, "w") as file:
-        os.dup2(file.fileno(), 2)
+def _serve(connection: Connection) -> None:
+    current_process().authkey, options = connection.recv()
     try:
         engine = VllmEngine(options, decode)
-        connection.send((True, None))
+        connection.send((True, os.getpid()))
     except BaseException as error:
         traceback.print_exc()
         connection.send((False, RuntimeError(repr(error))))
@@ -176,3 +175,7 @@ def adapter(seed: int, rank: int = RANK) -> tuple[dict[str, torch.Tensor], dict[
             parameter.data = 0.1 * torch.randn_like(parameter)
     tensors = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
     return tensors, model.peft_config["default"].to_dict(), model.merge_and_unload().eval()
+
+
+if __name__ == "__main__":
+    _serve(Connection(os.dup(0)))

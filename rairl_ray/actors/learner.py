@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,10 @@ class LearnerActor(RankActor, ABC):
         threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
         setup_environment(self.rank, world_size, address[0], address[1], self.device, threads)
         self._limit_memory()
+        import rairl_ray.engines.deepspeed_engine  # noqa: F401
+
+        # What is imported stays: DeepSpeed calls the collector of cycles up to six times while it starts.
+        gc.freeze()
         self._engine = self.build(total_updates)
         reason = self.padded_because() if self.config.learner.rows == "packed" else None
         self.packed = self.config.learner.rows == "packed" and reason is None

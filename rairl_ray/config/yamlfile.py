@@ -32,7 +32,7 @@ class FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore
     """The same on libyaml, ten times as fast; its errors say less, so `Loader` reads what it refuses."""
 
 
-class Dumper(yaml.SafeDumper):
+class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """Quotes every text that any YAML 1.1 or 1.2 reader would take for something else."""
 
 

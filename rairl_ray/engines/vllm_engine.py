@@ -8,7 +8,6 @@ id, name and folder at every sync.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import time
 import warnings
@@ -280,7 +279,6 @@ class VllmEngine:
         self._adapters, self._current = [], None
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        gc.collect()
         cleanup_dist_env_and_memory()
 
 

@@ -33,9 +33,9 @@ class Spool:
     for an older one cannot change the cursor any more.
     """
 
-    def __init__(self, folder: Path, servers: list[str], run_id: str | None = None) -> None:
-        """`servers` names the receiver, today's name first; `run_id` is the run's where the cursor is lost."""
-        self.path, self._servers, self._known_id = folder / SPOOL, servers, run_id
+    def __init__(self, folder: Path, server: str, run_id: str | None = None) -> None:
+        """`server` names the receiver; `run_id` is the run's where the cursor is lost."""
+        self.path, self._server, self._known_id = folder / SPOOL, server, run_id
         self.owned = self.ended = False
         self.elsewhere = False
         """Whether what was sent so far went to another server."""
@@ -146,14 +146,12 @@ class Spool:
         if not saved:
             # Everything may have arrived, and does no harm twice.
             return fresh | {"run_id": self._known_id}
-        self.elsewhere = saved.get("server") not in self._servers
-        if self.elsewhere or saved.keys() != fresh.keys():
-            return fresh
-        return saved | {"server": self._servers[0]}
+        self.elsewhere = saved.get("server") != self._server
+        return fresh if self.elsewhere or saved.keys() != fresh.keys() else saved
 
     def _fresh(self) -> dict[str, Any]:
         return {
-            "server": self._servers[0], "key": uuid.uuid4().hex, "run_id": None, "session": None,
+            "server": self._server, "key": uuid.uuid4().hex, "run_id": None, "session": None,
             "closed": False, "status_offset": 0, "rows_offset": 0, "files_offset": 0,
         }  # fmt: skip
 

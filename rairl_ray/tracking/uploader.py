@@ -33,7 +33,7 @@ class Uploader:
     def __init__(
         self, uri: str, output: Path, folder: Path, warn: Warn, resume_run_id: str | None = None
     ) -> None:
-        self.spool = Spool(folder, server_names(uri, output), resume_run_id)
+        self.spool = Spool(folder, server_name(uri, output), resume_run_id)
         self.run = MlflowRun(uri, output, self.spool, warn)
         self._warn = warn
         self._failures = dict.fromkeys(KINDS, 0)
@@ -129,11 +129,9 @@ def tracking_uri(config: RunConfig, output: Path) -> str | None:
     return None if uri == "none" else uri
 
 
-def server_names(uri: str, output: Path) -> list[str]:
+def server_name(uri: str, output: Path) -> str:
     """What a cursor may remember of an address, which may contain a password.
 
-    The first is what it remembers now: of a database in the output folder, no more than its name there, so that
-    the folder may be moved. The last is what earlier versions remembered.
+    Of a database in the output folder no more than its name there, so that the folder may be moved.
     """
-    within = uri.replace(f"{output}/", "")
-    return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in (within, uri)]
+    return hashlib.sha256(uri.replace(f"{output}/", "").encode()).hexdigest()[:16]

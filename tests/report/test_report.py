@@ -110,6 +110,7 @@ def test_the_verb_prints_its_paths_and_refuses_in_one_line(tmp_path: Path) -> No
     assert refused.stderr.startswith(f"rairl: error: {tmp_path / 'nothing'}: no such file or folder")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_file_of_rows_is_enough(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", make_rows())
     make_report([str(tmp_path / "rows.jsonl")], str(tmp_path / "out"))

@@ -95,6 +95,7 @@ def test_shown_text_has_nothing_that_hides_or_turns(text: str) -> None:
     clean(text).encode("utf-8")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_hostile_samples_are_shown_and_do_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "hostile", rows=make_rows(problems=2, text=HOSTILE + "@@ $x$ \\frac{a}"))
     path = run.evaluations / "final" / "rows.jsonl"
@@ -208,6 +209,7 @@ def test_evaluations_of_a_transfer_matrix_are_left_to_the_matrix(tmp_path: Path)
     assert "other" in run.evaluations
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_auroc_is_shown_once(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     file = tmp_path / "a" / "evaluations" / "final" / "summary.json"
@@ -218,6 +220,7 @@ def test_one_auroc_is_shown_once(tmp_path: Path) -> None:
     assert page.count("AUROC right/wrong") == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_differs_in_many_keys_names_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "MOST_DIFFERENCES", 2)
     make_run(tmp_path / "a")

@@ -273,6 +273,7 @@ def test_given_completions_are_evaluated_beside_their_run_over_there(
     assert summary["eval/pass_at_1"]["n"] == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_goes_beside_its_run_and_takes_nothing_over(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

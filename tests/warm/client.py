@@ -27,21 +27,23 @@ AT_IMPORT = (
     "OMP_",
     "MKL_",
     "PYTHON",
-    "MLFLOW_",
     "CUDA_",
     "RAY_",
 )
 """Beginnings of variables that libraries read when they are loaded; others are read when a worker runs."""
 ITS_OWN = (
-    "MLFLOW_DISABLE_TELEMETRY",
+    "LD_LIBRARY_PATH",
     "PYTHONBREAKPOINT",
     "RAY_AUTH_TOKEN_PATH",
     "RAY_NODE_ID",
     "RAY_RAYLET_PID",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC",
+    "TORCHINDUCTOR_COMPILE_THREADS",
     "TORCH_EXTENSIONS_DIR",
 )
-"""Of these, what differs from fork to fork: read late, or given to the server as below."""
+"""Of these, what differs from fork to fork, or with what a test has imported: read late, or of no account."""
+DAEMONS = {"LD_PRELOAD": "", "RAY_enable_pipe_based_agent_to_parent_health_check": "1"}
+"""What Ray gives to some of its daemons: the allocator does not matter, the others do not look for a parent."""
 LOOK_SECONDS = 1.0
 PATIENCE = 50.0
 """Seconds; Ray gives a worker sixty to begin."""
@@ -49,6 +51,8 @@ PATIENCE = 50.0
 
 def server_of(kind: str, environment: dict[str, str]) -> Path:
     """The socket of the server that has a kind's imports, made under an environment like this one."""
+    if kind == "daemon":
+        environment = environment | DAEMONS
     counts = {
         name: value for name, value in environment.items() if name.startswith(AT_IMPORT) and name not in ITS_OWN
     }
@@ -90,6 +94,8 @@ def start(path: Path, lock: int) -> None:
     kept = {k: v for k, v in os.environ.items() if k.startswith("RAIRL_WARM") or not k.startswith("RAIRL_")}
     environment = {**kept, "PYTHONPATH": places, "RAIRL_WARM_ROOM": "x" * 65536}
     environment["RAY_RAYLET_PID"] = environment["RAIRL_WARM_OWNER"]
+    if path.name.startswith("daemon"):
+        environment |= DAEMONS
     if between := os.fork():
         os.waitpid(between, 0)
         return

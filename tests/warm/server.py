@@ -40,7 +40,7 @@ IMPORTS = {
         "vllm.v1.engine.llm_engine",
         "vllm.v1.worker.cpu_worker",
     ),
-    "driver": ("launch", "rairl_ray.trainer.run", "rairl_ray.trainer.rl_trainer", "mlflow"),
+    "driver": ("launch", "rairl_ray.trainer.run", "rairl_ray.trainer.rl_trainer"),
     "worker": (
         "ray.data",
         "ray.train.torch",
@@ -91,6 +91,10 @@ def preload(kind: str) -> None:
                 importlib.import_module(name)
             except ImportError:
                 traceback.print_exc()
+        if kind == "driver":
+            from rairl_ray.tracking.mlflow_run import import_mlflow
+
+            import_mlflow()
         if kind == "daemon":
             from ray.dashboard.utils import DashboardAgentModule, get_all_modules
 

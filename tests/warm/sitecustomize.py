@@ -17,12 +17,13 @@ DAEMONS = (
     "ray/_private/log_monitor.py",
     "ray/_private/runtime_env/agent/main.py",
 )
+SCRIPTS = {"launch.py": "driver", "tests/rollout_harness.py": "vllm"}
 
 
 def kind_of(script: str) -> str | None:
     """What a process that runs a script has to import, as the server calls it; None: it begins by itself."""
-    if script == "launch.py":
-        return "driver"
+    if script in SCRIPTS:
+        return SCRIPTS[script]
     if script.endswith(DAEMONS):
         return "daemon"
     if script.endswith("ray/_private/workers/setup_worker.py"):
@@ -37,8 +38,8 @@ def kind_of(script: str) -> str | None:
 
 if "RAIRL_WARM" in os.environ:
     _words = sys.orig_argv[2:] if sys.orig_argv[1:2] == ["-u"] else sys.orig_argv[1:]
-    if _words[:2] == ["-m", "launch"]:
-        _words[:2] = ["launch.py"]
+    if _words[:1] == ["-m"] and len(_words) > 1:
+        _words[:2] = [f"{_words[1].replace('.', '/')}.py"]
     if _words and (_kind := kind_of(_words[0])):
         import client
 
