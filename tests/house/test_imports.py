@@ -40,7 +40,9 @@ LEARNER = (
     ids=["learner", "rollout", "driver", "driver's tracker", "trial's watcher"],
 )
 def test_a_process_loads_nothing_that_it_does_not_use(modules: str, absent: set[str]) -> None:
-    code = f"import sys, {modules}; print('loaded', *sys.modules); import sklearn.metrics"
+    code = f"import sys, {modules}; print('loaded', *sys.modules)"
+    if "sklearn" in absent and "rollout" in modules:  # and it can still load what it does not use
+        code += "; import sklearn.metrics"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     [loaded] = [line.split() for line in done.stdout.splitlines() if line.startswith("loaded")]
