@@ -1,4 +1,4 @@
-"""Metric names (the only place they are spelled), a phase timer, and small reductions.
+"""Metric names, a phase timer, and small reductions.
 
 Names are the same for airl, grpo and sft, and legal in MLflow: letters, digits, ``_ - . : /``.
 """

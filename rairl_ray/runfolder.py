@@ -1,7 +1,7 @@
-"""The run folder (README.md): where everything of a run lies, and the only writer of its small files.
+"""The run folder (README.md): everything of a run; here its configuration, rows and events are written.
 
 It alone is enough to resume, evaluate and report. All appends survive a kill: a torn last line is
-ignored by readers. One process writes to it at a time (`lock`); any number may read.
+ignored by readers. One process trains in it at a time (`lock`); any number may read.
 """
 
 from __future__ import annotations

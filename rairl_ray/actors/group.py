@@ -1,6 +1,6 @@
 """Ray actors of one role as one object: started in order, called together, judged by their first failure.
 
-The driver sees typed verbs (`PolicyGroup.update`), never ranks. Rank 0 is made first and hands out the
+The driver sees typed verbs (`PolicyWorkers.update`), never ranks. Rank 0 is made first and hands out the
 rendezvous. Every wait has a deadline; whatever goes wrong surfaces as ONE `GroupFailure` that names role,
 rank, node, phase and the last finished step.
 """

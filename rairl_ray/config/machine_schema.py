@@ -101,7 +101,7 @@ class Trainer(Section):
     prompts_per_step: PositiveInt = 16
     """Prompts in one step over all ranks (SFT: demonstrations)."""
     checkpoint_every: NonNegativeInt = 50
-    """0: only at the end."""
+    """0: only after the warm-up, at the end, and where the run stops or moves."""
     keep_checkpoints: PositiveInt = 2
     max_staleness_steps: NonNegativeInt = 0
     """Policy versions that rollouts may be old: so many steps are sampled ahead of the learners; 0: none."""
@@ -151,7 +151,8 @@ class Eval(Section):
     """`evaluate`: run folder, reward-model folder or hub id whose reward scores; None: the run's own; "none":
     nothing scores."""
     name: str | None = None
-    """`evaluate`: folder below evaluations/; None: the mode, and the task where it is not the run's own."""
+    """`evaluate`, `localise`: folder below evaluations/; None: the mode (`localisation`), and the name of
+    `input`."""
     bootstrap: PositiveInt = 1000
 
 

@@ -1,7 +1,7 @@
 """Loading models for training: a causal language model or a token classifier, full or with LoRA.
 
-The files that import transformers and peft are this one, heads.py, sources.py, adapters.py, artifacts.py and
-hf_engine.py.
+Of engines/, transformers or peft is imported by this file, heads.py, sources.py, adapters.py, artifacts.py,
+hf_engine.py, packed_attention.py and vllm_engine.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The vLLM rollout engine: the only import of vllm, written against 0.32, the same on CPU and CUDA.
+"""The vLLM rollout engine, written against vLLM 0.32 (which weight_transfer*.py import, too), on CPU and CUDA.
 
 vLLM runs inside the calling process (its workers too, unless tensor_parallel > 1). It reads its settings
 from the environment at import, so an actor starts under `vllm_environment`; importing this module does not

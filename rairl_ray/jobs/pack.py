@@ -1,6 +1,6 @@
 """What a job takes along: the checkout's tracked files and the files that its arguments name, as one small zip.
 
-Never in it: what git ignores, `.venv`, runs, data, tests, pages, and whatever is named like a secret.
+Never in it: what git ignores, what no verb reads (`NOT_NEEDED`), and whatever is named like a secret.
 """
 
 from __future__ import annotations

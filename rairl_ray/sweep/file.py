@@ -18,6 +18,7 @@ from rairl_ray.config.schema import RunConfig
 from rairl_ray.config.section import NonNegativeInt, Section
 from rairl_ray.config.yamlfile import Document, read_document
 from rairl_ray.errors import ConfigError
+from rairl_ray.metrics import EVAL_PASS_AT_1
 
 BASE = "base"
 """Key of the axis that several bases make."""
@@ -104,7 +105,7 @@ class SweepFile(Section):
     seeds: tuple[NonNegativeInt, ...] = (0,)
     search: Search = Search()
     scheduler: Scheduler = Scheduler()
-    metric: str | tuple[str, ...] = "eval/pass_at_1"
+    metric: str | tuple[str, ...] = EVAL_PASS_AT_1
     """Of the final evaluation's summary (and of metrics.jsonl, for a scheduler). Several: the result is a
     Pareto front."""
     mode: Literal["max", "min"] | tuple[Literal["max", "min"], ...] = "max"

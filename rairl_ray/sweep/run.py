@@ -65,7 +65,7 @@ REPEATABLE = {"seeds", "trials", "max_concurrent", "failures", "budget", "addres
 
 
 def sweep(file: SweepFile, resume: bool = False, display: Display | None = None) -> int:
-    """Run every trial; returns 0, or 1 where some failed.
+    """Run every trial; returns 0, 1 where some failed or were not drawn, 130 where it was stopped.
 
     Raises:
         UserError: bad points, a sweep of this name with other settings or at work, a base that has changed

@@ -50,7 +50,7 @@ def trainable(config: dict[str, Any]) -> None:
 
 
 def run_trial(spec: dict[str, Any]) -> None:
-    """One trial to its end. `spec`: folder, log, base, overrides, metrics, cwd, stops, failures, remote.
+    """One trial to its end; `spec` is what `sweep/run.py` says of it.
 
     A run that fails is started again `failures` times and goes on from its newest checkpoint; after that the
     trial ends without a final evaluation. Tune sees a failure only where it loses the worker that does this, or

@@ -7,7 +7,7 @@ Exactly once, over a line that may be cut anywhere:
 - MLflow never forgets a row: of steps that a resume makes again the spool holds the first measurement alone
   (tracking/tracker.py), so a run keeps its id for ever.
 
-Only the threads of the queues come here, but for `import_mlflow`.
+Only the threads of the queues and that of unsent.py come here, but for `import_mlflow`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     RunContext ──log, log_table, ...──> RUN/tracking_spool.jsonl ──queues (threads)──> MLflow
                       one line                                     uploader.py        mlflow_run.py
 
-Every call writes a line to the run folder and returns; only the queues' threads talk to MLflow. What a run
+Every call writes a line to the run folder and returns; threads talk to MLflow. What a run
 could not send waits in its folder: `--resume` sends it, and so does the next run in the same output folder,
 which finds it by a pointer and also closes the runs of killed drivers (unsent.py).
 """
@@ -67,7 +67,7 @@ class Told(NamedTuple):
 
 class Tracker:
     """One run's line to MLflow. No method raises because of MLflow, a network or a full disk, or waits for
-    them; only `finish` waits, `tracking.flush_seconds` at most."""
+    them; only `finish` (`tracking.flush_seconds` at most) and `id_within` wait."""
 
     def __init__(self, warn: Callable[[str], None] | None = None) -> None:
         self._warn = warn or logging.getLogger(__name__).warning

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rairl_ray import metrics as names
 from rairl_ray.config.load import load_config
 from rairl_ray.display import Display
 from rairl_ray.errors import ConfigError, DataError
@@ -24,7 +25,12 @@ from rairl_ray.verbs.localisation_cases import injected_cases, summarise, values
 from rairl_ray.verbs.localise import scored_units
 from rairl_ray.verbs.target import NO_REWARD, Target, find_target
 
-SHOWN = ("eval/pass_at_1", "eval/rerank_at_1", "calibration/auroc", "localisation/step_accuracy")
+SHOWN = (
+    names.EVAL_PASS_AT_1,
+    names.EVAL_RERANK_AT_1,
+    names.CALIBRATION_AUROC,
+    names.LOCALISATION_STEP_ACCURACY,
+)
 SAMPLES = f"{TRANSFER_PREFIX}samples"
 
 

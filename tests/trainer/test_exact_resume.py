@@ -7,6 +7,7 @@ begun as users' are they are in test_cold_resume.py, and in `make test-matrix` f
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -82,12 +83,12 @@ FAST = "airl, implicit, full, ZeRO 1, replay, gate, KL"
 
 def cases() -> Iterator[Any]:
     """The fast case from step 2, the others from 2 and 4 in turn; `make test-matrix` has the other one."""
-    yield pytest.param(FAST, 2, id=f"{FAST}, from 2")
-    for place, case in enumerate(case for case in CASES if case != FAST):
-        for checkpoint in (2, 4):
-            now = checkpoint == (2, 4)[place % 2]
-            marks = [pytest.mark.slow] if now else [pytest.mark.slow, pytest.mark.matrix]
-            yield pytest.param(case, checkpoint, marks=marks, id=f"{case}, from {checkpoint}")
+    others = [case for case in CASES if case != FAST]
+    first = {FAST: 2} | {case: (2, 4)[place % 2] for place, case in enumerate(others)}
+    for case, checkpoint in itertools.product(first, (2, 4)):
+        marks = [pytest.mark.slow] if checkpoint == first[case] else [pytest.mark.slow, pytest.mark.matrix]
+        fast = (case, checkpoint) == (FAST, 2)
+        yield pytest.param(case, checkpoint, marks=[] if fast else marks, id=f"{case}, from {checkpoint}")
 
 
 def test_the_cases_train_every_density_and_loss(tmp_path: Path) -> None:
