@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: the collector of cycles need not go through it again and again."""
+    """What is imported by now stays: the collector of cycles need not go through it. One thread computes."""
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)
+    # Two tests on two cores: threads that wait for each other's cores spin there, for up to twenty times as long.
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
