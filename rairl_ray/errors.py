@@ -34,8 +34,8 @@ class RunFailure(RuntimeError):
 
 
 def redact(text: str) -> str:
-    """`text` without user names and passwords in addresses."""
-    return re.sub(r"://[^@/\s]+@", "://***@", text)
+    """`text` without user names, passwords and keys in addresses."""
+    return re.sub(r"((?:access|secret)_key=)[^&\s]+", r"\1***", re.sub(r"://[^@/\s]+@", "://***@", text))
 
 
 def brief(error: Exception) -> str:

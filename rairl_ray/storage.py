@@ -19,10 +19,10 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pyarrow import fs as arrow_fs
 
+from rairl_ray.config.machine_rules import bucket_problem
 from rairl_ray.config.rules import show
 from rairl_ray.errors import ConfigError
 
-SCHEMES = ("s3", "gs", "file")
 STAGING_ENV = "RAIRL_STAGING"
 PROBE_SECONDS = 20.0
 """How long a place may take to accept and delete one small object before a run starts."""
@@ -61,19 +61,9 @@ class Store:
 
     def __init__(self, uri: str) -> None:
         """Raises ConfigError for a URI that no file system can be made of."""
+        if why := bucket_problem(uri):
+            raise ConfigError(f"output_dir={show(uri)}: {why}")
         parts = urlsplit(uri)
-        if parts.scheme not in SCHEMES:
-            known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-            raise ConfigError(
-                f"output_dir={show(uri)}: {parts.scheme}:// is no known scheme; give a folder or one of {known}"
-            )
-        if "@" in parts.netloc or any(word in parts.query for word in ("access_key", "secret_key")):
-            raise ConfigError(
-                f"output_dir={show(uri.partition('?')[0])}: holds a user or key, which would be saved with the "
-                "run; take it out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
-            )
-        if parts.scheme != "file" and not parts.netloc:
-            raise ConfigError(f"output_dir={uri}: names no bucket; write {parts.scheme}://BUCKET/PREFIX")
         self.uri, self.plain = uri, plain(uri)
         try:
             self._fs, path = arrow_fs.FileSystem.from_uri(self.plain + uri[len(uri.partition("?")[0]) :])

@@ -36,7 +36,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)
-    # Two tests on two cores: threads that wait for each other's cores spin there, for up to twenty times as long.
+    # Two tests on two cores: threads that wait for each other spin there, for up to twenty times as long.
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 

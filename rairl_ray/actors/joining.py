@@ -1,13 +1,15 @@
-"""Joining a Ray cluster that somebody else runs: its token, its loopback address, one line where it refuses."""
+"""Starting a private Ray, and joining one that somebody else runs: token, address, one line of refusal."""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
+import sys
+from functools import partial
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.authentication import authentication_token_setup
 from ray._private.services import get_node_ip_address
 from ray._private.state import available_resources_per_node
@@ -25,6 +27,29 @@ PROBE_SECONDS = 5.0
 
 _REFUSED_TOKEN = re.compile(r"InvalidAuthToken|Unauthenticated|AuthenticationError|authentication token", re.I)
 _NOT_FOUND = ("Could not find any running Ray instance", "Found multiple active Ray instances")
+
+
+def start(namespace: str) -> None:
+    """Start a Ray of this process's own, which ends with it.
+
+    Its processes get process groups of their own: who ends a run often signals the whole group of its driver
+    (`timeout`, Slurm's scancel, `kill -- -GROUP`), and without Ray the driver could save nothing. On Linux the
+    kernel ends them with the driver; elsewhere Ray does that by the group, so they stay in it.
+    """
+    genuine = services.ConsolePopen
+    if sys.platform == "linux":
+        services.ConsolePopen = partial(genuine, process_group=0)
+    try:
+        ray.init(
+            address="local",
+            namespace=namespace,
+            log_to_driver=False,
+            logging_level="ERROR",
+            include_dashboard=False,
+            num_cpus=os.cpu_count(),
+        )
+    finally:
+        services.ConsolePopen = genuine
 
 
 def join(address: str, namespace: str | None = None) -> None:

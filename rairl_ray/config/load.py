@@ -170,7 +170,8 @@ def warm_start_chain(config: RunConfig) -> list[RunConfig]:
             raise ConfigError(f"{path}: warm_start={path}: a warm start that starts from itself; remove one")
         seen.append(path)
         if not Path(path).is_file():
-            raise ConfigError(f"warm_start={path}: no such file; name an SFT experiment file")
+            why = "is a folder" if Path(path).is_dir() else "no such file"
+            raise ConfigError(f"warm_start={path}: {why}; name an SFT experiment file")
         earlier = load_config(path)
         if earlier.algorithm.needs.rollouts:
             raise ConfigError(
@@ -222,7 +223,8 @@ def _file_layers(path: Path, name: str, above: tuple[Path, ...]) -> list[Documen
     for item in bases:
         base_path = path.parent / item
         if not base_path.is_file():
-            raise ConfigError(f"{document.origin('base')}: base={item}: no such file {base_path}")
+            why = "is a folder:" if base_path.is_dir() else "no such file"
+            raise ConfigError(f"{document.origin('base')}: base={item}: {why} {base_path}")
         for lower in _file_layers(base_path, os.path.normpath(base_path), (*above, identity)):
             below.setdefault(lower.name, lower)
     return [*below.values(), layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
@@ -15,6 +16,11 @@ from rairl_ray.config.transport import (
 
 Problems = Iterator[tuple[str, str]]
 
+BUCKETS = ("s3", "gs", "file")
+"""Schemes of an `output_dir` that is no folder of this machine."""
+LONGEST_NAME = 200
+"""Letters of a part of a name: file systems take 255 bytes, and NAME~1 is the earlier run of the name."""
+
 
 def names(config: RunConfig) -> Problems:
     parts = config.name.split("/")
@@ -25,8 +31,39 @@ def names(config: RunConfig) -> Problems:
         )
     elif not all(all(c.isalnum() or c in "._-=+" for c in part) and part[0] != "-" for part in parts):
         yield "name", "may hold letters, digits and . _ - = + only, and slashes for subfolders"
+    elif any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
+        yield "name", f"is too long for a folder; at most {LONGEST_NAME} letters between slashes"
     if not config.output_dir.strip():
         yield "output_dir", "is empty; name a folder such as runs"
+    elif "://" in config.output_dir and (why := bucket_problem(config.output_dir)):
+        yield "output_dir", why
+
+
+def url_problem(url: str) -> str | None:
+    """What is malformed in an address; None: nothing."""
+    try:
+        urlsplit(url).port  # noqa: B018  # raises for what is no number, or no port
+    except ValueError as error:
+        return f"is no address ({error})"
+    return None
+
+
+def bucket_problem(uri: str) -> str | None:
+    """What keeps runs from lying at a URI; None: nothing that can be seen in it."""
+    if why := url_problem(uri):
+        return f"{why}; write s3://BUCKET/PREFIX"
+    parts = urlsplit(uri)
+    if parts.scheme not in BUCKETS:
+        known = ", ".join(f"{scheme}://" for scheme in BUCKETS)
+        return f"{parts.scheme}:// is no known scheme; give a folder or one of {known}"
+    if "@" in parts.netloc or any(word in parts.query for word in ("access_key", "secret_key")):
+        return (
+            "holds a user or key, which would be saved with the run; take it out and set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY instead"
+        )
+    if parts.scheme != "file" and not parts.netloc:
+        return f"names no bucket; write {parts.scheme}://BUCKET/PREFIX"
+    return None
 
 
 def tracking(config: RunConfig) -> Problems:
@@ -34,6 +71,9 @@ def tracking(config: RunConfig) -> Problems:
     if not config.tracking.experiment.strip():
         yield "tracking.experiment", "is empty; name the MLflow experiment"
     if uri is None or uri in ("none", "databricks", "databricks-uc"):  # MLflow's own words
+        return
+    if why := url_problem(uri) if uri.startswith("http") else None:
+        yield "tracking.uri", f"{why}; write http://HOST:PORT"
         return
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https") and "@" in urlsplit(uri).netloc:

@@ -272,7 +272,8 @@ def _axis_problems(document: Document, sweep: SweepFile) -> list[str]:
     problems, keys = [], set(sweep.space) | set(sweep.overrides)
     keys |= set() if isinstance(sweep.base, str) else {BASE}
     if len(set(sweep.seeds)) < len(sweep.seeds) or not sweep.seeds:
-        problems.append(f"{document.origin('seeds')}: seeds={list(sweep.seeds)}: must be different numbers")
+        wrong = f"seeds={list(sweep.seeds)}: must be one or more numbers, all different"
+        problems.append(f"{document.origin('seeds')}: {wrong}")
     if sweep.search.type != "grid" and sweep.trials is None:
         problems.append(f"{document.origin('search')}: search.type={sweep.search.type}: needs trials: N")
     problems += [*_metric_problems(document, sweep), *_scheduler_problems(document, sweep.scheduler)]

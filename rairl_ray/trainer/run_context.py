@@ -59,7 +59,8 @@ def code_version() -> str:
 
 
 class StopRequest:
-    """A wish that a run may end: it finishes its step, saves and leaves. Any thread may call `ask`."""
+    """A wish that a run may end: it finishes its step (SFT: up to two more updates), saves and leaves. Any
+    thread may call `ask`."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -295,6 +296,8 @@ def refuse_other(config: RunConfig, root: Path, resume: str) -> None:
 
 def run_root(option: str, run: str, output_dir: str) -> Path:
     """A run's folder, given as a path or as a name below `output_dir`. Raises ResumeError."""
+    if not run:
+        raise ResumeError(f"{option}: has no value; give the run's folder, or its name below output_dir")
     candidates = [Path(run), Path(output_dir) / run]
     root = next((path for path in candidates if (path / "config.yaml").is_file()), None)
     if root is None:

@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup
 from rairl_ray.actors.discriminator import DiscriminatorActor, DiscriminatorWorkers
 from rairl_ray.actors.group import RankActor, create_process, create_processes, reserve, start_processes
 from rairl_ray.actors.head import HeadAway, ask, patience
-from rairl_ray.actors.joining import join, present_nodes
+from rairl_ray.actors.joining import join, present_nodes, start
 from rairl_ray.actors.learner import learner_environment
 from rairl_ray.actors.placement import (
     Node,
@@ -55,14 +55,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
     if config.cluster.address:
         join(config.cluster.address, namespace)
     else:
-        ray.init(
-            address="local",
-            namespace=namespace,
-            log_to_driver=False,
-            logging_level="ERROR",
-            include_dashboard=False,
-            num_cpus=os.cpu_count(),
-        )
+        start(namespace)
     try:
         yield
     finally:

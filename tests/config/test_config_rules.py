@@ -54,6 +54,10 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"tracking.uri": "mlruns"}, "tracking.uri", "sqlite:///"),
     ({"tracking.uri": "file:///x"}, "tracking.uri", "sqlite:///"),
     ({"tracking.uri": "https://me:secret@host"}, "tracking.uri", "MLFLOW_TRACKING_PASSWORD"),
+    ({"tracking.uri": "http://[bad"}, "tracking.uri", "is no address (Invalid IPv6 URL)"),
+    ({"tracking.uri": "http://host:99999"}, "tracking.uri", "Port out of range 0-65535"),
+    ({"output_dir": "s3://[bad"}, "output_dir", "is no address"),
+    ({"name": "a/" + "b" * 201}, "name", "is too long for a folder"),
     ({"placement.labels": {"rollout": {"market": "(spot)"}}}, "placement.labels.rollout", "'!VALUE'"),
     ({"placement.labels": {"policy": {"a b": "x"}}}, "placement.labels.policy", "no label's name"),
     (

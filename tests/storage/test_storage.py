@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import pytest
 from rairl_ray import metrics as names
 from rairl_ray import mirror as mirror_module
 from rairl_ray.checkpoint import MANIFEST
+from rairl_ray.config.load import load_config
+from rairl_ray.config.rules import check
 from rairl_ray.config.schema import RunConfig
 from rairl_ray.errors import ConfigError, ResumeError, RunFailure
 from rairl_ray.runfolder import RunFolder
@@ -34,14 +37,21 @@ from tests.s3_server import Line, refusing_all
         ("s3://KEY:hidden@bucket/runs", "set AWS_ACCESS_KEY_ID"),
         ("s3://bucket/runs?secret_key=hidden", "set AWS_ACCESS_KEY_ID"),
         ("s3:///runs", "names no bucket"),
+        ("s3://[bucket", "is no address (Invalid IPv6 URL); write s3://BUCKET/PREFIX"),
+        ("s3://bucket:port/runs", "is no address (Port could not be cast"),
     ],
 )
 def test_a_uri_that_cannot_be_used_is_one_line_without_its_secrets(uri: str, said: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        Store(uri)
-    text = str(caught.value)
-    assert text.startswith("output_dir=") and said in text
-    assert "hidden" not in text and "\n" not in text
+    refusals: list[Callable[[], object]] = [
+        lambda: Store(uri),
+        lambda: check(load_config(ROOT / "experiments" / "demo" / "sft.yaml", [f"output_dir={uri}"])),
+    ]
+    for refused in refusals:
+        with pytest.raises(ConfigError) as caught:
+            refused()
+        text = str(caught.value)
+        assert "output_dir=" in text and said in text
+        assert "hidden" not in text and "\n" not in text
 
 
 def test_a_missing_bucket_ends_the_command_before_anything_starts(uri: str, tmp_path: Path) -> None:

@@ -235,8 +235,12 @@ def test_ctrl_c_saves_and_leaves_nothing_behind_then_resume_finishes(tmp_path: P
         if any(row["step"] > stopped for row in metric_rows(folder)):
             break
         time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
+    # As `timeout` and Slurm end a program: a signal to its whole process group.
+    [head] = [child for child in map(psutil.Process, descendants(process.pid)) if child.name() == "gcs_server"]
+    assert os.getpgid(head.pid) != os.getpgid(head.ppid()), "the head would end before the run has saved"
+    os.killpg(os.getpgid(head.ppid()), signal.SIGTERM)
     output, _ = process.communicate(timeout=180)
+    assert process.returncode == 130, output
     steps = [row["step"] for row in metric_rows(folder) if names.POLICY_LOSS in row]
     assert steps == list(range(1, int(steps[-1]) + 1)) and steps[-1] > stopped, output
     assert database.execute("select count(*) from runs").fetchone() == (1,)
