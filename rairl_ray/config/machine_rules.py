@@ -91,7 +91,10 @@ def tracking(config: RunConfig) -> Problems:
 
 
 def autoscaling(config: RunConfig) -> Problems:
-    if config.cluster.grows_to is not None and config.cluster.address is None:
+    address = config.cluster.address
+    if address not in (None, "auto") and (url_problem(f"//{address}") or not urlsplit(f"//{address}").port):
+        yield "cluster.address", "must be HOST:PORT of the cluster's head, or auto"
+    if config.cluster.grows_to is not None and address is None:
         yield "cluster.grows_to", "a private cluster does not grow; set cluster.address, or take this key out"
 
 

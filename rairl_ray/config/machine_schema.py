@@ -202,7 +202,7 @@ class Workers(Section):
 
 class Cluster(Section):
     address: str | None = None
-    """Ray address; None starts a private cluster on this machine; "auto" joins a running one."""
+    """HOST:PORT of a head, or "auto" for the cluster that runs here; None starts a private one."""
     grows_to: Workers | None = None
     """Autoscaling: the run is placed on these, and waits `timeouts.placement_seconds` until they are there."""
 
