@@ -33,7 +33,7 @@ def start(namespace: str) -> None:
     """Start a Ray of this process's own, which ends with it.
 
     Its processes get process groups of their own: who ends a run often signals the whole group of its driver
-    (`timeout`, Slurm's scancel, `kill -- -GROUP`), and without Ray the driver could save nothing. On Linux the
+    (`timeout`, `kill -- -GROUP`, a supervisor), and without Ray the driver could save nothing. On Linux the
     kernel ends them with the driver; elsewhere Ray does that by the group, so they stay in it.
     """
     genuine = services.ConsolePopen

@@ -33,7 +33,7 @@ class FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore
 
 
 class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """Quotes every text that any YAML 1.1 or 1.2 reader would take for something else."""
+    """Quotes every text that any YAML 1.1 or 1.2 reader would take for something else. On libyaml, too."""
 
 
 Loader.yaml_implicit_resolvers = FastLoader.yaml_implicit_resolvers = {}

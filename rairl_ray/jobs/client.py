@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rairl_ray.actors.placement import Node, total_gpus
+from rairl_ray.config.machine_rules import url_problem
 from rairl_ray.errors import UserError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -142,18 +143,16 @@ def api_address(given: str | None) -> str:
         text = DEFAULT_ADDRESS
     url = text if "://" in text else f"http://{text}"
     remedy = "write http://HOST:8265 or https://HOST (the dashboard's address)"
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise ClusterError(f"--address {text}: is no address; {remedy}") from None
+    if url_problem(url):
+        raise ClusterError(f"--address {text}: is no address; {remedy}")
+    parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
         raise ClusterError(f"--address {text}: scheme {parts.scheme}:// is not supported; {remedy}")
     if parts.username or parts.password:
         raise ClusterError(f"--address: holds a user or password, which would be shown; {remedy}")
     if not parts.hostname or parts.query or parts.fragment:
         raise ClusterError(f"--address {text}: names no host; {remedy}")
-    if port == 6379:
+    if parts.port == 6379:
         raise ClusterError(
             f"--address {text}: port 6379 is where nodes join; jobs go to the dashboard: {remedy}"
         )

@@ -235,7 +235,7 @@ def test_ctrl_c_saves_and_leaves_nothing_behind_then_resume_finishes(tmp_path: P
         if any(row["step"] > stopped for row in metric_rows(folder)):
             break
         time.sleep(0.2)
-    # As `timeout` and Slurm end a program: a signal to its whole process group.
+    # As `timeout` ends a program: a signal to its whole process group.
     [head] = [child for child in map(psutil.Process, descendants(process.pid)) if child.name() == "gcs_server"]
     assert os.getpgid(head.pid) != os.getpgid(head.ppid()), "the head would end before the run has saved"
     os.killpg(os.getpgid(head.ppid()), signal.SIGTERM)

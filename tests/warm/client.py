@@ -51,8 +51,6 @@ PATIENCE = 50.0
 
 def server_of(kind: str, environment: dict[str, str]) -> Path:
     """The socket of the server that has a kind's imports, made under an environment like this one."""
-    if kind == "daemon":
-        environment = environment | DAEMONS
     counts = {
         name: value for name, value in environment.items() if name.startswith(AT_IMPORT) and name not in ITS_OWN
     }
@@ -61,7 +59,7 @@ def server_of(kind: str, environment: dict[str, str]) -> Path:
     return Path(environment["RAIRL_WARM"]) / f"{kind}-{key}"
 
 
-def connected(path: Path) -> socket.socket | None:
+def connected(path: Path, environment: dict[str, str]) -> socket.socket | None:
     """A connection to the server there, which is started where none is; None: none answers."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
@@ -77,11 +75,11 @@ def connected(path: Path) -> socket.socket | None:
             except OSError:  # the server has it from its start to its end
                 time.sleep(0.05)
             else:
-                start(path, lock.fileno())
+                start(path, environment, lock.fileno())
     return None
 
 
-def start(path: Path, lock: int) -> None:
+def start(path: Path, environment: dict[str, str], lock: int) -> None:
     """Start a server, whose first environment and command line have room for those of any worker.
 
     Ray keeps from its import to which job a worker belongs (so each job has its servers) and whose end it
@@ -90,12 +88,10 @@ def start(path: Path, lock: int) -> None:
     counted, with its forks.
     """
     command = [sys.executable, str(Path(__file__).with_name("server.py")), str(path), "-" * 4096]
-    places = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    kept = {k: v for k, v in os.environ.items() if k.startswith("RAIRL_WARM") or not k.startswith("RAIRL_")}
+    places = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    kept = {k: v for k, v in environment.items() if k.startswith("RAIRL_WARM") or not k.startswith("RAIRL_")}
     environment = {**kept, "PYTHONPATH": places, "RAIRL_WARM_ROOM": "x" * 65536}
     environment["RAY_RAYLET_PID"] = environment["RAIRL_WARM_OWNER"]
-    if path.name.startswith("daemon"):
-        environment |= DAEMONS
     if between := os.fork():
         os.waitpid(between, 0)
         return
@@ -130,7 +126,8 @@ def ended(there: socket.socket, follows: bool) -> int:
 
 def fork_instead(kind: str, command: list[str]) -> None:
     """Have a fork run `command` and end as it ends; returns only where no server answers."""
-    there = connected(server_of(kind, dict(os.environ)))
+    servers = os.environ | (DAEMONS if kind == "daemon" else {})
+    there = connected(server_of(kind, servers), servers)
     if there is None:
         return
     said = json.dumps(
